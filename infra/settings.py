@@ -1,0 +1,148 @@
+"""The settings: environment variables or ``.env``, each explained in ``.env.example``.
+
+An unknown ``WALSHIP_*`` name is an error, so that a misspelled setting is noticed at once and not at restore.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from pipeline.errors import ConfigError
+
+Cipher = Literal["aes-256-gcm", "chacha20-poly1305", "aes-256-cbc", "aes-192-cbc", "aes-128-cbc"]
+Codec = Literal["zstd", "lz4", "gzip", "none"]
+
+#: Settings that may be given as ``<NAME>_FILE`` instead: a file that holds the value (Docker and Kubernetes secrets).
+SECRETS = ("POSTGRES_PASSWORD", "BACKUP_ENCRYPTION_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+def _env(name: str, **more: Any) -> Any:
+    return Field(validation_alias=AliasChoices(name), **more)
+
+
+class Settings(BaseSettings):
+    """All that a user can set. Names on the right are the environment's."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", case_sensitive=True, env_ignore_empty=True
+    )
+
+    postgres_host: str = _env("POSTGRES_HOST", default="localhost")
+    postgres_port: int = _env("POSTGRES_PORT", default=5432, ge=1, le=65535)
+    postgres_username: str = _env("POSTGRES_USERNAME", default="postgres")
+    postgres_password: SecretStr = _env("POSTGRES_PASSWORD", default=SecretStr(""))
+    postgres_connection_mode: Literal["docker", "host"] = _env("POSTGRES_CONNECTION_MODE", default="host")
+
+    backup_encryption_enabled: bool = _env("BACKUP_ENCRYPTION_ENABLED", default=False)
+    backup_encryption_algorithm: Cipher = _env("BACKUP_ENCRYPTION_ALGORITHM", default="aes-256-gcm")
+    backup_encryption_password: SecretStr = _env("BACKUP_ENCRYPTION_PASSWORD", default=SecretStr(""))
+    #: None follows ``backup_encryption_enabled``.
+    wal_encryption_enabled: bool | None = _env("WAL_ENCRYPTION_ENABLED", default=None)
+
+    aws_access_key_id: SecretStr = _env("AWS_ACCESS_KEY_ID", default=SecretStr(""))
+    aws_secret_access_key: SecretStr = _env("AWS_SECRET_ACCESS_KEY", default=SecretStr(""))
+
+    destinations: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_DESTINATIONS", default=())
+    #: Empty means all.
+    required: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_REQUIRED", default=())
+    sources: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_SOURCES", default=("watch",))
+    spool_dir: Path | None = _env("WALSHIP_SPOOL_DIR", default=None)
+    compression: Codec = _env("WALSHIP_COMPRESSION", default="zstd")
+    compression_level: int | None = _env("WALSHIP_COMPRESSION_LEVEL", default=None)
+    #: Threads that compress and encrypt.
+    workers: int = _env("WALSHIP_WORKERS", default=2, ge=1, le=64)
+    #: Folder with the server's programs (postgres, pg_ctl), for ``restore --start``; empty: look in the usual places.
+    pg_bin_dir: Path | None = _env("WALSHIP_PG_BIN_DIR", default=None)
+    #: Longest wait in seconds for the WAL of a base backup to become safe.
+    wal_timeout: float = _env("WALSHIP_WAL_TIMEOUT", default=600.0, gt=0)
+
+    @field_validator("destinations", "required", "sources", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """``a,b`` → ``("a", "b")``; ``all`` means nothing is left out."""
+        if isinstance(value, str):
+            parts = tuple(part.strip() for part in value.split(",") if part.strip())
+            return () if parts == ("all",) else parts
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        if unknown := set(self.required) - set(self.destinations):
+            raise ValueError(f"WALSHIP_REQUIRED names {', '.join(sorted(unknown))}, which is no destination")
+        if len(set(self.destinations)) != len(self.destinations):
+            raise ValueError("WALSHIP_DESTINATIONS names a destination twice")
+        if unknown := set(self.sources) - {"watch"}:
+            raise ValueError(f"WALSHIP_SOURCES knows watch, not {', '.join(sorted(unknown))}")
+        if (self.backup_encryption_enabled or self.wal_encrypted) and not self.passphrase:
+            raise ValueError("encryption is on, and BACKUP_ENCRYPTION_PASSWORD (or its _FILE) is empty")
+        return self
+
+    @property
+    def wal_encrypted(self) -> bool:
+        """Whether WAL is encrypted; unless said otherwise, as base backups are."""
+        enabled = self.wal_encryption_enabled
+        return self.backup_encryption_enabled if enabled is None else enabled
+
+    @property
+    def passphrase(self) -> str:
+        return self.backup_encryption_password.get_secret_value()
+
+
+def load(env_file: Path | None = None) -> Settings:
+    """Read the environment (and ``.env``). Raises ConfigError that names each wrong setting and never its value."""
+    _refuse_unknown()
+    try:
+        return Settings(_env_file=env_file or ".env", **_from_files())
+    except ValidationError as error:
+        wrong = "; ".join(_sentence(dict(e)) for e in error.errors())
+        raise ConfigError(wrong, hint="each setting is explained in .env.example") from None
+
+
+def known_names() -> frozenset[str]:
+    """Every setting's name in the environment, with the ``_FILE`` twins of secrets."""
+    names: set[str] = {f"{name}_FILE" for name in SECRETS}
+    for field in Settings.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            names.update(str(choice) for choice in field.validation_alias.choices)
+    return frozenset(names)
+
+
+def _refuse_unknown() -> None:
+    import difflib
+
+    from dotenv import dotenv_values
+
+    known = known_names()
+    given = set(os.environ) | set(dotenv_values(".env"))
+    for name in sorted(given):
+        if name.startswith("WALSHIP_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "each setting is explained in .env.example"
+            raise ConfigError(f"there is no setting {name}", hint=hint)
+
+
+def _from_files() -> dict[str, str]:
+    """Secrets whose value stands in a file; both forms at once contradict each other."""
+    values: dict[str, str] = {}
+    for name in SECRETS:
+        path = os.environ.get(f"{name}_FILE")
+        if not path:
+            continue
+        if os.environ.get(name):
+            raise ConfigError(f"{name} and {name}_FILE are both set", hint="keep one of them")
+        try:
+            values[name] = Path(path).read_text("utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}_FILE: {path} cannot be read: {error}") from None
+    return values
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

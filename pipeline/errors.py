@@ -1,0 +1,50 @@
+"""What can go wrong, split by who can mend it. Each error is a fact with its values, and a hint: what to do next.
+
+The exit codes belong to the command and are mapped in one place, ``infra/cli/exits.py``.
+"""
+
+from __future__ import annotations
+
+
+class WalshipError(Exception):
+    """Base of all that walship raises on purpose; anything else is a defect.
+
+    ``fact`` is one sentence with the values in it and never a secret; ``hint`` says what to do and may be empty.
+    """
+
+    def __init__(self, fact: str, *, hint: str = "") -> None:
+        super().__init__(fact)
+        self.fact = fact
+        self.hint = hint
+
+
+class ConfigError(WalshipError):
+    """A setting is missing, misspelled or contradicts another one."""
+
+
+class SourceError(WalshipError):
+    """PostgreSQL or the spool: unreachable, refuses, or gives what is not WAL of this cluster."""
+
+
+class StoreError(WalshipError):
+    """A store: unreachable, refuses, full, or answers nonsense. ``passing`` tells whether trying again can help."""
+
+    def __init__(self, fact: str, *, hint: str = "", passing: bool = False) -> None:
+        super().__init__(fact, hint=hint)
+        self.passing = passing
+
+
+class ObjectMissing(StoreError):
+    """The store answered, and there is no object of that name."""
+
+
+class ObjectConflict(StoreError):
+    """There is an object of that name already, and it was not to be replaced."""
+
+
+class IntegrityError(WalshipError):
+    """Stored bytes are not what was written: damaged, exchanged, cut, or of another repository."""
+
+
+class RecoveryError(WalshipError):
+    """The recovery target cannot be reached with what is stored."""

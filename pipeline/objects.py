@@ -1,0 +1,130 @@
+"""The stored object, format 1: bytes in, bytes out. ``docs/format.md`` is the full text.
+
+    8 bytes   b"WALSHIP" and the format byte 0x01
+    4 bytes   length of the header, big-endian, at most 64 KiB
+    header    JSON, UTF-8
+    frames    what the stages made of the plaintext
+    32 bytes  SHA-256 of all before it
+
+The header is hashed and authenticated as the bytes that were read, never as bytes made again from its values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+
+from pipeline.errors import IntegrityError
+
+MAGIC = b"WALSHIP\x01"
+MAX_HEADER = 64 * 1024
+TRAILER_SIZE = 32
+#: The largest plaintext of one object: a segment of 1 GiB. A reader refuses more before it allocates anything.
+MAX_PLAIN = 1 << 30
+#: How many bytes from the front of an object hold its whole header.
+MAX_HEAD = len(MAGIC) + 4 + MAX_HEADER
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an object says of itself. All members are always there."""
+
+    #: Key of the object below ``<system identifier>/``.
+    name: str
+    #: System identifier of the cluster, as decimal digits: it does not fit the integers of JSON readers.
+    system_id: str
+    #: zstd, lz4, gzip or none.
+    codec: str = "none"
+    #: aes-256-gcm, chacha20-poly1305, aes-256-cbc, aes-192-cbc, aes-128-cbc or none.
+    cipher: str = "none"
+    #: Id of the data key, empty if not encrypted.
+    key: str = ""
+    #: 32 random bytes as hex, fresh for each object; empty if not encrypted.
+    salt: str = ""
+    #: Bytes of plaintext.
+    plain_size: int = 0
+    #: Digest of name and plaintext (keyed where there is a key ring), as hex.
+    fingerprint: str = ""
+    #: When it was made, RFC 3339 in UTC.
+    created: str = ""
+    #: Random id of the base backup that the object is a part of, else empty.
+    backup: str = ""
+    #: The bytes this header was read from; empty in one that was just made.
+    raw: bytes = field(default=b"", compare=False, repr=False)
+
+    def encoded(self) -> bytes:
+        """Magic, length and JSON: all of the object that comes before the frames."""
+        text = self.raw or json.dumps(self.members(), separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > MAX_HEADER:
+            raise IntegrityError(f"the header of {self.name} would be {len(text)} bytes, more than {MAX_HEADER}")
+        return MAGIC + len(text).to_bytes(4, "big") + text
+
+    def members(self) -> dict[str, str | int]:
+        """The JSON object, in the order it is written."""
+        return {name: getattr(self, name) for name in _MEMBERS}
+
+
+_MEMBERS: dict[str, type] = {f.name: int if f.name == "plain_size" else str for f in fields(Header) if f.name != "raw"}
+
+
+def read_header(name: str, front: bytes | bytearray | memoryview) -> tuple[Header, int]:
+    """The header at the front of an object, and the offset of its first frame.
+
+    ``name`` is for messages only: whether it is the *right* name is for the caller to enforce. ``front`` needs the first
+    ``MAX_HEAD`` bytes at most. Raises IntegrityError.
+    """
+    front = bytes(front[:MAX_HEAD])
+    if front[:7] != MAGIC[:7]:
+        raise IntegrityError(f"{name} is no walship object: it begins with {front[:8]!r}")
+    if len(front) > 7 and front[7] != MAGIC[7]:
+        raise IntegrityError(
+            f"{name} is of format {front[7]}; this walship reads format {MAGIC[7]}",
+            hint="read it with the walship version that wrote it, or a newer one",
+        )
+    size = int.from_bytes(front[8:12], "big")
+    if len(front) < 12 or size > MAX_HEADER or len(front) < 12 + size:
+        raise IntegrityError(f"{name} is cut or damaged: its header should be {size} bytes")
+    raw = front[12 : 12 + size]
+    return _parse(name, raw), 12 + size
+
+
+def _parse(name: str, raw: bytes) -> Header:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        members = dict(pairs)
+        if len(members) != len(pairs):
+            raise ValueError("a member is doubled")
+        return members
+
+    try:
+        members = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+        if not isinstance(members, dict):
+            raise ValueError("it is not an object")
+        if members.keys() != _MEMBERS.keys():
+            odd = sorted(members.keys() ^ _MEMBERS.keys())
+            raise ValueError(f"unknown or missing members: {', '.join(odd)}")
+        for member, kind in _MEMBERS.items():
+            if type(members[member]) is not kind:
+                raise ValueError(f"{member} is not {kind.__name__}")
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{name} has a header that cannot be read: {error}") from None
+    header = Header(**members, raw=raw)
+    if not 0 <= header.plain_size <= MAX_PLAIN:
+        raise IntegrityError(f"{name} claims {header.plain_size} bytes of plaintext; the format allows {MAX_PLAIN}")
+    return header
+
+
+class MemoryBody:
+    """A body held in memory, as the pieces it was made of."""
+
+    __slots__ = ("_pieces", "size")
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = tuple(pieces)
+        self.size = sum(map(len, self._pieces))
+
+    def chunks(self) -> Iterator[bytes]:
+        return iter(self._pieces)
+
+    def close(self) -> None:
+        """Nothing to free: the pieces go with the last reference."""

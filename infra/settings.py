@@ -97,7 +97,8 @@ def load(env_file: Path | None = None) -> Settings:
     """Read the environment (and ``.env``). Raises ConfigError that names each wrong setting and never its value."""
     _refuse_unknown()
     try:
-        return Settings(_env_file=env_file or ".env", **_from_files())
+        secrets: dict[str, Any] = _from_files()
+        return Settings(_env_file=env_file or ".env", **secrets)
     except ValidationError as error:
         wrong = "; ".join(_sentence(dict(e)) for e in error.errors())
         raise ConfigError(wrong, hint="each setting is explained in .env.example") from None

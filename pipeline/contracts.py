@@ -1,4 +1,4 @@
-"""The five contracts that join the rooms. Whoever keeps these promises can take part; nothing else is assumed.
+"""The contracts that join the rooms. Whoever keeps these promises can take part; nothing else is assumed.
 
 Object *names* are keys relative to the folder of one cluster (``<destination>/<system identifier>/``): see ``catalog``.
 """
@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Protocol, TypeAlias
 
 from pipeline.events import Event
-from pipeline.objects import Header
+from pipeline.objects import MAX_PLAIN, Header
 
 #: What stages hand on: anything that looks like bytes. A stage may reuse its buffer once the next piece is asked for.
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -159,6 +159,48 @@ class Store(Protocol):
     async def close(self) -> None:
         """Free connections; idempotent."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What is known of an object once it is durable at every required destination."""
+
+    name: str
+    #: Bytes as stored.
+    size: int
+    #: SHA-256 trailer of the stored object, as hex.
+    digest: str
+
+
+class Ship(Protocol):
+    """Encode an object once and store it everywhere. What handlers that make objects are given."""
+
+    async def __call__(self, name: str, plain: Buffer, *, backup: str = "") -> Shipped:
+        """Returns once all required destinations have confirmed; raises StoreError when one has failed for good."""
+        ...
+
+
+class Fetch(Protocol):
+    """Read an object from the first destination that has it whole. What handlers that read objects are given."""
+
+    async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
+        """The checked plaintext. ObjectMissing only if *every* destination answered and none has it.
+
+        Raises IntegrityError if it is damaged wherever it is, StoreError if a destination that may have it fails.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A stored object, read back and checked."""
+
+    header: Header
+    plain: bytearray
+    #: SHA-256 trailer of the stored object, as hex.
+    digest: str
+    #: Name of the destination that served it.
+    destination: str
 
 
 class Clock(Protocol):

@@ -1,4 +1,4 @@
-"""What has happened, in the past tense. Events are plain facts: who reacts to them is decided in ``infra/wiring.py``."""
+"""What has happened, in the past tense. Events are plain facts; who reacts to them is decided in ``infra/wiring.py``."""
 
 from __future__ import annotations
 
@@ -47,8 +47,17 @@ class SideFileReady:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class BackupReady:
+    """A complete base backup (tar files and backup_manifest) lies in a folder of the spool."""
+
+    source: str
+    #: Folder, as a path.
+    folder: str
+
+
 #: What a source can announce and the dispatcher can carry.
-Event: TypeAlias = SegmentReady | HistoryReady | SideFileReady
+Event: TypeAlias = SegmentReady | HistoryReady | SideFileReady | BackupReady
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,8 +71,8 @@ _MEMBERS: dict[str, type] = {f.name: int if f.name == "plain_size" else str for 
 def read_header(name: str, front: bytes | bytearray | memoryview) -> tuple[Header, int]:
     """The header at the front of an object, and the offset of its first frame.
 
-    ``name`` is for messages only: whether it is the *right* name is for the caller to enforce. ``front`` needs the first
-    ``MAX_HEAD`` bytes at most. Raises IntegrityError.
+    ``name`` is for messages only: whether it is the *right* name is for the caller to enforce. ``front`` needs at most
+    the first ``MAX_HEAD`` bytes. Raises IntegrityError.
     """
     front = bytes(front[:MAX_HEAD])
     if front[:7] != MAGIC[:7]:
@@ -99,14 +99,14 @@ def _parse(name: str, raw: bytes) -> Header:
     try:
         members = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
         if not isinstance(members, dict):
-            raise ValueError("it is not an object")
+            raise TypeError("it is not an object")
         if members.keys() != _MEMBERS.keys():
             odd = sorted(members.keys() ^ _MEMBERS.keys())
             raise ValueError(f"unknown or missing members: {', '.join(odd)}")
         for member, kind in _MEMBERS.items():
             if type(members[member]) is not kind:
                 raise ValueError(f"{member} is not {kind.__name__}")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{name} has a header that cannot be read: {error}") from None
     header = Header(**members, raw=raw)
     if not 0 <= header.plain_size <= MAX_PLAIN:

@@ -1,7 +1,7 @@
 """A base backup in words: what the server streams, and the record that makes a set of parts a backup.
 
-``backup_info`` is the plaintext of the object written last. It holds the digests of everything else, so that a backup is
-authenticated as a whole: a part of another backup, or an older part of the same name, is noticed.
+``backup_info`` is the plaintext of the object written last. It holds the digests of everything else, so that a backup
+is authenticated as a whole: a part of another backup, or an older part of the same name, is noticed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ PART_SIZE = 16 << 20
 
 
 def wal_key(file: WalFile) -> str:
-    """Where an archived file is kept. Segments lie in a folder per timeline and log, so that a listing can be narrow."""
+    """Where an archived file is kept. Segments lie in a folder per timeline and log: listings can be narrow."""
     if file.kind is WalKind.HISTORY:
         return f"wal/{file.name}"
     return f"wal/{file.name[:16]}/{file.name}"

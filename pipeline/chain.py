@@ -1,8 +1,8 @@
 """The stages in order, and the same stages backwards: plaintext ↔ the pieces of a stored object.
 
 Forward, the header is described by every stage first, because its hash goes into the object key; then the bytes flow
-through. Backward, nothing of an object is believed before it was checked: name, cluster, backup, sizes, and its exact end.
-Plain functions on bytes; the caller runs a whole object in one hop to a thread.
+through. Backward, nothing of an object is believed before it was checked: name, cluster, backup, sizes, and its exact
+end. Plain functions on bytes; the caller runs a whole object in one hop to a thread.
 """
 
 from __future__ import annotations

@@ -1,0 +1,157 @@
+"""A tar stream read as it flows by: bytes in, entries and their contents out. Opens nothing, keeps at most one header.
+
+What PostgreSQL sends is plain ustar: one 512-byte header per file, names of at most 99 bytes, sizes above 8 GiB in
+base 256 (PostgreSQL source, ``src/port/tar.c``), ended by two blocks of zeros. Anything else is refused rather than
+skipped, because a file that a reader does not understand is a file that a restore would not bring back.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from pipeline.errors import IntegrityError
+
+BLOCK = 512
+
+_ZEROS = bytes(BLOCK)
+#: No file of PostgreSQL is as long: relations are cut at 1 GiB by default, and at 32 TiB at most.
+_MAX_SIZE = 1 << 46
+
+
+class EntryKind(Enum):
+    """What an entry makes on disk."""
+
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+
+
+_KINDS = {
+    tarfile.REGTYPE: EntryKind.FILE,
+    tarfile.AREGTYPE: EntryKind.FILE,
+    tarfile.DIRTYPE: EntryKind.DIRECTORY,
+    tarfile.SYMTYPE: EntryKind.SYMLINK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One header. Its content, if it has any, follows."""
+
+    #: Relative, with ``/``, without a leading ``./`` or a trailing slash; never leads out of its folder. ``.`` is the
+    #: folder itself.
+    path: str
+    kind: EntryKind
+    #: Bytes of content.
+    size: int
+    #: Permission bits.
+    mode: int
+    #: Seconds since 1970.
+    mtime: int
+    uid: int
+    gid: int
+    uname: str
+    gname: str
+    #: Target of a symbolic link, as it stands in the archive.
+    linkname: str
+    #: Where the content begins in the archive; the header lies in the 512 bytes before it.
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The next bytes of the entry that came last. The view is valid until the reader is asked for more."""
+
+    #: Position in the file.
+    offset: int
+    data: memoryview
+
+
+Item: TypeAlias = Entry | Content
+
+
+class TarReader:
+    """Feed it the archive in pieces of any size, and ``finish`` it. Raises IntegrityError at the first oddity."""
+
+    def __init__(self, name: str) -> None:
+        #: For messages.
+        self._name = name
+        #: Bytes fed so far.
+        self.size = 0
+        self._header = bytearray()
+        self._entry_size = 0
+        self._entry_done = 0
+        self._padding = 0
+        self._zero_blocks = 0
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Item]:
+        """What the next bytes of the archive hold. Exhaust it before the next call."""
+        view = memoryview(data)
+        while view:
+            if self._entry_done < self._entry_size:
+                part = view[: self._entry_size - self._entry_done]
+                start = self._entry_done
+                self._take(part)
+                self._entry_done += len(part)
+                yield Content(start, part)
+            elif self._padding:
+                part = view[: self._padding]
+                self._take(part)
+                self._padding -= len(part)
+            else:
+                part = view[: BLOCK - len(self._header)]
+                self._take(part)
+                self._header += part
+                if len(self._header) == BLOCK:
+                    entry = self._decode(bytes(self._header))
+                    self._header.clear()
+                    if entry is not None:
+                        yield entry
+            view = view[len(part) :]
+
+    def finish(self) -> None:
+        """The archive has ended; it must have ended in order."""
+        if self._zero_blocks < 2 or self._header:
+            raise IntegrityError(f"the archive {self._name} is cut after {self.size} bytes")
+
+    def _take(self, part: memoryview) -> None:
+        self.size += len(part)
+
+    def _decode(self, block: bytes) -> Entry | None:
+        start = self.size - BLOCK
+        if block == _ZEROS:
+            self._zero_blocks += 1
+            return None
+        if self._zero_blocks:
+            raise IntegrityError(f"the archive {self._name} goes on at byte {start}, behind its end")
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise IntegrityError(f"the archive {self._name} has a damaged header at byte {start}: {error}") from None
+        kind = _KINDS.get(info.type)
+        if kind is None:
+            raise IntegrityError(
+                f"the archive {self._name} holds {info.name!r} of the tar type {info.type!r},"
+                " which PostgreSQL does not write"
+            )
+        size = info.size if kind is EntryKind.FILE else 0
+        if not 0 <= info.size <= _MAX_SIZE or size != info.size:
+            raise IntegrityError(
+                f"the archive {self._name} claims {info.size} bytes for the {kind.value} {info.name!r}"
+            )
+        self._entry_size, self._entry_done, self._padding = size, 0, -size % BLOCK
+        return Entry(
+            self._inside(info.name), kind, size, info.mode & 0o7777, int(info.mtime), info.uid, info.gid,
+            info.uname, info.gname, info.linkname, self.size,
+        )  # fmt: skip
+
+    def _inside(self, name: str) -> str:
+        """A name that could lead anywhere else would let an archive overwrite any file of the machine."""
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if name.startswith("/") or ".." in parts:
+            raise IntegrityError(f"the archive {self._name} holds {name!r}, which leads out of its folder")
+        return "/".join(parts) or "."

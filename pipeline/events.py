@@ -1,4 +1,4 @@
-"""What has happened, in the past tense. Events are plain facts; who reacts to them is decided in ``infra/wiring.py``."""
+"""What has happened, in the past tense. Events are plain facts; ``infra/wiring.py`` decides who reacts to them."""
 
 from __future__ import annotations
 
@@ -97,6 +97,15 @@ class Acknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class EventFailed:
+    """An attempt to bring an event to safety failed; it is still at its source."""
+
+    event: Event
+    fact: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
 class FileRefused:
     """Something in the spool is not what its name says; it stays where it is, and people have to look."""
 
@@ -106,4 +115,4 @@ class FileRefused:
 
 
 #: What listeners (log, metrics) are told.
-Notice: TypeAlias = ObjectStored | DestinationFailed | DestinationCaughtUp | Acknowledged | FileRefused
+Notice: TypeAlias = ObjectStored | DestinationFailed | DestinationCaughtUp | Acknowledged | EventFailed | FileRefused

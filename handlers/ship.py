@@ -1,0 +1,84 @@
+"""Plaintext in, durable object out: encode once in a worker thread, then upload.
+
+At most as many objects as the gate has places are held in memory, whatever waits behind them; the freshest data goes
+first. A place is given back as soon as the object is safe *somewhere*: what another destination is still owed is copied
+from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+
+from handlers.body import collect
+from handlers.upload import Parcel, Uploader
+from pipeline.catalog import wal_key
+from pipeline.chain import Chain
+from pipeline.contracts import Buffer, Clock, Shipped, Source
+from pipeline.dispatcher import Gate
+from pipeline.errors import StoreError
+from pipeline.events import BackupReady, Event, HistoryReady, Priority
+from pipeline.objects import TRAILER_SIZE, read_header
+
+
+class Shipper:
+    """Ships objects; ``ship`` is a ``pipeline.contracts.Ship``, ``carry`` a handler for the dispatcher.
+
+    With ``patient`` a required destination that is down is waited for, for as long as it takes (the service); without,
+    it is a StoreError (a command that a person waits for).
+    """
+
+    def __init__(
+        self, chain: Chain, uploader: Uploader, *, gate: Gate, workers: Executor, clock: Clock, patient: bool
+    ) -> None:
+        self._chain = chain
+        self._uploader = uploader
+        self._gate = gate
+        self._workers = workers
+        self._clock = clock
+        self._patient = patient
+
+    async def ship(self, name: str, plain: Buffer, *, backup: str = "") -> Shipped:
+        """Store an object made here. See ``pipeline.contracts.Ship``."""
+        return await self._send(name, lambda: plain, Priority.PART, backup)
+
+    async def carry(self, source: Source, event: Event) -> None:
+        """Ship a file that a source has. Returns when it is durable at every required destination."""
+        if isinstance(event, BackupReady):
+            raise TypeError("a base backup is not one object")
+        priority = Priority.HISTORY if isinstance(event, HistoryReady) else Priority.WAL
+        await self._send(wal_key(event.file), lambda: source.read(event), priority, "")
+
+    async def _send(self, name: str, read: Callable[[], Buffer], priority: Priority, backup: str) -> Shipped:
+        async with self._gate.place(priority):
+            loop = asyncio.get_running_loop()
+            parcel = await loop.run_in_executor(self._workers, self._encode, name, read, backup)
+            try:
+                await self._uploader.store(parcel)
+            finally:
+                parcel.body.close()
+            shipped = Shipped(name, parcel.body.size, parcel.digest)
+            del parcel  # the bytes go now, not when the wait below ends
+        if not self._patient and (missing := self._uploader.missing(name)):
+            raise StoreError(
+                f"{name} could not be stored at {', '.join(missing)}, which is required",
+                hint="see the message about that destination above; nothing was acknowledged",
+            )
+        await self._uploader.settle(name)
+        return shipped
+
+    def _encode(self, name: str, read: Callable[[], Buffer], backup: str) -> Parcel:
+        """Read, compress, encrypt, checksum: one hop to a thread for all of it."""
+        front = trailer = b""
+
+        def watched() -> Iterator[Buffer]:
+            nonlocal front, trailer
+            for piece in self._chain.encode(name, read(), backup=backup, created=self._clock.now()):
+                front = front or bytes(piece)
+                trailer = bytes(piece[-TRAILER_SIZE:])
+                yield piece
+
+        body = collect(watched())
+        header, _ = read_header(name, front)
+        return Parcel(header, body, trailer.hex())

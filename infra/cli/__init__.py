@@ -1,0 +1,96 @@
+"""The ``walship`` command: one file per verb, loaded when it is called.
+
+Results go to stdout, everything else to stderr. Exit codes are in ``exits``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from infra.cli.exits import INTERRUPTED, expected, report
+from infra.names import refuse_strangers
+from pipeline.errors import ConfigError, WalshipError
+
+#: Verbs in the order of ``--help``, and what each does in a few words.
+VERBS = {
+    "init": "Make or join the repository at every destination.",
+    "check": "Try every setting, permission and store; say what is wrong and what to do.",
+    "run": "The service: ship WAL as it comes.",
+    "backup": "Take a base backup now.",
+    "switch": "Switch WAL and wait until the old segment is safe everywhere.",
+    "push": "Ship what waits in the spool, then exit.",
+    "status": "How far behind each destination is, and whether all is well.",
+    "list": "Backups, and the times that can be restored.",
+    "restore": "Bring the cluster back to a moment.",
+    "verify": "Check stored bytes, and look for holes in the WAL.",
+    "fetch-wal": "Fetch one WAL file (what restore_command calls).",
+    "demo": "All of it, on an embedded server, in about a minute.",
+}
+
+
+class Verbs(click.Group):
+    """Finds a verb's command in the module of its name, so that ``fetch-wal`` does not load what ``demo`` needs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  the signature is click's
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002  likewise
+        if name not in VERBS:
+            return None
+        module = importlib.import_module(f"infra.cli.{name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  likewise
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Settings are environment variables or .env; each is explained in .env.example. Exit codes: 0 done, 2"
+    " settings or usage, 10 PostgreSQL or spool, 11 store, 12 integrity, 13 the target cannot be reached.",
+)
+@click.version_option(package_name="walship", prog_name="walship")
+def cli() -> None:
+    """Continuous offsite backup for PostgreSQL: ship WAL and base backups, restore to any moment."""
+
+
+def main() -> NoReturn:
+    """Entry point of the ``walship`` script and of ``python -m infra.cli``."""
+    as_json = "--json" in sys.argv
+    try:
+        refuse_strangers()
+        cli.main(prog_name="walship", standalone_mode=False)
+        code = 0
+    except click.ClickException as error:
+        code = _usage(error, as_json=as_json)
+    except click.Abort:
+        print("walship: stopped", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (| head). Nothing more can be said, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = INTERRUPTED
+    except (WalshipError, BaseExceptionGroup) as error:
+        ours = expected(error)
+        if ours is None:
+            raise
+        code = report(ours, as_json=as_json)
+    except KeyboardInterrupt:
+        print("walship: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _usage(error: click.ClickException, *, as_json: bool) -> int:
+    """A mistyped command line is a wrong setting: exit code 2, and JSON if that was asked for."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context else "walship"
+    return report(ConfigError(error.format_message(), hint=f"`{path} --help` shows what there is"), as_json=as_json)

@@ -1,0 +1,73 @@
+"""Progress on stderr: a bar on a terminal, otherwise a line every few seconds. Never silent for long."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from infra.cli.verb import human, say
+
+#: Seconds between lines where there is no terminal.
+EVERY = 5.0
+
+
+class Bytes:
+    """Progress of work that is counted in bytes. ``with Bytes("base backup") as progress: progress(done, total)``."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: Progress | None = None
+        self._began = self._said = time.monotonic()
+        self._last = 0
+
+    def __enter__(self) -> Self:
+        self._began = self._said = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._bar.add_task(self._what, total=None)
+        return self
+
+    def __call__(self, done: int, total: int = 0, detail: str = "") -> None:
+        """``done`` of ``total`` bytes (0 if unknown); ``detail`` is what is worked on now."""
+        self._last = done
+        text = f"{self._what}: {detail}" if detail else self._what
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=max(total, done) or None, description=text)
+            return
+        now = time.monotonic()
+        if now - self._said < EVERY:
+            return
+        self._said = now
+        rate = done / max(now - self._began, 0.001)
+        parts = [f"{human(done)} of {human(total)}" if total else human(done), f"{human(rate)}/s"]
+        if total > done and rate:
+            parts.append(f"{(total - done) / rate:.0f} s left")
+        say(f"{text}: {', '.join(parts)}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

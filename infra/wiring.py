@@ -1,0 +1,163 @@
+"""Joins the rooms: settings in, working parts out. The only module that knows who everybody is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from handlers.checksum import Checksum
+from handlers.compress import Compress
+from handlers.encrypt import Encrypt
+from handlers.fetch import Fetcher
+from handlers.ship import Shipper
+from handlers.upload import Outlet, Uploader
+from infra.clock import SystemClock
+from infra.keys import RepositoryKeys, open_keyring
+from infra.monitoring.log import log_notice
+from infra.repository import Destination, RepositoryFacts, find
+from infra.settings import Settings
+from infra.storage import open_store
+from infra.storage.rooted import Rooted
+from pipeline.catalog import kind_of
+from pipeline.chain import Chain
+from pipeline.contracts import Clock, Store
+from pipeline.dispatcher import Gate
+from pipeline.errors import ConfigError, StoreError, WalshipError
+from pipeline.events import Notice
+
+#: Objects held in memory at a time. With the base of the interpreter it makes the bound of DESIGN section 3:
+#: 100 MB + 4 × max(segment, part).
+PLACES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One cluster's repository at all its destinations, opened."""
+
+    settings: Settings
+    facts: RepositoryFacts
+    destinations: tuple[Destination, ...]
+    #: The destinations, rooted at the cluster's folder; same order.
+    stores: tuple[Store, ...]
+    keys: RepositoryKeys
+    chain: Chain
+    fetch: Fetcher
+    clock: Clock
+    notify: Callable[[Notice], None]
+
+    @property
+    def required_stores(self) -> tuple[Store, ...]:
+        pairs = zip(self.destinations, self.stores, strict=True)
+        return tuple(store for destination, store in pairs if destination.required)
+
+
+@dataclass(frozen=True, slots=True)
+class Shipping:
+    """What is needed to write to a site."""
+
+    shipper: Shipper
+    uploader: Uploader
+
+
+@asynccontextmanager
+async def open_destinations(settings: Settings) -> AsyncIterator[tuple[Destination, ...]]:
+    """The destinations of the settings; nothing is asked of them yet."""
+    if not settings.destinations:
+        raise ConfigError(
+            "WALSHIP_DESTINATIONS is not set", hint="for example file:///var/backups/walship,s3://bucket/prefix"
+        )
+    async with AsyncExitStack() as stack:
+        opened = []
+        for url in settings.destinations:
+            store = open_store(url, settings)
+            stack.push_async_callback(store.close)
+            opened.append(Destination(store, not settings.required or url in settings.required))
+        yield tuple(opened)
+
+
+@asynccontextmanager
+async def open_site(
+    settings: Settings,
+    *,
+    cluster: str = "",
+    writer: bool = False,
+    allow_unencrypted: bool = False,
+    notify: Callable[[Notice], None] = log_notice,
+) -> AsyncIterator[Site]:
+    """Find the repository and open its keys. ``writer`` makes a data key of its own for what is written."""
+    clock = SystemClock()
+    async with open_destinations(settings) as destinations:
+        facts = await find(destinations, cluster)
+        stores = tuple(Rooted(d.root, f"{facts.system_id}/") for d in destinations)
+        keys = await _open_keys(
+            stores, settings, facts.system_id, clock, writer=writer, allow_unencrypted=allow_unencrypted
+        )
+        if writer:
+            _compare_policy(settings, keys)
+        chain = make_chain(settings, keys, facts.system_id)
+        fetch = Fetcher(stores, chain, facts.system_id)
+        yield Site(settings, facts, destinations, stores, keys, chain, fetch, clock, notify)
+
+
+@asynccontextmanager
+async def open_shipping(site: Site, *, patient: bool) -> AsyncIterator[Shipping]:
+    """Ready to write: worker threads, the gate, and an outlet for each destination."""
+    pairs = zip(site.destinations, site.stores, strict=True)
+    outlets = [Outlet(store, d.required, site.keys.key_object) for d, store in pairs]
+    uploader = Uploader(outlets, clock=site.clock, notify=site.notify)
+    with ThreadPoolExecutor(site.settings.workers, thread_name_prefix="encode") as workers:
+        shipper = Shipper(site.chain, uploader, gate=Gate(PLACES), workers=workers, clock=site.clock, patient=patient)
+        yield Shipping(shipper, uploader)
+
+
+def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str) -> Chain:
+    """Compress, encrypt, checksum, as the settings say."""
+
+    def cipher_for(name: str) -> str:
+        encrypted = settings.wal_encrypted if kind_of(name) == "wal" else settings.backup_encryption_enabled
+        return settings.backup_encryption_algorithm if encrypted else "none"
+
+    compress = Compress(settings.compression, settings.compression_level)
+    return Chain([compress, Encrypt(keys, cipher_for), Checksum()], keys, system_id)
+
+
+async def _open_keys(
+    stores: tuple[Store, ...],
+    settings: Settings,
+    system_id: str,
+    clock: Clock,
+    *,
+    writer: bool,
+    allow_unencrypted: bool,
+) -> RepositoryKeys:
+    """The key ring from the first destination that answers: all hold the same one."""
+    failure: WalshipError | None = None
+    for store in stores:
+        try:
+            return await open_keyring(
+                store,
+                system_id,
+                settings.passphrase,
+                writer=writer,
+                allow_unencrypted=allow_unencrypted,
+                clock=clock,
+            )
+        except StoreError as error:
+            failure = error
+    assert failure is not None
+    raise failure
+
+
+def _compare_policy(settings: Settings, keys: RepositoryKeys) -> None:
+    """What is sealed in the key ring binds every writer; a reader would refuse anything less."""
+    for name, sealed, wanted in (
+        ("WAL_ENCRYPTION_ENABLED", keys.policy.wal, settings.wal_encrypted),
+        ("BACKUP_ENCRYPTION_ENABLED", keys.policy.base, settings.backup_encryption_enabled),
+    ):
+        if sealed and not wanted:
+            raise ConfigError(
+                f"{name} is off, and this repository was made to encrypt what it concerns",
+                hint=f"set {name}=true, or make a new repository at another destination",
+            )

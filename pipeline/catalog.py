@@ -1,11 +1,21 @@
 """The layout of a repository, and what a listing of it means.
 
-Object names are keys below ``<destination>/<system identifier>/``. Nothing is ever inferred from a folder.
+Object names are keys below ``<destination>/<system identifier>/``. Nothing is ever inferred from a folder. A listing of
+a hundred thousand segments becomes a few ranges of segment numbers (``Runs``): position in the WAL divided by the size
+of a segment.
 """
 
 from __future__ import annotations
 
-from pipeline.wal import WalFile, WalKind
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pipeline.backup import BackupInfo
+from pipeline.errors import IntegrityError, RecoveryError
+from pipeline.lineage import Leg, Lineage, WalPath
+from pipeline.wal import Fork, Lsn, WalFile, WalKind, segments_per_log
 
 #: For people and a first look; not a walship object.
 REPOSITORY = "repository.json"
@@ -13,9 +23,11 @@ REPOSITORY = "repository.json"
 #: Plaintext bytes of one part of a base backup.
 PART_SIZE = 16 << 20
 
+_INFO = re.compile(r"base/([A-Za-z0-9_.-]{1,200})/backup_info")
+
 
 def wal_key(file: WalFile) -> str:
-    """Where an archived file is kept. Segments lie in a folder per timeline and log: listings can be narrow."""
+    """Where an archived file is kept. Segments lie in a folder per timeline and log: a listing can be narrow."""
     if file.kind is WalKind.HISTORY:
         return f"wal/{file.name}"
     return f"wal/{file.name[:16]}/{file.name}"
@@ -44,3 +56,311 @@ def info_key(backup: str) -> str:
 def kind_of(name: str) -> str:
     """What an object of that name is kept for: ``wal`` or ``base`` (a tail is WAL)."""
     return "base" if name.startswith("base/") else "wal"
+
+
+def parse_wal_key(key: str) -> WalFile | None:
+    """The archived file that is kept under this key, or None if none of ours is kept so."""
+    file = WalFile.parse(key.rsplit("/", 1)[-1])
+    return file if file is not None and wal_key(file) == key else None
+
+
+def backup_of(key: str) -> str | None:
+    """``base/<name>/backup_info`` → ``<name>``; None for every other key."""
+    match = _INFO.fullmatch(key)
+    return match[1] if match and match[1] not in {".", ".."} else None
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A set of segment numbers as half-open ranges, ascending, with holes between them."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, numbers: Iterable[int]) -> Runs:
+        ranges: list[tuple[int, int]] = []
+        first = end = None
+        for number in sorted(set(numbers)):
+            if first is None or end is None:
+                first = number
+            elif number != end:
+                ranges.append((first, end))
+                first = number
+            end = number + 1
+        if first is not None and end is not None:
+            ranges.append((first, end))
+        return cls(tuple(ranges))
+
+    def __contains__(self, number: int) -> bool:
+        return self.reach(number) > number
+
+    def __len__(self) -> int:
+        return sum(end - first for first, end in self.ranges)
+
+    def __bool__(self) -> bool:
+        return bool(self.ranges)
+
+    def __iter__(self) -> Iterator[int]:
+        for first, end in self.ranges:
+            yield from range(first, end)
+
+    def reach(self, number: int) -> int:
+        """The first number from ``number`` on that is not in the set."""
+        at = bisect_right(self.ranges, number, key=lambda run: run[0]) - 1
+        return max(number, self.ranges[at][1]) if at >= 0 else number
+
+    def holes(self) -> tuple[tuple[int, int], ...]:
+        """What is missing between the first and the last."""
+        return tuple((end, first) for (_, end), (first, _) in zip(self.ranges, self.ranges[1:], strict=False))
+
+    @property
+    def last(self) -> int:
+        """The greatest number. ValueError for the empty set."""
+        if not self.ranges:
+            raise ValueError("an empty set has no last member")
+        return self.ranges[-1][1] - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Consecutive segments of a timeline that are missing between stored ones."""
+
+    first: WalFile
+    last: WalFile
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one backup can be rolled forward to on one timeline: from its end to the last byte without a hole."""
+
+    backup: BackupInfo
+    timeline: int
+    start: Lsn
+    end: Lsn
+    #: The first segment that is missing although later ones are stored.
+    missing: WalFile | None
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What a repository holds. Pure: made from a listing by ``Listing``."""
+
+    system_id: str
+    #: Bytes.
+    segment_size: int
+    #: Complete backups, the one that ended first in front: by time, never by timeline.
+    backups: tuple[BackupInfo, ...] = ()
+    #: Finished segments by timeline, as segment numbers.
+    segments: dict[int, Runs] = field(default_factory=dict)
+    #: ``.partial`` segments by timeline.
+    partials: dict[int, Runs] = field(default_factory=dict)
+    histories: dict[int, tuple[Fork, ...]] = field(default_factory=dict)
+    #: ``.backup`` label files.
+    labels: int = 0
+    #: Names that no walship of this format makes, and a few of them.
+    unknown: int = 0
+    examples: tuple[str, ...] = ()
+    #: What could not be read, one sentence each: a damaged backup_info is no reason not to use the others.
+    problems: tuple[str, ...] = ()
+
+    def backup(self, name: str) -> BackupInfo:
+        """The backup of that name. Raises RecoveryError."""
+        for backup in self.backups:
+            if backup.name == name:
+                return backup
+        known = ", ".join(b.name for b in self.backups[-5:]) or "none"
+        raise RecoveryError(f"there is no backup {name} in the repository", hint=f"complete backups: {known}")
+
+    @property
+    def newest_timeline(self) -> int:
+        """The greatest timeline of which anything is stored, like PostgreSQL's ``latest``; 1 if nothing is."""
+        return max([1, *self.segments, *self.histories, *(b.timeline for b in self.backups)])
+
+    @property
+    def timelines(self) -> tuple[int, ...]:
+        """All timelines of which anything is stored."""
+        return tuple(sorted({*self.segments, *self.partials, *self.histories, *(b.timeline for b in self.backups)}))
+
+    def lineage(self, timeline: int) -> Lineage:
+        """The timeline with its ancestors. Raises RecoveryError when its history is not stored, or makes no sense.
+
+        Timeline 1 has no history. A cluster that was already on a later timeline when archiving began may have none
+        stored either: then the lineage consists of that timeline alone, which serves for its own backups.
+        """
+        if timeline not in self.timelines and timeline != 1:
+            known = ", ".join(map(str, self.timelines)) or "none"
+            raise RecoveryError(
+                f"nothing of timeline {timeline} is stored", hint=f"timelines in the repository: {known}"
+            )
+        legs: list[Leg] = []
+        begin = Lsn(0)
+        for fork in self.histories.get(timeline, ()):
+            if fork.lsn < begin or fork.timeline >= timeline:
+                raise RecoveryError(
+                    f"the history of timeline {timeline} contradicts itself at timeline {fork.timeline}"
+                )
+            legs.append(Leg(fork.timeline, begin, fork.lsn))
+            begin = fork.lsn
+        legs.append(Leg(timeline, begin, None))
+        return Lineage(tuple(legs), self.segment_size)
+
+    def wal_path(self, lineage: Lineage, start: Lsn, end: Lsn | None = None) -> WalPath:
+        """The segments that recovery reads from ``start`` along the lineage, up to ``end`` or as far as they go.
+
+        The path stops in front of the first missing segment and names it, if ``end`` lies behind it, or (without
+        ``end``) if the lineage is known to go on behind it.
+        """
+        wanted = self.known_end(lineage) if end is None else end
+        return lineage.path(self.has_segment, self.has_partial, start, wanted)
+
+    def windows(self) -> tuple[Window, ...]:
+        """How far each backup reaches on its own timeline and on the newest one that descends from it."""
+        found: list[Window] = []
+        lineages: list[Lineage] = []
+        for timeline in self.timelines:
+            try:
+                lineages.append(self.lineage(timeline))
+            except RecoveryError:
+                continue
+        for backup in self.backups:
+            heirs = [n for n in lineages if n.holds(backup.timeline, backup.stop_lsn)]
+            for lineage in dict.fromkeys([n for n in heirs if n.timeline == backup.timeline] + heirs[-1:]):
+                path = self.wal_path(lineage, backup.start_lsn)
+                if path.end >= backup.stop_lsn:
+                    found.append(Window(backup, lineage.timeline, backup.stop_lsn, path.end, path.missing))
+        return tuple(found)
+
+    def holes(self) -> tuple[Hole, ...]:
+        """Every gap between stored segments of one timeline."""
+        return tuple(
+            Hole(self.file(timeline, first), self.file(timeline, end - 1), end - first)
+            for timeline in sorted(self.segments)
+            for first, end in self.segments[timeline].holes()
+        )
+
+    def has_segment(self, timeline: int, number: int) -> bool:
+        return number in self.segments.get(timeline, _EMPTY)
+
+    def has_partial(self, timeline: int, number: int) -> bool:
+        return number in self.partials.get(timeline, _EMPTY)
+
+    def file(self, timeline: int, number: int) -> WalFile:
+        """The segment of that number."""
+        return WalFile.segment(timeline, number * self.segment_size, self.segment_size)
+
+    def known_end(self, lineage: Lineage) -> Lsn:
+        """Up to where the lineage is known to have WAL, holes or not: its last fork, or the end of the last segment.
+
+        What an old timeline has behind its fork does not count.
+        """
+        ends = [lineage.legs[-1].begin]
+        for leg in lineage.legs:
+            for runs in (self.segments.get(leg.timeline), self.partials.get(leg.timeline)):
+                if runs:
+                    end = Lsn((runs.last + 1) * self.segment_size)
+                    ends.append(end if leg.end is None else min(end, leg.end))
+        return max(ends)
+
+
+_EMPTY = Runs()
+
+
+class Listing:
+    """Collects the keys of one or several destinations, then makes a catalog of what any of them has."""
+
+    def __init__(self, system_id: str) -> None:
+        self._system_id = system_id
+        self._segments: dict[int, set[tuple[int, int]]] = {}
+        self._partials: dict[int, set[tuple[int, int]]] = {}
+        self._labels: set[str] = set()
+        self._unknown: set[str] = set()
+        self._backups: dict[str, BackupInfo] = {}
+        self._histories: dict[int, tuple[Fork, ...]] = {}
+        self._problems: list[str] = []
+        #: Timelines whose history file was listed.
+        self.history_files: set[WalFile] = set()
+
+    def add(self, key: str) -> None:
+        """A key below ``wal/``; folders (they end in ``/``) say nothing."""
+        if key.endswith("/"):
+            return
+        file = parse_wal_key(key)
+        if file is None:
+            self._unknown.add(key)
+        elif file.kind is WalKind.SEGMENT:
+            self._segments.setdefault(file.timeline, set()).add((file.log, file.seg))
+        elif file.kind is WalKind.PARTIAL:
+            self._partials.setdefault(file.timeline, set()).add((file.log, file.seg))
+        elif file.kind is WalKind.HISTORY:
+            self.history_files.add(file)
+        else:
+            self._labels.add(file.name)
+
+    def add_backup(self, backup: BackupInfo) -> None:
+        if backup.system_id != self._system_id:
+            self.problem(f"backup {backup.name} belongs to the cluster {backup.system_id}, not to {self._system_id}")
+        else:
+            self._backups[backup.name] = backup
+
+    def add_history(self, timeline: int, forks: tuple[Fork, ...]) -> None:
+        self._histories[timeline] = forks
+
+    def problem(self, fact: str) -> None:
+        """Something that people have to know, and that the rest of the repository does not suffer from."""
+        self._problems.append(fact)
+
+    @property
+    def any_segment(self) -> WalFile | None:
+        """Some finished segment, by which the segment size can be found out."""
+        for timeline, members in self._segments.items():
+            log, seg = min(members)
+            return WalFile.parse(f"{timeline:08X}{log:08X}{seg:08X}")
+        return None
+
+    @property
+    def segment_size(self) -> int | None:
+        """As the newest backup says; None if there is no backup."""
+        newest = max(self._backups.values(), key=lambda b: b.stopped, default=None)
+        return newest.segment_size if newest else None
+
+    def catalog(self, segment_size: int) -> Catalog:
+        """What has been added. Names that cannot exist with that segment size count as unknown."""
+        unknown = set(self._unknown)
+        return Catalog(
+            system_id=self._system_id,
+            segment_size=segment_size,
+            backups=tuple(sorted(self._backups.values(), key=lambda b: (b.stopped, b.stop_lsn, b.name))),
+            segments=self._runs(self._segments, segment_size, unknown, ""),
+            partials=self._runs(self._partials, segment_size, unknown, ".partial"),
+            histories=dict(self._histories),
+            labels=len(self._labels),
+            unknown=len(unknown),
+            examples=tuple(sorted(unknown)[:5]),
+            problems=tuple(self._problems),
+        )
+
+    @staticmethod
+    def _runs(
+        found: dict[int, set[tuple[int, int]]], segment_size: int, unknown: set[str], suffix: str
+    ) -> dict[int, Runs]:
+        per_log = segments_per_log(segment_size)
+        runs: dict[int, Runs] = {}
+        for timeline, members in found.items():
+            numbers = []
+            for log, seg in members:
+                if seg < per_log:
+                    numbers.append(log * per_log + seg)
+                else:
+                    unknown.add(f"wal/{timeline:08X}{log:08X}/{timeline:08X}{log:08X}{seg:08X}{suffix}")
+            if numbers:
+                runs[timeline] = Runs.of(numbers)
+        return runs
+
+
+def checked_info(key: str, name: str, content: bytes | bytearray) -> BackupInfo:
+    """The backup_info that was stored under ``key``, and is the one of the backup ``name``. Raises IntegrityError."""
+    info = BackupInfo.decode(key, content)
+    if info.name != name:
+        raise IntegrityError(f"{key} describes the backup {info.name}")
+    return info

@@ -1,0 +1,185 @@
+"""A timeline with its ancestors, and which bytes of which segment recovery may be given.
+
+At a fork PostgreSQL copies the old timeline's bytes into the new timeline's first segment, so the segment that contains
+a fork exists twice: the new timeline's file holds the old bytes up to the fork and the new ones behind it; the old
+timeline's file holds, behind the fork, bytes that the new timeline never had. Recovery (``XLogFileReadAnyTLI``) asks
+for the newest timeline that begins in or before the segment, and when that is absent goes back to the older ones
+without looking at where those ended: given such a file it replays past the fork, silently. Therefore:
+
+- each segment is taken from the newest leg of the lineage that begins in or before it, as PostgreSQL does;
+- an older leg's file is a substitute for it only in the segment where that leg ends, cut at the fork (zeros behind it);
+  the WAL ends there, as nothing of the new timeline can be replayed without that segment;
+- an older leg's file behind its fork is not part of the path, and is answered absent;
+- ``.partial`` (what the promoted server archived of the old timeline's open segment) stands in for an older leg's last
+  segment in the same way, and for the last segment of the lineage when no finished one is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipeline.wal import Lsn, WalFile, WalKind
+
+#: Is the segment of (timeline, number) stored?
+Stored = Callable[[int, int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """The part of the WAL that belongs to one timeline: ``[begin, end)``; the last leg has no end."""
+
+    timeline: int
+    begin: Lsn
+    end: Lsn | None
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """How a request for a segment is to be answered."""
+
+    #: The stored files that may serve, best first.
+    files: tuple[WalFile, ...]
+    #: Bytes of the segment that belong to the lineage; behind them zeros are served. None: all.
+    cut: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive segments of one timeline on the way: numbers ``[first, end)``."""
+
+    timeline: int
+    first: int
+    end: int
+    #: The last of them is a ``.partial``.
+    partial: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WalPath:
+    """The segments that recovery reads, without a hole, and why there are no more."""
+
+    stretches: tuple[Stretch, ...]
+    start: Lsn
+    #: The first byte that is not there: the end of the last segment, or a fork whose new timeline's segment is absent.
+    end: Lsn
+    #: The first missing segment, if there is more behind it (or more was asked for); None if the WAL just ends.
+    missing: WalFile | None
+    segment_size: int
+
+    def files(self) -> Iterator[WalFile]:
+        """In the order of recovery."""
+        for stretch in self.stretches:
+            for number in range(stretch.first, stretch.end):
+                yield self._file(stretch.timeline, number)
+
+    def backwards(self) -> Iterator[WalFile]:
+        """The last segment first."""
+        for stretch in reversed(self.stretches):
+            for number in range(stretch.end - 1, stretch.first - 1, -1):
+                yield self._file(stretch.timeline, number)
+
+    def _file(self, timeline: int, number: int) -> WalFile:
+        return WalFile.segment(timeline, number * self.segment_size, self.segment_size)
+
+    @property
+    def count(self) -> int:
+        return sum(stretch.end - stretch.first for stretch in self.stretches)
+
+    @property
+    def size(self) -> int:
+        """Bytes of plaintext."""
+        return self.count * self.segment_size
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """A timeline and its ancestors, the oldest first."""
+
+    legs: tuple[Leg, ...]
+    segment_size: int
+
+    @property
+    def timeline(self) -> int:
+        """The one that all this leads to."""
+        return self.legs[-1].timeline
+
+    def holds(self, timeline: int, lsn: Lsn) -> bool:
+        """Whether WAL of ``timeline`` up to ``lsn`` belongs to this lineage: lsn must not lie behind its fork."""
+        return any(leg.timeline == timeline and (leg.end is None or lsn <= leg.end) for leg in self.legs)
+
+    def newest(self, number: int) -> Leg:
+        """The leg that PostgreSQL asks first for the segment: the newest one that begins in or before it."""
+        for leg in reversed(self.legs):
+            if leg.begin // self.segment_size <= number:
+                return leg
+        return self.legs[0]
+
+    def serve(self, file: WalFile) -> Serve | None:
+        """How to answer a request of recovery for a segment; None: it is not part of this lineage."""
+        if file.kind is not WalKind.SEGMENT:
+            return None
+        leg = next((leg for leg in self.legs if leg.timeline == file.timeline), None)
+        start = file.start(self.segment_size)
+        # A leg that begins behind the segment cannot have it; PostgreSQL does not ask then.
+        if leg is None or leg.begin >= start + self.segment_size:
+            return None
+        if leg.end is not None and leg.end <= start:
+            return None
+        cut = None
+        if leg.end is not None and leg.end < start + self.segment_size:
+            cut = leg.end - start
+        partial = WalFile(file.timeline, file.log, file.seg, WalKind.PARTIAL, f"{file.name}.partial")
+        # A .partial is complete up to the fork only; in the middle of a leg it would end recovery silently.
+        may_be_partial = cut is not None or leg.end is None or leg.end == start + self.segment_size
+        return Serve((file, partial) if may_be_partial else (file,), cut)
+
+    def path(self, segment: Stored, partial: Stored, start: Lsn, wanted: Lsn) -> WalPath:
+        """The segments from ``start`` up to ``wanted``, or up to the first missing one. See ``Catalog.wal_path``."""
+        size = self.segment_size
+        number = start // size
+        reached = Lsn(number * size)
+        stretches: list[Stretch] = []
+        # At least the segment with the start is always needed.
+        wanted = max(wanted, Lsn(start + 1))
+        while reached < wanted:
+            leg, whole = self._provider(number, segment, partial)
+            if leg is None:
+                break
+            _extend(stretches, leg.timeline, number, partial=not segment(leg.timeline, number))
+            if not whole and leg.end is not None and leg.end < (number + 1) * size:
+                reached = leg.end
+                break
+            number += 1
+            reached = Lsn(number * size)
+            if not whole:
+                break
+        missing = None
+        if reached < wanted:
+            # Also where an older timeline's file serves up to the fork, the newest one's is what is missing.
+            missing = WalFile.segment(self.newest(number).timeline, number * size, size)
+        return WalPath(tuple(stretches), start, reached, missing, size)
+
+    def _provider(self, number: int, segment: Stored, partial: Stored) -> tuple[Leg | None, bool]:
+        """Whose file serves the segment, and whether the path goes on behind it."""
+        newest = self.newest(number)
+        if segment(newest.timeline, number):
+            return newest, True
+        edge = Lsn((number + 1) * self.segment_size)
+        for leg in reversed(self.legs):
+            if leg.begin >= edge or (leg.end is not None and leg.end <= edge - self.segment_size):
+                continue
+            whole = leg is newest and leg.end == edge
+            if leg is not newest and segment(leg.timeline, number):
+                return leg, False
+            if partial(leg.timeline, number) and (leg.end is None or leg.end <= edge):
+                return leg, whole
+        return None, False
+
+
+def _extend(stretches: list[Stretch], timeline: int, number: int, *, partial: bool) -> None:
+    last = stretches[-1] if stretches else None
+    if last and last.timeline == timeline and last.end == number and not last.partial:
+        stretches[-1] = Stretch(timeline, last.first, number + 1, partial)
+    else:
+        stretches.append(Stretch(timeline, number, number + 1, partial))

@@ -1,0 +1,167 @@
+"""What a person asks a restore for: the moment, on which timeline, and what the server does once it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from enum import Enum
+
+from pipeline.errors import ConfigError
+from pipeline.wal import Lsn
+
+
+class TargetKind(Enum):
+    """The ways to name a moment."""
+
+    LATEST = "latest"
+    TIME = "time"
+    LSN = "lsn"
+    XID = "xid"
+    NAME = "name"
+    IMMEDIATE = "immediate"
+
+
+class Action(Enum):
+    """What the server does at the target: PostgreSQL's ``recovery_target_action``."""
+
+    PROMOTE = "promote"
+    PAUSE = "pause"
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A recovery target. Exactly the value of its kind is set."""
+
+    kind: TargetKind = TargetKind.LATEST
+    time: datetime | None = None
+    lsn: Lsn | None = None
+    xid: int | None = None
+    name: str = ""
+    #: Stop just after the target; False: just before it.
+    inclusive: bool = True
+    #: None: the newest one stored (for immediate: that of the backup).
+    timeline: int | None = None
+    action: Action = Action.PROMOTE
+
+    def __str__(self) -> str:
+        before = "" if self.inclusive else "just before "
+        if self.time is not None:
+            return f"{before}time {show(self.time)}"
+        if self.kind is TargetKind.LSN:
+            return f"{before}LSN {self.lsn}"
+        if self.kind is TargetKind.XID:
+            return f"{before}transaction {self.xid}"
+        if self.kind is TargetKind.NAME:
+            return f"restore point {self.name!r}"
+        return "latest" if self.kind is TargetKind.LATEST else "the end of the backup (immediate)"
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        time: str | None = None,
+        lsn: str | None = None,
+        xid: str | None = None,
+        name: str | None = None,
+        immediate: bool = False,
+        latest: bool = False,
+        exclusive: bool = False,
+        timeline: int | None = None,
+        action: str = "promote",
+        zone: tzinfo | None = None,
+    ) -> Target:
+        """What was typed → the target. ``zone`` is for times without one; None means this machine's.
+
+        Raises ConfigError that names the option.
+        """
+        given = {"--to-time": time, "--to-lsn": lsn, "--to-xid": xid, "--to-name": name}
+        chosen = [option for option, value in given.items() if value is not None]
+        chosen += ["--immediate"] * immediate + ["--latest"] * latest
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} contradict each other", hint="give one recovery target")
+        if exclusive and not (time or lsn or xid):
+            raise ConfigError("--exclusive needs --to-time, --to-lsn or --to-xid")
+        if timeline is not None and not 1 <= timeline < 1 << 32:
+            raise ConfigError(f"--timeline {timeline} is not a timeline; the first one is 1")
+        if action not in {a.value for a in Action}:
+            raise ConfigError(f"--action {action} is unknown", hint="promote, pause or shutdown")
+        rest = cls(inclusive=not exclusive, timeline=timeline, action=Action(action))
+        if time is not None:
+            return rest.to_time(parse_time(time, zone))
+        if lsn is not None:
+            try:
+                return rest.to_lsn(Lsn.parse(lsn))
+            except ValueError as error:
+                raise ConfigError(f"--to-lsn: {error}") from None
+        if xid is not None:
+            return rest.with_kind(TargetKind.XID, xid=_xid(xid))
+        if name is not None:
+            if not 0 < len(name.encode()) < 64:
+                raise ConfigError("--to-name: the name of a restore point has 1 to 63 bytes")
+            return rest.with_kind(TargetKind.NAME, name=name)
+        return rest.with_kind(TargetKind.IMMEDIATE if immediate else TargetKind.LATEST)
+
+    def with_kind(
+        self,
+        kind: TargetKind,
+        *,
+        time: datetime | None = None,
+        lsn: Lsn | None = None,
+        xid: int | None = None,
+        name: str = "",
+    ) -> Target:
+        """Another moment, the same timeline, action and side."""
+        return Target(kind, time, lsn, xid, name, self.inclusive, self.timeline, self.action)
+
+    def to_time(self, time: datetime) -> Target:
+        return self.with_kind(TargetKind.TIME, time=time)
+
+    def to_lsn(self, lsn: Lsn) -> Target:
+        return self.with_kind(TargetKind.LSN, lsn=lsn)
+
+
+def _xid(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"--to-xid {text!r} is not a transaction id", hint="pg_current_xact_id() gives one")
+    value = int(text)
+    if value >= 1 << 64 or value & 0xFFFFFFFF < 3:
+        raise ConfigError(f"--to-xid {text} is not the id of a transaction", hint="the first one is 3")
+    # PostgreSQL compares the low 32 bits; pg_current_xact_id() carries the epoch above them.
+    return value & 0xFFFFFFFF
+
+
+def parse_time(text: str, zone: tzinfo | None = None) -> datetime:
+    """``2026-01-14 12:00:00+01`` → the moment in UTC. Without a zone it is ``zone``, or this machine's.
+
+    Accepts what PostgreSQL prints and RFC 3339. Raises ConfigError.
+    """
+    words = text.strip()
+    for name in (" UTC", " GMT", "Z"):
+        words = words.removesuffix(name) + "+00:00" if words.endswith(name) else words
+    try:
+        moment = datetime.fromisoformat(words)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=zone) if zone else moment.astimezone()
+        return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"--to-time {text!r} is not a time", hint="2026-01-14 12:00:00, or with a zone: 2026-01-14T12:00:00+01:00"
+        ) from None
+
+
+def zone_remark(text: str, moment: datetime, zone: tzinfo | None = None) -> str:
+    """A sentence for people about how ``text`` was understood as ``moment``; empty if it named its zone itself."""
+    if parse_time(text, UTC) == moment == parse_time(text, _FAR):
+        return ""
+    local = moment.astimezone(zone)
+    return f"{text.strip()} has no time zone; it was taken as {local.tzname()}: {local.isoformat(sep=' ')}"
+
+
+def show(moment: datetime) -> str:
+    """As messages print a time: UTC, with microseconds where there are any."""
+    return moment.astimezone(UTC).isoformat(sep=" ").replace("+00:00", " UTC")
+
+
+#: Some zone in which no wall clock shows what it does in UTC.
+_FAR = timezone(timedelta(hours=11))

@@ -1,0 +1,41 @@
+# The few verbs of the project. Each brings what it needs into .venv first; python3 (3.11 or later) is all that must be there.
+
+PYTHON = .venv/bin/python
+# How many tests run at once; and more words for pytest, such as ARGS='-k restore'
+WORKERS = 2
+ARGS =
+
+.DEFAULT_GOAL = help
+.PHONY: help demo test check format bench lock clean bootstrap
+
+help: ## show these words
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-16s %s\n' "  $$verb" "$$text"; done
+
+demo: bootstrap ## the whole job on an embedded PostgreSQL and S3 server, in about a minute
+	@.venv/bin/walship demo $(ARGS)
+
+test: bootstrap ## every test
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: bootstrap ## format, lint, types and walls
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-logo
+
+format: bootstrap ## put the code into shape
+	$(PYTHON) -m ruff check --fix-only .
+	$(PYTHON) -m ruff format .
+
+bench: bootstrap ## time and memory, beside pgBackRest where it is installed
+	$(PYTHON) -m tests.benchmarks $(ARGS)
+
+lock: bootstrap ## pin the newest versions that fit together, in constraints.lock
+	sh .ci/lock
+
+clean: ## remove what the other verbs have made
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+bootstrap:
+	@sh .ci/bootstrap

@@ -1,0 +1,107 @@
+"""BASE_BACKUP over the replication protocol: a stream of messages, nothing on disk, no more memory than one message.
+
+PostgreSQL 15 and later send everything in one COPY: ``n`` begins an archive, ``d`` is data of it, ``p`` is progress,
+``m`` begins the manifest (documentation: "Streaming Replication Protocol", BASE_BACKUP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from psycopg.pq import ExecStatus
+
+from infra.postgres.replication import ReplicationConnection, Row, rows_of
+from infra.settings import Settings
+from pipeline.backup import (
+    ArchiveBegan,
+    ArchiveData,
+    BackupMessage,
+    BackupStarted,
+    BackupStopped,
+    ManifestData,
+    Tablespace,
+)
+from pipeline.errors import SourceError
+from pipeline.wal import Lsn
+
+#: The first version with this form of the stream.
+OLDEST = 15
+
+
+async def stream(settings: Settings, *, label: str = "walship", fast: bool = True) -> AsyncIterator[BackupMessage]:
+    """Take a base backup: see ``pipeline.backup`` for the order of messages. Data comes in pieces of up to 32 KB.
+
+    Read it within ``contextlib.aclosing``: closing the generator closes the connection, and that ends the backup on the
+    server. The server sends only as fast as messages are taken. ``fast`` asks for an immediate checkpoint.
+
+    Does not wait for WAL: the WAL from start to stop LSN must be safe before the backup counts. SourceError with the
+    server's words if it fails at any point.
+    """
+    async with await ReplicationConnection.open(settings) as connection:
+        if connection.server_version < OLDEST * 10000:
+            raise SourceError(
+                f"PostgreSQL {connection.server_version // 10000} is too old: walship backs up {OLDEST} and later",
+                hint="use another tool for this server until it is upgraded",
+            )
+        await connection.send(_command(label, fast=fast))
+        yield await _started(connection)
+        result = await connection.result()
+        if result is None or result.status != ExecStatus.COPY_OUT:
+            raise SourceError("PostgreSQL did not begin to send the base backup", hint="see the server's log")
+        in_manifest = False
+        async for message in connection.copy_out():
+            kind, body = message[0], message[1:]
+            if kind == ord("d"):
+                yield ManifestData(bytes(body)) if in_manifest else ArchiveData(bytes(body))
+            elif kind == ord("n"):
+                yield ArchiveBegan(bytes(body).split(b"\0", 1)[0].decode().removesuffix(".tar"))
+            elif kind == ord("m"):
+                in_manifest = True
+            elif kind != ord("p"):
+                raise SourceError(
+                    f"PostgreSQL sent a message {chr(kind)!r} in a base backup that walship does not know"
+                )
+        yield await _stopped(connection)
+
+
+def _command(label: str, *, fast: bool) -> str:
+    quoted = label.replace("'", "''")
+    options = (
+        f"LABEL '{quoted}'",
+        "PROGRESS",
+        f"CHECKPOINT '{'fast' if fast else 'spread'}'",
+        "MANIFEST 'yes'",
+        # Without it the stream lacks the map, and a restore could not know where tablespaces belong.
+        "TABLESPACE_MAP 'true'",
+        "WAL 'false'",
+        # With WAIT the server itself waits for its archiver, for ever while that fails; we wait for the WAL to be
+        # safe in the stores, which says more.
+        "WAIT 'false'",
+    )
+    return f"BASE_BACKUP ({', '.join(options)})"
+
+
+async def _started(connection: ReplicationConnection) -> BackupStarted:
+    position = await _only_row(connection)
+    result = await connection.result()
+    rows = rows_of(result) if result is not None else []
+    # oid, location, size in kB; the default tablespace has neither oid nor location.
+    tablespaces = tuple(Tablespace(int(row[0]), row[1] or "") for row in rows if row[0] is not None)
+    estimate = sum(int(row[2] or 0) for row in rows) * 1024
+    return BackupStarted(Lsn.parse(position[0] or ""), int(position[1] or 0), tablespaces, estimate)
+
+
+async def _stopped(connection: ReplicationConnection) -> BackupStopped:
+    position = await _only_row(connection)
+    while await connection.result() is not None:
+        pass  # the end of the command: an error could still come
+    return BackupStopped(Lsn.parse(position[0] or ""), int(position[1] or 0))
+
+
+async def _only_row(connection: ReplicationConnection) -> Row:
+    """The start or the stop position: LSN and timeline."""
+    result = await connection.result()
+    rows = rows_of(result) if result is not None else []
+    if len(rows) != 1:
+        raise SourceError("PostgreSQL did not tell the position of the base backup", hint="see the server's log")
+    return rows[0]

@@ -1,0 +1,194 @@
+"""The replication protocol, as far as it is not about WAL: commands, their rows, and a COPY that comes from the server.
+
+Source: PostgreSQL documentation, "Streaming Replication Protocol". Nothing here blocks: libpq's blocking calls hold the
+GIL for as long as they wait, in whichever thread, so every wait is the event loop's, on the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeAlias
+
+import psycopg
+from psycopg.pq import DiagnosticField, ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
+
+from infra.postgres.connect import BACKUP_NAME, Connection, connect
+from infra.settings import Settings
+from pipeline.errors import SourceError
+from pipeline.wal import Lsn
+
+#: One row of a simple query: text as the server writes it.
+Row: TypeAlias = tuple[str | None, ...]
+
+_OF_COPY = (ExecStatus.COPY_OUT, ExecStatus.COPY_IN, ExecStatus.COPY_BOTH)
+
+
+@dataclass(frozen=True, slots=True)
+class SystemIdentity:
+    """The answer to IDENTIFY_SYSTEM."""
+
+    #: Decimal digits.
+    system_id: str
+    timeline: int
+    #: End of what is flushed, on a standby end of what is replayed or received.
+    lsn: Lsn
+
+
+class ReplicationConnection:
+    """One command at a time. After any error but a refused command it is of no use: close it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._conn: PGconn = connection.pgconn
+
+    @classmethod
+    async def open(cls, settings: Settings, *, application_name: str = BACKUP_NAME) -> Self:
+        """Connect. Raises SourceError with what to do: see ``connect``."""
+        return cls(await connect(settings, replication=True, application_name=application_name))
+
+    async def close(self) -> None:
+        """Leave at once; a command under way ends on the server as soon as it tries to send. Idempotent."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def server_version(self) -> int:
+        """As ``server_version_num`` says it: 170011."""
+        return self._conn.server_version
+
+    async def identify_system(self) -> SystemIdentity:
+        """Ask who the server is."""
+        row = (await self.rows("IDENTIFY_SYSTEM"))[0]
+        system_id, timeline, lsn = row[0], row[1], row[2]
+        assert system_id is not None
+        assert timeline is not None
+        assert lsn is not None
+        return SystemIdentity(system_id, int(timeline), Lsn.parse(lsn))
+
+    async def show(self, setting: str) -> str:
+        """The value of a setting: ``16MB``."""
+        return (await self.rows(f"SHOW {setting}"))[0][0] or ""
+
+    async def rows(self, command: str) -> list[Row]:
+        """Run a command that answers with rows, or with none. All of its result sets, joined."""
+        await self.send(command)
+        found: list[Row] = []
+        while (result := await self.result()) is not None:
+            found += rows_of(result)
+        return found
+
+    async def send(self, command: str) -> None:
+        """Send a command; its results are then taken one by one with ``result``."""
+        try:
+            self._conn.send_query(command.encode())
+            while self._conn.flush():
+                await self._writable()
+        except psycopg.Error as error:
+            raise self._lost(error) from None
+
+    async def result(self) -> PGresult | None:
+        """The next result of the command; None when it is complete. SourceError if it failed."""
+        try:
+            while self._conn.is_busy():
+                await self._readable()
+                self._conn.consume_input()
+            result = self._conn.get_result()
+        except psycopg.Error as error:
+            raise self._lost(error) from None
+        if result is None:
+            return None
+        if result.status in (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE):
+            raise _refused(result)
+        return result
+
+    async def copy_out(self) -> AsyncIterator[memoryview]:
+        """The messages of a COPY that ``result`` has announced; then go on with ``result``, which tells how it ended.
+
+        Reads from the socket only when asked for more: a slow consumer slows the server down, and nothing piles up.
+        """
+        while True:
+            try:
+                size, message = self._conn.get_copy_data(1)
+                if size == 0:
+                    await self._readable()
+                    self._conn.consume_input()
+                    continue
+            except psycopg.Error as error:
+                raise self._lost(error) from None
+            if size < 0:
+                return
+            yield message
+
+    async def _readable(self) -> None:
+        """Wait until the server has sent something, or is gone. Registered only while waiting: see ``copy_out``."""
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        descriptor = self._conn.socket
+        loop.add_reader(descriptor, _set, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_reader(descriptor)
+
+    async def _writable(self) -> None:
+        """Wait until the server takes more. It may have to be read from first, or both sides wait for each other."""
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        descriptor = self._conn.socket
+        loop.add_reader(descriptor, _set, ready)
+        loop.add_writer(descriptor, _set, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_writer(descriptor)
+            loop.remove_reader(descriptor)
+        self._conn.consume_input()
+
+    def _lost(self, error: psycopg.Error) -> SourceError:
+        words = " ".join(str(error).split())
+        return SourceError(
+            f"the replication connection to PostgreSQL broke: {words}",
+            hint="the server's log tells whether it was stopped, crashed or closed the connection",
+        )
+
+
+def rows_of(result: PGresult) -> list[Row]:
+    """All rows of a result; none if it is no result set."""
+    if result.status in _OF_COPY:
+        raise SourceError("PostgreSQL began a COPY where rows were expected", hint="this is a defect of walship")
+    return [
+        tuple(
+            None if (value := result.get_value(row, column)) is None else value.decode("utf-8", "replace")
+            for column in range(result.nfields)
+        )
+        for row in range(result.ntuples)
+    ]
+
+
+def _set(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _refused(result: PGresult) -> SourceError:
+    """The server's own words and SQLSTATE."""
+
+    def said(field: DiagnosticField) -> str:
+        return (result.error_field(field) or b"").decode("utf-8", "replace")
+
+    primary = said(DiagnosticField.MESSAGE_PRIMARY) or result.get_error_message()
+    detail, hint = said(DiagnosticField.MESSAGE_DETAIL), said(DiagnosticField.MESSAGE_HINT)
+    state = said(DiagnosticField.SQLSTATE)
+    words = f"{primary.strip()} ({state})" if state else primary.strip()
+    return SourceError(f"PostgreSQL refused: {words}" + (f": {detail}" if detail else ""), hint=hint)

@@ -12,8 +12,9 @@ The header is hashed and authenticated as the bytes that were read, never as byt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from pipeline.errors import IntegrityError
 
@@ -89,25 +90,40 @@ def read_header(name: str, front: bytes | bytearray | memoryview) -> tuple[Heade
     return _parse(name, raw), 12 + size
 
 
-def _parse(name: str, raw: bytes) -> Header:
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def strict_json(text: bytes) -> Any:
+    """JSON in which no member is doubled: readers disagree about which of two counts. Raises ValueError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) != len(pairs):
             raise ValueError("a member is doubled")
         return members
 
     try:
-        members = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_members(what: str, text: bytes, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """A JSON object that has exactly the members ``kinds``, each of that type. Raises IntegrityError about ``what``."""
+    try:
+        members = strict_json(text)
         if not isinstance(members, dict):
-            raise TypeError("it is not an object")
-        if members.keys() != _MEMBERS.keys():
-            odd = sorted(members.keys() ^ _MEMBERS.keys())
-            raise ValueError(f"unknown or missing members: {', '.join(odd)}")
-        for member, kind in _MEMBERS.items():
+            raise ValueError("it is not an object")  # noqa: TRY004  # what was read is wrong, not what was called
+        if members.keys() != kinds.keys():
+            odd = sorted(members.keys() ^ kinds.keys())
+            raise ValueError(f"unknown or missing members: {', '.join(odd)[:200]}")
+        for member, kind in kinds.items():
             if type(members[member]) is not kind:
                 raise ValueError(f"{member} is not {kind.__name__}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise IntegrityError(f"{name} has a header that cannot be read: {error}") from None
+    except ValueError as error:
+        raise IntegrityError(f"{what} cannot be read: {error}") from None
+    return members
+
+
+def _parse(name: str, raw: bytes) -> Header:
+    members = read_members(f"the header of {name}", raw, _MEMBERS)
     header = Header(**members, raw=raw)
     if not 0 <= header.plain_size <= MAX_PLAIN:
         raise IntegrityError(f"{name} claims {header.plain_size} bytes of plaintext; the format allows {MAX_PLAIN}")

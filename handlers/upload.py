@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from handlers.checksum import check_stored
-from pipeline.catalog import REPOSITORY
+from pipeline.catalog import REPOSITORY, data_key_name
 from pipeline.contracts import Body, Clock, Store
-from pipeline.errors import IntegrityError, ObjectConflict, StoreError, WalshipError
+from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError
 from pipeline.events import DestinationCaughtUp, DestinationFailed, Notice, ObjectStored
 from pipeline.objects import Header
 
@@ -207,8 +207,21 @@ class Uploader:
                 failure = IntegrityError(error.fact, hint=error.hint)  # its own trouble is not the receiver's
                 continue
             try:
+                await self._copy_key(header.key, other, outlet)
                 await outlet.deliver(Parcel(header, body, digest))
             finally:
                 body.close()
             return
         raise failure
+
+    async def _copy_key(self, key_id: str, source: Outlet, target: Outlet) -> None:
+        """The object may have been made by an earlier process, under a data key that the target has not seen."""
+        if not key_id:
+            return
+        name = data_key_name(key_id)
+        try:
+            await target.store.head(name)
+        except ObjectMissing:
+            body = await source.store.get(name)
+            with suppress(ObjectConflict):
+                await target.store.put(name, body)

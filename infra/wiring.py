@@ -14,7 +14,7 @@ from handlers.fetch import Fetcher
 from handlers.ship import Shipper
 from handlers.upload import Outlet, Uploader
 from infra.clock import SystemClock
-from infra.keys import RepositoryKeys, open_keyring
+from infra.keys import Policy, RepositoryKeys, open_keyring
 from infra.monitoring.log import log_notice
 from infra.repository import Destination, RepositoryFacts, find
 from infra.settings import Settings
@@ -94,8 +94,6 @@ async def open_site(
         keys = await _open_keys(
             stores, settings, facts.system_id, clock, writer=writer, allow_unencrypted=allow_unencrypted
         )
-        if writer:
-            _compare_policy(settings, keys)
         chain = make_chain(settings, keys, facts.system_id)
         fetch = Fetcher(stores, chain, facts.system_id)
         yield Site(settings, facts, destinations, stores, keys, chain, fetch, clock, notify)
@@ -141,6 +139,7 @@ async def _open_keys(
                 system_id,
                 settings.passphrase,
                 writer=writer,
+                wanted=_policy(settings) if writer else None,
                 allow_unencrypted=allow_unencrypted,
                 clock=clock,
             )
@@ -150,14 +149,6 @@ async def _open_keys(
     raise failure
 
 
-def _compare_policy(settings: Settings, keys: RepositoryKeys) -> None:
-    """What is sealed in the key ring binds every writer; a reader would refuse anything less."""
-    for name, sealed, wanted in (
-        ("WAL_ENCRYPTION_ENABLED", keys.policy.wal, settings.wal_encrypted),
-        ("BACKUP_ENCRYPTION_ENABLED", keys.policy.base, settings.backup_encryption_enabled),
-    ):
-        if sealed and not wanted:
-            raise ConfigError(
-                f"{name} is off, and this repository was made to encrypt what it concerns",
-                hint=f"set {name}=true, or make a new repository at another destination",
-            )
+def _policy(settings: Settings) -> Policy:
+    """What the settings want encrypted; a writer must agree with what is sealed in the key ring."""
+    return Policy(wal=settings.wal_encrypted, base=settings.backup_encryption_enabled)

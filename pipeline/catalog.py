@@ -53,6 +53,11 @@ def info_key(backup: str) -> str:
     return f"base/{backup}/backup_info"
 
 
+def data_key_name(key_id: str) -> str:
+    """A data key, sealed to the repository; never deleted."""
+    return f"keys/data-{key_id}"
+
+
 def kind_of(name: str) -> str:
     """What an object of that name is kept for: ``wal`` or ``base`` (a tail is WAL)."""
     return "base" if name.startswith("base/") else "wal"

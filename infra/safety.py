@@ -1,0 +1,68 @@
+"""Waiting until WAL is safe: what a base backup, a switch and the demo need to know before they say "done"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from pipeline.catalog import wal_key
+from pipeline.contracts import Clock, Store
+from pipeline.errors import SourceError
+from pipeline.wal import WalFile
+
+#: Seconds between looks.
+PAUSE = 0.5
+#: Seconds between words to the person who waits.
+EVERY = 5.0
+
+
+def segments_between(timeline: int, start: int, stop: int, segment_size: int) -> list[WalFile]:
+    """The segments that hold the bytes from ``start`` up to, not including, ``stop``; at least the one of ``start``."""
+    file = WalFile.segment(timeline, start, segment_size)
+    files = [file]
+    while files[-1].end(segment_size) < stop:
+        files.append(files[-1].next(segment_size))
+    return files
+
+
+async def wait_for_wal(
+    stores: Sequence[Store],
+    files: Iterable[WalFile],
+    *,
+    clock: Clock,
+    timeout: float,
+    tell: Callable[[str], None],
+) -> None:
+    """Return once every store has every file. SourceError after ``timeout`` seconds in which nothing new arrived."""
+    missing = {store.name: {wal_key(file) for file in files} for store in stores}
+    total = sum(map(len, missing.values()))
+    progressed = said = clock.monotonic()
+    while True:
+        before = sum(map(len, missing.values()))
+        for store in stores:
+            await _strike_out(store, missing[store.name])
+        left = sum(map(len, missing.values()))
+        if not left:
+            return
+        now = clock.monotonic()
+        if left < before:
+            progressed = now
+        place, names = next((place, names) for place, names in missing.items() if names)
+        first = min(names).rpartition("/")[2]
+        if now - progressed > timeout:
+            raise SourceError(
+                f"segment {first} has not arrived at {place} in {timeout:.0f} seconds",
+                hint="is `walship run` running? does PostgreSQL archive into the spool? `walship status` and"
+                " pg_stat_archiver tell; WALSHIP_WAL_TIMEOUT sets how long to wait",
+            )
+        if now - said >= EVERY:
+            said = now
+            tell(f"waiting for WAL: {total - left} of {total} segments are safe, next is {first} at {place}")
+        await clock.sleep(PAUSE)
+
+
+async def _strike_out(store: Store, missing: set[str]) -> None:
+    """Remove from ``missing`` what the store has, by one listing per folder that begins at the first missing name."""
+    for folder in {key.rpartition("/")[0] for key in missing}:
+        first = min(key for key in missing if key.startswith(f"{folder}/"))
+        # What sorts behind a name without its last digit begins with that name: ``after`` is exclusive.
+        missing -= {entry.key async for entry in store.list(f"{folder}/", after=first[:-1])}

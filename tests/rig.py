@@ -1,0 +1,214 @@
+"""A whole installation for acceptance tests: a real server that archives, a bucket, a local store, and the command.
+
+The command is always run as users run it: a process of its own, with settings in its environment and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from infra.postgres.processes import give, run_as
+from infra.postgres.throwaway import ThrowawayServer
+from tests.servers import new_server, programs
+
+PASSPHRASE = "correct horse battery staple"
+#: Variables of the machine that a command needs; settings of the person who runs the tests must not leak in.
+_KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT", "PYTHONDONTWRITEBYTECODE")
+
+
+class WrongExitError(AssertionError):
+    """The command ended with another exit code than was expected."""
+
+
+class Rig:
+    """One server, its spool, its destinations. Everything lives below ``folder``; ``close`` ends all processes."""
+
+    def __init__(
+        self, folder: Path, major: int, destinations: Sequence[str], *, settings: Mapping[str, str] | None = None,
+        segment_mb: int = 1, server_settings: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self.major = major
+        self.bin_dir = programs(major)
+        self.spool = folder / "spool"
+        self.spool.mkdir()
+        give(self.spool, run_as())
+        self.server = new_server(
+            major, folder, segment_mb=segment_mb,
+            settings={
+                "archive_mode": "on", "archive_library": "basic_archive", "wal_level": "replica",
+                "basic_archive.archive_directory": str(self.spool), "max_wal_senders": "5",
+                **(server_settings or {}),
+            },
+        )  # fmt: skip
+        self.extra = {
+            "WALSHIP_DESTINATIONS": ",".join(destinations),
+            "WALSHIP_SPOOL_DIR": str(self.spool),
+            "WALSHIP_PG_BIN_DIR": str(self.bin_dir),
+            "WALSHIP_WAL_TIMEOUT": "60",
+            "BACKUP_ENCRYPTION_ENABLED": "true",
+            "BACKUP_ENCRYPTION_PASSWORD": PASSPHRASE,
+            **(settings or {}),
+        }
+        self._services: list[subprocess.Popen[bytes]] = []
+        self._restored: list[ThrowawayServer] = []
+        self._targets: list[Path] = []
+
+    # -- the command
+
+    def environment(self, **changed: str) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        return {**kept, **self.server.environment(), **self.extra, **changed}
+
+    def run(
+        self, *words: str, expect: int = 0, timeout: float = 120.0, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """``walship WORDS``; fails the test with all that was printed if the exit code is another one."""
+        done = subprocess.run(
+            [sys.executable, "-m", "infra.cli", *words], env=dict(environment or self.environment()), cwd=self.folder,
+            capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if done.returncode != expect:
+            raise WrongExitError(
+                f"walship {' '.join(words)}: exit code {done.returncode}, not {expect}\n"
+                f"--- stdout\n{done.stdout[-4000:]}\n--- stderr\n{done.stderr[-8000:]}"
+            )
+        return done
+
+    def json(self, *words: str, expect: int = 0, timeout: float = 120.0) -> Any:
+        """The result of ``walship WORDS --json``."""
+        return json.loads(self.run(*words, "--json", expect=expect, timeout=timeout).stdout)
+
+    def serve(self, *prefix: str, **changed: str) -> subprocess.Popen[bytes]:
+        """Start ``walship run`` (or the Python program ``prefix`` in its place); its log goes to ``service.log``."""
+        command = [sys.executable, *(prefix or ("-m", "infra.cli")), "run"]
+        with (self.folder / "service.log").open("ab") as log:
+            service = subprocess.Popen(
+                command,
+                env=self.environment(**changed),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self._services.append(service)
+        return service
+
+    def stop(self, service: subprocess.Popen[bytes], number: int = signal.SIGTERM, *, timeout: float = 40.0) -> int:
+        if service.poll() is None:
+            service.send_signal(number)
+        return service.wait(timeout)
+
+    def service_log(self) -> str:
+        return (self.folder / "service.log").read_text("utf-8", "replace")
+
+    # -- the server
+
+    def sql(self, statement: str, *, dbname: str = "postgres") -> list[tuple[Any, ...]]:
+        return self.server.query(statement, dbname=dbname)
+
+    def wait(self, condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
+        """Until the condition holds; fails the test with the service's last words after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                log = self.service_log()[-4000:] if (self.folder / "service.log").exists() else ""
+                raise AssertionError(f"{what}: not within {timeout:.0f} s\n{log}")
+            time.sleep(0.05)
+
+    def spooled(self) -> list[str]:
+        """Names of the archived files that still wait in the spool."""
+        return sorted(p.name for p in self.spool.iterdir() if p.is_file() and not p.name.startswith((".", "archtemp")))
+
+    def drained(self) -> None:
+        """Wait until PostgreSQL has archived all finished segments, and all are acknowledged."""
+        self.wait(lambda: not self.spooled(), "the spool is empty")
+
+    # -- restored clusters
+
+    def target(self, name: str = "restored") -> Path:
+        """A folder to restore into: empty, and the server user's."""
+        target = self.folder / f"{name}{len(self._targets)}"
+        target.mkdir(mode=0o700)
+        give(target, run_as())
+        self._targets.append(target)
+        return target
+
+    def adopt(self, target: Path) -> ThrowawayServer:
+        """A server on a restored directory, not yet started; ended with the rig."""
+        server = ThrowawayServer(self.bin_dir, target)
+        self._restored.append(server)
+        return server
+
+    def close(self) -> None:
+        for service in self._services:
+            if service.poll() is None:
+                service.kill()
+                service.wait()
+        for server in (*self._restored, self.server):
+            server.close()
+        for target in self._targets:
+            stop_started(target)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def stop_started(target: Path) -> None:
+    """End a server that ``restore --start`` left running on a directory, and wait until it is gone."""
+    try:
+        pid = int((target / "postmaster.pid").read_text("utf-8").splitlines()[0])
+    except (OSError, ValueError, IndexError):
+        return
+    try:
+        os.kill(pid, signal.SIGQUIT)
+        for _ in range(400):
+            os.kill(pid, 0)
+            time.sleep(0.05)
+    except ProcessLookupError:
+        return
+
+
+class Load:
+    """Clients that commit numbered rows until they are stopped, and remember what was acknowledged."""
+
+    def __init__(self, server: ThrowawayServer) -> None:
+        self._server = server
+        self._stop = threading.Event()
+        self.acknowledged: list[int] = []
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._server.query("create table if not exists load (n bigint primary key, filler text)")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+    def _work(self) -> None:
+        import psycopg
+
+        try:
+            with psycopg.connect(self._server.dsn(), autocommit=True) as connection:
+                number = connection.execute("select coalesce(max(n), 0) from load").fetchone()
+                n = int(number[0]) if number else 0
+                while not self._stop.is_set():
+                    n += 1
+                    connection.execute("insert into load values (%s, repeat(md5(%s::text), 20))", (n, n))
+                    self.acknowledged.append(n)
+        except psycopg.OperationalError:
+            return  # the server was killed under us: what is in the list was acknowledged

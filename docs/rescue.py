@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Read a walship repository without walship.
 
 Needs Python 3.11, `cryptography` 50 or later and one zstd library: Python 3.14's own, `backports.zstd` or `zstandard`
@@ -13,6 +12,9 @@ in it: any tool that copies files or a bucket makes one. What is read is checked
 The passphrase is taken from BACKUP_ENCRYPTION_PASSWORD or from --passphrase-file, else asked for.
 """
 
+# A script to be read, copied and changed in a hurry, not a library:
+# ruff: noqa: ANN001, ANN002, ANN201, ANN202, ANN204, N818
+
 import argparse
 import getpass
 import hashlib
@@ -24,6 +26,15 @@ import sys
 import unicodedata
 import zlib
 from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 MAGIC = b"WALSHIP\x01"
 CHUNK = 1 << 20
@@ -56,16 +67,10 @@ def context(purpose, *values):
 
 
 def hkdf(secret, size, info, salt=None):
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
     return HKDF(SHA256(), size, salt=salt, info=info).derive(secret)
 
 
 def hpke_open(sealed, private, info):
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-    from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
-
     suite = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
     return suite.decrypt(sealed, X25519PrivateKey.from_private_bytes(private), info)
 
@@ -93,6 +98,7 @@ def decompress(codec, data, size):
             except ImportError:
                 import zstandard
 
+                require(zstandard.frame_content_size(data) in (-1, size), "its size is not what its header says")
                 return zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
         stream = zstd.ZstdDecompressor()
     plain = stream.decompress(data, size + 1)
@@ -102,9 +108,6 @@ def decompress(codec, data, size):
 
 def decrypt(header, raw, data, secret):
     """Frames to compressed bytes: chunks of 1 MiB, a nonce of an 11-byte counter and a last-chunk flag."""
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
-
     cipher = header["cipher"]
     size = CBC_KEY_SIZE.get(cipher)
     require(size or cipher in ("aes-256-gcm", "chacha20-poly1305"), f"unknown cipher {cipher}")
@@ -177,7 +180,7 @@ class Repository:
             raise Damaged(f"{name}: {error}") from None
         except OSError:
             raise
-        except Exception as error:  # the libraries have many ways to say that bytes are wrong
+        except Exception as error:  # noqa: BLE001  # the libraries have many ways to say that bytes are wrong
             raise Damaged(f"{name}: {type(error).__name__} {error}") from None
         return plain, stored[-32:].hex()
 
@@ -190,10 +193,6 @@ class Repository:
         return members
 
     def open_ring(self, name, passphrase):
-        from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-
         def unwrap(members):
             for wrap in (w for w in members["wraps"] if w["kind"] == "scrypt"):
                 require(wrap["n"] <= 1 << 18 and wrap["r"] == 8 and wrap["p"] <= 16, "unreasonable scrypt parameters")
@@ -238,7 +237,7 @@ def join_archive(repository, backup, archive, out):
     chosen = [a for a in info["archives"] if a["name"] == archive]
     require(chosen, f"{backup} has no archive {archive}; it has {', '.join(a['name'] for a in info['archives'])}")
     size = 0
-    with open(out, "xb") as tar:
+    with Path(out).open("xb") as tar:
         for number, digest in enumerate(chosen[0]["parts"], 1):
             name = f"base/{backup}/data/{archive}/{number:08d}"
             plain, found = repository.read(name, info["id"])

@@ -1,0 +1,156 @@
+"""The stores, and how a destination's URL names one.
+
+file:///backups/pg
+s3://bucket/prefix?endpoint=http://s3:8333&region=us-east-1
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from infra.clock import SystemClock
+from infra.settings import Settings
+from infra.storage.local import LocalStore
+from infra.storage.retry import Observer, Retrying, RetryPolicy
+from infra.storage.rooted import Rooted
+from infra.storage.s3 import S3Store
+from infra.storage.s3_client import S3Options
+from pipeline.contracts import Clock, Store
+from pipeline.errors import ConfigError, StoreError
+
+#: The options of an S3 destination, and what each may be; an empty tuple means any text.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "endpoint": (),
+    "region": (),
+    "path_style": ("true", "false"),
+    "checksums": ("when_required", "when_supported"),
+    "ca": (),
+    "sse": ("AES256", "aws:kms", "aws:kms:dsse"),
+    "kms_key": (),
+    "storage_class": (),
+    "lock": ("GOVERNANCE", "COMPLIANCE"),
+}
+_FORMS = "a destination is file:///folder or s3://bucket/prefix?endpoint=…&region=…"
+
+
+def open_store(
+    url: str,
+    settings: Settings,
+    *,
+    clock: Clock | None = None,
+    policy: RetryPolicy | None = None,
+    observe: Observer | None = None,
+) -> Store:
+    """The store of a destination, with patience around it. Nothing is contacted yet. Raises ConfigError."""
+    parts = urlsplit(url)
+    store: Store
+    if parts.scheme == "file":
+        store = LocalStore(_folder(url))
+    elif parts.scheme == "s3":
+        store = _bucket(url, settings)
+    else:
+        raise ConfigError(f"{display_name(url)} is no destination", hint=_FORMS)
+    return Retrying(store, clock or SystemClock(), policy, observe=observe or (lambda *_: None))
+
+
+def display_name(url: str) -> str:
+    """The URL as people and metrics see it: without options and without anything that could be a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+
+
+def make_folder(url: str) -> None:
+    """Create the folder of a ``file:`` destination if the one above is there; nothing for others. For ``init``.
+
+    Only ``init`` may do this: a folder that is suddenly absent is a disk that is not mounted. Raises StoreError.
+    """
+    if urlsplit(url).scheme != "file":
+        return
+    folder = _folder(url)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the folder {folder} cannot be made: {error.strerror}", hint="create it for the user that runs walship"
+        ) from error
+
+
+def _folder(url: str) -> Path:
+    parts = urlsplit(url)
+    folder = Path(unquote(parts.path))
+    if parts.netloc not in {"", "localhost"}:
+        raise ConfigError(f"{url} names a host, or is a relative path", hint="a folder is file:///absolute/path")
+    if not folder.is_absolute() or ".." in folder.parts or folder == Path("/"):
+        raise ConfigError(f"{url} is not the absolute path of a folder", hint="a folder is file:///absolute/path")
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{display_name(url)} has options, and a folder has none", hint=_FORMS)
+    return folder
+
+
+def _bucket(url: str, settings: Settings) -> Store:
+    parts, name = urlsplit(url), display_name(url)
+    if not parts.netloc or "@" in parts.netloc or ":" in parts.netloc:
+        raise ConfigError(
+            f"{name} names no bucket, or more than a bucket",
+            hint=f"{_FORMS}; the server is its endpoint, and credentials come from AWS_ACCESS_KEY_ID",
+        )
+    if parts.fragment:
+        raise ConfigError(f"{name} has a part behind #", hint=_FORMS)
+    options = _options(name, parts.query)
+    access, secret = settings.aws_access_key_id.get_secret_value(), settings.aws_secret_access_key.get_secret_value()
+    if bool(access) != bool(secret):
+        raise ConfigError("of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY only one is set", hint="set both, or none")
+    store = S3Store(
+        S3Options(
+            bucket=parts.netloc,
+            access_key=access,
+            secret_key=secret,
+            session_token=os.environ.get("AWS_SESSION_TOKEN", "") if access else "",
+            **options,
+        )
+    )
+    prefix = unquote(parts.path).strip("/")
+    if not prefix:
+        return store
+    try:
+        return Rooted(store, prefix)
+    except StoreError as error:
+        raise ConfigError(f"{name} has a prefix that cannot be one: {error.fact}") from None
+
+
+def _options(name: str, query: str) -> dict[str, Any]:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise ConfigError(f"the options of {name} are not key=value&key=value", hint=_FORMS) from None
+    options: dict[str, Any] = {}
+    for key, value in pairs:
+        if key not in _OPTIONS:
+            raise ConfigError(f"{name} has an unknown option {key}", hint=f"there are {', '.join(_OPTIONS)}")
+        if key in options:
+            raise ConfigError(f"{name} has the option {key} twice")
+        if not value or (_OPTIONS[key] and value not in _OPTIONS[key]):
+            allowed = " or ".join(_OPTIONS[key]) or "not empty"
+            raise ConfigError(f"the option {key} of {name} is {value!r}", hint=f"it must be {allowed}")
+        options[key] = value
+    if "path_style" in options:
+        options["path_style"] = options["path_style"] == "true"
+    # What botocore itself would look at; said here so that the path style goes with it.
+    environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if environment:
+        options.setdefault("endpoint", environment)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options.setdefault("region", region)
+    endpoint = options.get("endpoint")
+    if endpoint is not None:
+        address = urlsplit(endpoint)
+        if address.scheme not in {"http", "https"} or not address.hostname or address.username or address.query:
+            raise ConfigError(
+                f"the endpoint of {name} is no http:// or https:// address of a server",
+                hint="an endpoint is https://host:port, without user and password",
+            )
+    return options

@@ -1,0 +1,153 @@
+"""Patience, as a store around a store: what may pass is tried again, within bounds; what will not is told at once.
+
+The delay after n failed attempts is drawn from 0 to ``first * 2**(n-1)`` seconds, at most ``most``: full jitter, so
+that many who failed together do not come back together (Brooker, "Exponential Backoff And Jitter", AWS Architecture
+Blog, 2015).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+from pipeline.contracts import Abilities, Body, Clock, ObjectInfo, Span, Store
+from pipeline.errors import StoreError
+
+T = TypeVar("T")
+
+#: Told after each attempt: the store's name, the operation, and the error if it failed.
+Observer = Callable[[str, str, StoreError | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how long an operation is tried."""
+
+    #: Attempts in all, the first one included.
+    attempts: int = 6
+    #: Seconds after which no further attempt begins.
+    total: float = 60.0
+    #: Upper end in seconds of the first delay; it doubles with each attempt.
+    first: float = 0.25
+    #: No delay is longer, in seconds.
+    most: float = 15.0
+
+    def delay(self, failed: int, draw: float) -> float:
+        """Seconds to wait after so many failed attempts; ``draw`` is random, from 0 to 1."""
+        return draw * min(self.most, self.first * 2.0 ** min(failed - 1, 30))
+
+
+#: As many attempts as usual and no waiting, for tests.
+AT_ONCE = RetryPolicy(first=0.0, most=0.0)
+
+
+class Retrying:
+    """See ``pipeline.contracts.Store``."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        policy: RetryPolicy | None = None,
+        *,
+        draw: Callable[[], float] = random.random,
+        observe: Observer | None = None,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._policy = policy or RetryPolicy()
+        self._draw = draw
+        self._observe = observe or (lambda *_: None)
+
+    @property
+    def name(self) -> str:
+        return self._store.name
+
+    async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
+        """As the contract says. A create whose answer got lost may meet its own object: that is an ObjectConflict."""
+        await self._try("put", lambda: self._store.put(key, body, replace=replace, keep_until=keep_until))
+
+    async def get(self, key: str, span: Span | None = None) -> Body:
+        return await self._try("get", lambda: self._store.get(key, span))
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self._try("head", lambda: self._store.head(key))
+
+    async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
+        """As the contract says. A listing that breaks goes on behind its last key, if its keys came in order."""
+        attempts: _Attempts | None = None
+        last, ordered = after, True
+        while True:
+            try:
+                async for info in self._store.list(prefix, after=last, shallow=shallow):
+                    ordered = ordered and info.key > last
+                    last, attempts = info.key, None
+                    yield info
+            except StoreError as error:
+                if not ordered:
+                    self._observe(self.name, "list", error)
+                    raise
+                attempts = attempts or self._begin("list")
+                await attempts.failed(error)
+            else:
+                self._observe(self.name, "list", None)
+                return
+
+    async def delete(self, keys: Collection[str]) -> None:
+        await self._try("delete", lambda: self._store.delete(keys))
+
+    async def probe(self, key: str, body: Body) -> Abilities:
+        return await self._try("probe", lambda: self._store.probe(key, body))
+
+    async def close(self) -> None:
+        await self._store.close()
+
+    async def _try(self, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        attempts = self._begin(operation)
+        while True:
+            try:
+                result = await attempt()
+            except StoreError as error:
+                await attempts.failed(error)
+            else:
+                self._observe(self.name, operation, None)
+                return result
+
+    def _begin(self, operation: str) -> _Attempts:
+        return _Attempts(
+            self._clock, self._policy, self._draw, lambda error: self._observe(self.name, operation, error)
+        )
+
+
+class _Attempts:
+    """The attempts of one operation: waits before the next one, or raises the last error."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        policy: RetryPolicy,
+        draw: Callable[[], float],
+        observe: Callable[[StoreError], None],
+    ) -> None:
+        self._clock = clock
+        self._policy = policy
+        self._draw = draw
+        self._observe = observe
+        self._began = clock.monotonic()
+        self._count = 0
+
+    async def failed(self, error: StoreError) -> None:
+        """Wait until the next attempt may begin, or raise: the error itself, or that it did not pass."""
+        self._count += 1
+        self._observe(error)
+        if not error.passing:
+            raise error
+        spent = self._clock.monotonic() - self._began
+        delay = self._policy.delay(self._count, self._draw())
+        if self._count >= self._policy.attempts or spent + delay > self._policy.total:
+            tries = "1 attempt" if self._count == 1 else f"{self._count} attempts"
+            raise StoreError(f"{error.fact} ({tries} in {spent:.1f} s)", hint=error.hint, passing=True) from error
+        await self._clock.sleep(delay)

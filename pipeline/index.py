@@ -1,0 +1,66 @@
+"""The index of a base backup: which file, or slice of a file, lies where in which part. JSON lines, made as data flows.
+
+A file that crosses the end of a part has a line for each slice; an empty file has one line of length 0. Directories and
+links have none: the archive itself says all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+
+from pipeline.catalog import PART_SIZE
+from pipeline.errors import IntegrityError
+from pipeline.tar import Entry, EntryKind
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Consecutive bytes of one file within one part."""
+
+    #: ``base``, or a tablespace's oid as digits.
+    archive: str
+    #: In the archive.
+    path: str
+    #: Bytes of the whole file.
+    size: int
+    #: Where the slice begins in the file.
+    offset: int
+    #: Number of the part, from 1.
+    part: int
+    #: Where the slice begins in the plaintext of the part.
+    part_offset: int
+    #: Bytes of the slice.
+    length: int
+
+    def encode(self) -> bytes:
+        """One line, with its end. Names that are no UTF-8 keep their bytes as lone surrogates, escaped."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, name: str, line: bytes | bytearray) -> Slice:
+        """The opposite of ``encode``; ``name`` is that of the index object, for messages. Raises IntegrityError."""
+        try:
+            found = cls(**json.loads(line))
+            if any(
+                type(getattr(found, f.name)) is not (str if f.name in ("archive", "path") else int) for f in fields(cls)
+            ):
+                raise TypeError("a member has the wrong type")
+        except (ValueError, TypeError) as error:
+            raise IntegrityError(f"{name} has a line that cannot be read: {error}") from None
+        return found
+
+
+def slices(archive: str, entry: Entry, part_size: int = PART_SIZE) -> Iterator[Slice]:
+    """The lines of one entry of an archive that is cut into parts of that many bytes."""
+    if entry.kind is not EntryKind.FILE:
+        return
+    done = 0
+    while True:
+        part, part_offset = divmod(entry.offset + done, part_size)
+        length = min(entry.size - done, part_size - part_offset)
+        yield Slice(archive, entry.path, entry.size, done, part + 1, part_offset, length)
+        done += length
+        if done >= entry.size:
+            return

@@ -1,8 +1,8 @@
 """From what was asked for and what is stored to a restore plan, or to a refusal that says what can be reached instead.
 
-Pure: whoever reads WAL to find the last record, a restore point or a transaction hands the result in. A plan is made before
-anything is touched, because PostgreSQL notices a target that it cannot reach only after hours of replay: "recovery ended
-before configured recovery target was reached". It looks at targets as records go by:
+Pure: whoever reads WAL to find the last record, a restore point or a transaction hands the result in. A plan is made
+before anything is touched, because PostgreSQL notices a target that it cannot reach only after hours of replay:
+"recovery ended before configured recovery target was reached". It looks at targets as records go by:
 
 - a time: stops at the first commit or abort *later* than it (at or later, if exclusive), so a later one must exist;
 - an LSN: compared with where a record *begins*, so the end of the last record is never reached;

@@ -1,0 +1,204 @@
+"""Hands WAL files to a recovering server through a folder, while the restore that laid it down waits for it.
+
+No program is started per segment, and the server's user needs no right to run this Python or to read any key: the sh
+script behind restore_command finds the next segments in ``ready/`` already and renames them away. What is not there it
+asks for with an empty file in ``want/``, and waits for the answer:
+
+    pid              process id and start time of the feed; the script asks nobody who is dead
+    want/NAME        made by the script
+    ready/NAME       the whole file, renamed in from stage/; the script renames it to where PostgreSQL wants it
+    absent/NAME      it is stored nowhere
+    failed/NAME      a store or the data failed: recovery has to stop
+
+A file that was handed over is served again when it is asked for again: recovery ends by asking twice for the last ones.
+The folder belongs to the server's user, so as root nothing in it is followed: every name is used below an open folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+
+from pipeline.contracts import Buffer
+from pipeline.errors import WalshipError
+from pipeline.wal import WalFile, WalKind
+
+FOLDERS = ("want", "ready", "absent", "failed", "stage")
+
+#: How long the feed looks away from want/. The script looks every 50 ms.
+_PAUSE = 0.02
+#: Bytes of segments that are kept ready, as far as at least two of them fit.
+_AHEAD = 128 << 20
+#: Segments that are fetched at the same time.
+_WIDTH = 3
+
+#: Answers a name with the file's bytes, or None for absent.
+Read = Callable[[str], Awaitable[Buffer | None]]
+
+
+class Feed:
+    """Serves one recovery from ``folder``, which is made if it is not there. Run ``serve`` until the server is up.
+
+    ``order``: the files that recovery will need, for reading ahead. ``owner``: user and group id that everything is
+    given to (as root), or None. ``notify`` is told why a file could not be served.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        read: Read,
+        order: Iterable[WalFile],
+        segment_size: int,
+        *,
+        owner: tuple[int, int] | None = None,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._folder = folder
+        self._read = read
+        self._order = deque(file.name for file in order)
+        self._ahead = max(2, min(16, _AHEAD // segment_size))
+        self._owner = owner
+        self._notify = notify
+        self._folders: dict[str, int] = {}
+        self._root = -1
+        self._working: set[str] = set()
+        #: Files handed to ready/ ahead of being asked for.
+        self._laid: set[str] = set()
+        self.served = 0
+        self.failures: list[WalshipError | OSError] = []
+
+    def open(self) -> None:
+        """Make the folders and announce the feed. Call it before the server starts; ``close`` undoes it."""
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._root = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        self._give(self._root)
+        for name in FOLDERS:
+            with contextlib.suppress(FileExistsError):  # from a restore that was killed; it is emptied next
+                os.mkdir(name, 0o700, dir_fd=self._root)
+            self._folders[name] = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._root)
+            self._give(self._folders[name])
+            self._empty(name)
+        _remove("pid", self._root)
+        self._write("pid", f"{os.getpid()} {_start_time()}\n".encode())
+        os.rename("pid", "pid", src_dir_fd=self._folders["stage"], dst_dir_fd=self._root)
+
+    def close(self) -> None:
+        """Tell the script that nobody is here any more, and take away what was not fetched. Idempotent."""
+        if self._root < 0:
+            return
+        _remove("pid", self._root)
+        for name in FOLDERS:
+            if name in self._folders:
+                self._empty(name)
+                os.close(self._folders.pop(name))
+        os.close(self._root)
+        self._root = -1
+
+    async def serve(self) -> None:
+        """Answer until cancelled. Errors of single files are answered as failed, told, and kept in ``failures``."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for name in self._listed("want"):
+                    if name not in self._working:
+                        group.create_task(self._answer(name))
+                        self._working.add(name)
+                self._read_ahead(group)
+                await asyncio.sleep(_PAUSE)
+
+    def _read_ahead(self, group: asyncio.TaskGroup) -> None:
+        """Keep the next segments in ready/."""
+        if not self._order:
+            return
+        self._laid &= set(self._listed("ready")) | self._working
+        while self._order and len(self._laid) < self._ahead and len(self._working) < _WIDTH:
+            name = self._order.popleft()
+            if name in self._working:
+                continue
+            self._laid.add(name)
+            self._working.add(name)
+            group.create_task(self._prepare(name))
+
+    async def _prepare(self, name: str) -> None:
+        """Read ahead. A failure is not told: recovery may stop before it needs this file, and asks if it does."""
+        try:
+            content = await self._read(name)
+            if content is not None:
+                await asyncio.to_thread(self._lay, "ready", name, content)
+        except (WalshipError, OSError):
+            self._laid.discard(name)
+        finally:
+            self._working.discard(name)
+
+    async def _answer(self, name: str) -> None:
+        """Serve a file that the script waits for."""
+        try:
+            file = WalFile.parse(name)
+            if file is not None and file.kind is WalKind.SEGMENT:
+                self._skip_to(name)
+            if name in self._listed("ready"):
+                return
+            content = await self._read(name)
+            if content is None:
+                await asyncio.to_thread(self._lay, "absent", name, b"")
+            else:
+                await asyncio.to_thread(self._lay, "ready", name, content)
+                self.served += 1
+        except (WalshipError, OSError) as error:
+            self.failures.append(error)
+            self._notify(f"{name} cannot be given to the server: {error}")
+            await asyncio.to_thread(self._lay, "failed", name, b"")
+        finally:
+            _remove(name, self._folders["want"])
+            self._working.discard(name)
+
+    def _skip_to(self, name: str) -> None:
+        """Recovery has come this far: reading ahead goes on behind it."""
+        if name in self._order:
+            while self._order.popleft() != name:
+                pass
+
+    def _lay(self, folder: str, name: str, content: Buffer) -> None:
+        """Write in stage/, then rename: the script never sees a part. Runs in a thread."""
+        self._write(name, content)
+        os.rename(name, name, src_dir_fd=self._folders["stage"], dst_dir_fd=self._folders[folder])
+
+    def _write(self, name: str, content: Buffer) -> None:
+        stage = self._folders["stage"]
+        _remove(name, stage)
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=stage)
+        with os.fdopen(handle, "wb") as out:
+            self._give(handle)
+            out.write(content)
+
+    def _give(self, handle: int) -> None:
+        if self._owner is not None:
+            os.fchown(handle, *self._owner)
+
+    def _listed(self, folder: str) -> list[str]:
+        """Names of WAL files only: whatever else someone puts there is none of ours."""
+        names = os.listdir(self._folders[folder])  # noqa: PTH208 - pathlib knows no open folders
+        return [name for name in names if WalFile.parse(name)]
+
+    def _empty(self, folder: str) -> None:
+        handle = self._folders[folder]
+        for name in os.listdir(handle):  # noqa: PTH208 - pathlib knows no open folders
+            if not stat.S_ISDIR(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
+                _remove(name, handle)
+
+
+def _remove(name: str, folder: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _start_time() -> str:
+    """Field 22 of /proc/self/stat: tells a process id that was given out again from the one that was meant."""
+    try:
+        return Path("/proc/self/stat").read_text("latin-1").rpartition(") ")[2].split()[19]
+    except OSError:
+        return "-"

@@ -1,0 +1,173 @@
+"""The way back of every object: the first good destination, then the chain backwards. And the listing of a repository.
+
+An object is absent only if *every* destination answered and none has it: a store that fails may be the one that holds
+it, and "absent" ends a recovery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+
+from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
+from pipeline.chain import Chain, Expected
+from pipeline.contracts import Body, Buffer, Fetch, Fetched, Store
+from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, StoreError
+from pipeline.objects import MAX_PLAIN, TRAILER_SIZE, Header
+from pipeline.wal import SEGMENT_SIZES, parse_history
+
+#: A backup_info of a cluster of 16 TB is 64 MB; a history file a few hundred bytes.
+_MOST_INFO = 256 << 20
+_MOST_HISTORY = 1 << 20
+
+
+class Fetcher:
+    """Reads objects. A ``pipeline.contracts.Fetch``.
+
+    ``destinations`` are rooted at the cluster's folder, the first is read first. ``notify`` is told, in a sentence,
+    what went wrong at one destination although another one served.
+    """
+
+    def __init__(
+        self,
+        destinations: Sequence[Store],
+        chain: Chain,
+        system_id: str,
+        *,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._destinations = tuple(destinations)
+        self._chain = chain
+        self._system_id = system_id
+        self._notify = notify
+
+    async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
+        """See ``pipeline.contracts.Fetch``."""
+        expected = Expected(name, self._system_id, backup, most)
+        failures: list[StoreError | IntegrityError] = []
+        fetched: Fetched | None = None
+        for store in self._destinations:
+            try:
+                fetched = await self._from(store, expected)
+                break
+            except ObjectMissing:
+                continue
+            except (StoreError, IntegrityError) as error:
+                failures.append(error)
+        if fetched is None:
+            raise self._verdict(name, failures)
+        for failure in failures:
+            self._notify(f"{failure.fact}; {fetched.destination} served {name} instead")
+        return fetched
+
+    async def _from(self, store: Store, expected: Expected) -> Fetched:
+        body = await store.get(expected.name)
+        try:
+            header, plain, digest = await asyncio.to_thread(self._decode, expected, body)
+        except IntegrityError as error:
+            raise IntegrityError(f"{store.name}: {error.fact}", hint=error.hint) from None
+        finally:
+            body.close()
+        return Fetched(header, plain, digest, store.name)
+
+    def _decode(self, expected: Expected, body: Body) -> tuple[Header, bytearray, str]:
+        """Runs in a thread: the whole chain in one hop."""
+        end = _End(body.chunks())
+        header, plain = self._chain.decode(expected, end)
+        return header, plain, end.trailer.hex()
+
+    def _verdict(self, name: str, failures: list[StoreError | IntegrityError]) -> StoreError | IntegrityError:
+        if not failures:
+            places = ", ".join(store.name for store in self._destinations)
+            return ObjectMissing(f"{name} is missing from {places}")
+        # A damaged copy is known to exist; a store that failed may yet serve a good one, so it is the one to name.
+        return next((error for error in failures if isinstance(error, StoreError)), failures[0])
+
+
+class _End:
+    """Pieces as they are, with the last 32 bytes remembered: the trailer of a stored object."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self.trailer = b""
+
+    def __iter__(self) -> Iterator[Buffer]:
+        for piece in self._pieces:
+            self.trailer = (self.trailer + piece[-TRAILER_SIZE:])[-TRAILER_SIZE:]
+            yield piece
+
+
+async def read_catalog(
+    destinations: Sequence[Store],
+    fetch: Fetch,
+    system_id: str,
+    *,
+    segment_size: int | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Catalog:
+    """List the destinations and read each backup_info and history: what any of them has is there.
+
+    What cannot be read is a problem of the catalog, not an error; so is a destination that cannot be listed, unless it
+    was the last one. ``segment_size`` in bytes is needed only where there is neither a backup nor a segment.
+    """
+    listing = Listing(system_id)
+    names: set[str] = set()
+    failures: list[StoreError] = []
+    for store in destinations:
+        try:
+            names |= await _list(store, listing)
+        except StoreError as error:
+            failures.append(error)
+            listing.problem(f"{store.name} could not be listed: {error.fact}")
+    if failures and len(failures) == len(destinations):
+        raise failures[0]
+    for name in sorted(names):
+        await _read_info(listing, fetch, name)
+    for file in sorted(listing.history_files):
+        try:
+            fetched = await fetch(wal_key(file), most=_MOST_HISTORY)
+            listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
+        except (IntegrityError, StoreError) as error:
+            listing.problem(f"the history of timeline {file.timeline} cannot be read: {error.fact}")
+    size = listing.segment_size or await _measured(listing, fetch) or segment_size
+    catalog = listing.catalog(size or SEGMENT_SIZES[4])
+    for problem in catalog.problems:
+        notify(problem)
+    return catalog
+
+
+async def _list(store: Store, listing: Listing) -> set[str]:
+    async for info in store.list("wal/"):
+        listing.add(info.key)
+    names = set()
+    async for info in store.list("base/", shallow=True):
+        # A folder proves nothing: whether there is a backup in it, its backup_info tells.
+        name = info.key.removeprefix("base/").rstrip("/")
+        if backup_of(info_key(name)):
+            names.add(name)
+    return names
+
+
+async def _read_info(listing: Listing, fetch: Fetch, name: str) -> None:
+    key = info_key(name)
+    try:
+        fetched = await fetch(key, backup=None, most=_MOST_INFO)
+        info = checked_info(key, name, fetched.plain)
+        if info.id != fetched.header.backup:
+            raise IntegrityError(f"{key} says another backup id than its header does")
+        listing.add_backup(info)
+    except ObjectMissing:
+        return  # being taken, or never finished
+    except (IntegrityError, StoreError) as error:
+        listing.problem(f"backup {name} cannot be used: {error.fact}")
+
+
+async def _measured(listing: Listing, fetch: Fetch) -> int | None:
+    """The segment size as a stored segment shows it; None if there is none."""
+    file = listing.any_segment
+    if file is None:
+        return None
+    size = len((await fetch(wal_key(file))).plain)
+    if size not in SEGMENT_SIZES:
+        raise RecoveryError(f"segment {file} holds {size} bytes, which is no segment size")
+    return size

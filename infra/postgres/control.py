@@ -99,8 +99,8 @@ _SETTINGS = (
     "synchronous_commit",
 )  # fmt: skip
 
-# pg_settings leaves out what the role may not see, where current_setting would be an error. A module's setting is not in
-# it unless the module is loaded, and basic_archive is loaded by the archiver only.
+# pg_settings leaves out what the role may not see, where current_setting would be an error. A module's setting is
+# not in it unless the module is loaded, and basic_archive is loaded by the archiver only.
 _READ_SETTINGS = """
 select name, setting from pg_settings where name = any(%s)
 union all select 'archive_directory', coalesce(current_setting('basic_archive.archive_directory', true), '')

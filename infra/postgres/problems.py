@@ -118,8 +118,8 @@ def _command(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
     if settings.spool_dir is not None and not _mentions(command, str(settings.spool_dir)):
         yield _elsewhere("archive_command", command, settings)
     if re.match(r"\s*(/bin/|/usr/bin/)?cp\s", command):
-        yield _warning("archive_command is a plain cp, which does not wait for the disk: after a power cut a segment that"
-                       " PostgreSQL has forgotten may be lost from the spool",
+        yield _warning("archive_command is a plain cp, which does not wait for the disk: after a power cut a segment"
+                       " that PostgreSQL has forgotten may be lost from the spool",
                        "prefer " + _wanted(settings).removeprefix("set "))  # fmt: skip
 
 

@@ -146,8 +146,8 @@ class Repository:
         self.folder = folder
         self.system_id = folder.name
         self.policy = {"wal": False, "base": False}
-        self.private = self.secret = None
-        rings = sorted(self.names("keys/ring-"))
+        self.private, self.makers = None, []
+        rings = [name for name in self.names("keys/ring-") if re.fullmatch(r"keys/ring-\d{8}", name)]
         if rings:
             self.open_ring(rings[-1], passphrase())
 
@@ -185,12 +185,12 @@ class Repository:
         return plain, stored[-32:].hex()
 
     def signed(self, name, key):
-        """The JSON of a ring or data key; `key` is asked for the MAC key and given the JSON."""
+        """The JSON of a ring or data key, None if it is forged; `key` is asked for the MAC key and given the JSON."""
         line, mac, empty = self.read(name)[0].split(b"\n")
         members = strict_json(line)
         require(not empty and members["system_id"] == self.system_id, f"{name} is of another cluster")
-        require(hmac.compare_digest(hmac.digest(key(members), line, "sha256").hex().encode(), mac), f"{name} is forged")
-        return members
+        right = hmac.digest(key(members), line, "sha256").hex().encode()
+        return members if hmac.compare_digest(right, mac) else None
 
     def open_ring(self, name, passphrase):
         def unwrap(members):
@@ -207,17 +207,28 @@ class Repository:
             raise SystemExit(f"rescue: the passphrase does not open {name}")
 
         members = self.signed(name, unwrap)
-        require(f"keys/ring-{members['ring']:08d}" == name, f"{name} is another ring")
+        require(members and f"keys/ring-{members['ring']:08d}" == name, f"{name} is forged, or another ring")
         inner = hpke_open(bytes.fromhex(members["sealed"]), self.private, context("ring", self.system_id))
         inner = strict_json(inner)
-        self.policy, self.secret = inner["policy"], bytes.fromhex(inner["writer_secret"])
+        self.policy = inner["policy"]
+        # A rotated repository lists what its former keys may still open.
+        self.makers = [(self.private, bytes.fromhex(inner["writer_secret"]), None)]
+        for old in inner["former"]:
+            keys = (bytes.fromhex(old["private_key"]), bytes.fromhex(old["writer_secret"]))
+            self.makers.append((*keys, old["data_keys"]))
 
     def data_key(self, key_id):
         require(re.fullmatch("[0-9a-f]{32}", key_id), "the id of its data key is impossible")
-        require(self.private, "it is encrypted, and there is no key ring")
-        members = self.signed(f"keys/data-{key_id}", lambda _: hkdf(self.secret, 32, context("data key")))
-        require(members["id"] == key_id, f"keys/data-{key_id} is another key")
-        return hpke_open(bytes.fromhex(members["sealed"]), self.private, context("data key", self.system_id, key_id))
+        name = f"keys/data-{key_id}"
+        require(self.makers, "it is encrypted, and there is no key ring")
+        for private, secret, only in self.makers:
+            if only is not None and key_id not in only:
+                continue
+            members = self.signed(name, lambda _, secret=secret: hkdf(secret, 32, context("data key")))
+            if members:
+                require(members["id"] == key_id, f"{name} is another key")
+                return hpke_open(bytes.fromhex(members["sealed"]), private, context("data key", self.system_id, key_id))
+        raise Damaged(f"{name} is forged")
 
 
 def list_all(repository):
@@ -272,7 +283,8 @@ def main():
         if args.verb == "list":
             list_all(repository)
         elif args.verb == "get":
-            Path(args.rest[1]).write_bytes(repository.read(args.rest[0], None)[0])
+            with Path(args.rest[1]).open("xb") as out:
+                out.write(repository.read(args.rest[0], None)[0])
         elif args.verb == "archive":
             join_archive(repository, *args.rest)
         else:

@@ -21,12 +21,13 @@ from infra.ring import (
     Ring,
     SealedKey,
     data_name,
+    fresh_ring,
     make_data_key,
-    make_ring,
     open_data_key,
     open_ring,
     read_data_key,
     ring_name,
+    seal_ring,
 )
 from pipeline.catalog import kind_of
 from pipeline.chain import Chain, Expected
@@ -36,8 +37,8 @@ from pipeline.objects import MemoryBody, read_members
 
 __all__ = ["Policy", "RepositoryKeys", "create_ring", "new_ring", "open_keyring"]
 
-#: A larger object under ``keys/`` is refused unread; a ring with 256 wraps is 80 kB.
-_MAX_SIZE = 256 * 1024
+#: A larger object under ``keys/`` is refused unread; a ring that lists 10,000 former data keys is 700 kB.
+_MAX_SIZE = 1 << 20
 #: Data keys read at a time.
 _AT_ONCE = 16
 _RING_KEY = re.compile(r"keys/ring-(\d{8})")
@@ -175,11 +176,10 @@ class RepositoryKeys:
 
         A JSON object; secret, to be stored with mode 0600. It can read and not write, and knows no later data key.
         """
-        keys = {}
         for key_id, sealed in self._sealed.items():
-            if isinstance(sealed, SealedKey):
-                keys[key_id] = self.find(key_id).secret.hex()
-        keys.update((key.id, key.secret.hex()) for key in self._opened.values())
+            if isinstance(sealed, SealedKey):  # a damaged one is an error when an object needs it, not here
+                self.find(key_id)
+        keys = {key.id: key.secret.hex() for key in self._opened.values()}
         return json.dumps(
             {"walship_restore_keys": 1, "system_id": self._system_id, "policy": asdict(self.policy), "keys": keys},
             separators=(",", ":"),
@@ -213,7 +213,7 @@ async def new_ring(system_id: str, passphrase: str, policy: Policy, clock: Clock
     Raises ConfigError for an empty passphrase.
     """
     now = clock.now()
-    content = await asyncio.to_thread(make_ring, system_id, passphrase, policy, now)
+    content = await asyncio.to_thread(seal_ring, fresh_ring(system_id, policy), [passphrase], [], now)
     return ring_name(1), _stored(ring_name(1), system_id, content, now)
 
 

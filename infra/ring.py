@@ -40,7 +40,8 @@ _MAX_WORK = 16 * SCRYPT_N * SCRYPT_P
 _MAX_WRAPS = 256
 
 _RING = {"ring": int, "system_id": str, "created": str, "public_key": str, "wraps": list, "sealed": str}
-_SEALED = {"policy": dict, "writer_secret": str}
+_SEALED = {"policy": dict, "writer_secret": str, "former": list}
+_FORMER = {"private_key": str, "writer_secret": str, "data_keys": list}
 _DATA = {"id": str, "system_id": str, "ring": int, "created": str, "sealed": str}
 _SCRYPT = {"kind": str, "n": int, "r": int, "p": int, "salt": str, "sealed": str}
 _RECIPIENT = {"kind": str, "public_key": str, "sealed": str}
@@ -56,19 +57,35 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Former:
+    """What a ring before a rotation had: opens what was written until then, and nothing new."""
+
+    private_key: bytes = field(repr=False)
+    writer_secret: bytes = field(repr=False)
+    #: Ids of the data keys made under it; no other is accepted, should the secret have leaked.
+    data_keys: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Ring:
     """An opened ring. To write, only ``public_key`` and ``writer_secret`` are used; ``private_key`` reads."""
 
     number: int
     system_id: str
     policy: Policy
-    public_key: bytes
     writer_secret: bytes = field(repr=False)
     private_key: bytes = field(repr=False)
+    #: Newest first.
+    former: tuple[Former, ...] = ()
+
+    @property
+    def public_key(self) -> bytes:
+        return X25519PrivateKey.from_private_bytes(self.private_key).public_key().public_bytes_raw()
 
     @property
     def fingerprint_key(self) -> bytes:
-        return derive(self.writer_secret, "fingerprint")
+        """The same for the whole life of a repository, so that a rotation makes no segment look like another."""
+        return derive(self.former[-1].writer_secret if self.former else self.writer_secret, "fingerprint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +96,8 @@ class SealedKey:
     #: Number of the ring that was in force when it was made.
     ring: int
     sealed: bytes = field(repr=False)
+    #: The repository key it was sealed to.
+    private_key: bytes = field(repr=False)
 
 
 def ring_name(number: int) -> str:
@@ -91,47 +110,51 @@ def data_name(key_id: str) -> str:
     return f"keys/data-{key_id}"
 
 
-def make_ring(
-    system_id: str, passphrase: str, policy: Policy, created: datetime, *, recipients: Sequence[bytes] = ()
-) -> bytes:
-    """A new repository's first ring: fresh private key and writer secret. Slow: one scrypt.
+def fresh_ring(system_id: str, policy: Policy) -> Ring:
+    """The first ring of a new repository."""
+    return Ring(1, system_id, policy, os.urandom(32), X25519PrivateKey.generate().private_bytes_raw())
+
+
+def seal_ring(ring: Ring, passphrases: Sequence[str], recipients: Sequence[bytes], created: datetime) -> bytes:
+    """The content of ``keys/ring-<number>``. Slow: one scrypt for each passphrase.
 
     ``recipients`` are X25519 public keys whose owners may open it too. Raises ConfigError for an empty passphrase.
     """
-    if not passphrase:
-        raise ConfigError(
-            "a key ring needs a passphrase, and BACKUP_ENCRYPTION_PASSWORD is empty",
-            hint="set it, or BACKUP_ENCRYPTION_PASSWORD_FILE, and keep a copy far from this machine",
-        )
-    key = X25519PrivateKey.generate()
-    private, public = key.private_bytes_raw(), key.public_key()
-    inner = _json({"policy": asdict(policy), "writer_secret": os.urandom(32).hex()})
-    salt = os.urandom(32)
-    wrap = AESGCM(_scrypt(passphrase, salt, SCRYPT_N, SCRYPT_R, SCRYPT_P))
-    wraps: list[dict[str, Any]] = [
-        {
-            "kind": "scrypt",
-            "n": SCRYPT_N,
-            "r": SCRYPT_R,
-            "p": SCRYPT_P,
-            "salt": salt.hex(),
-            # The key is used this once, for its salt is fresh: so a constant nonce is right.
-            "sealed": wrap.encrypt(bytes(12), private, _context("passphrase", system_id)).hex(),
-        }
-    ]
+    wraps: list[dict[str, Any]] = []
+    for passphrase in passphrases:
+        if not passphrase:
+            raise ConfigError(
+                "a key ring needs a passphrase, and BACKUP_ENCRYPTION_PASSWORD is empty",
+                hint="set it, or BACKUP_ENCRYPTION_PASSWORD_FILE, and keep a copy far from this machine",
+            )
+        salt = os.urandom(32)
+        wrap = AESGCM(_scrypt(passphrase, salt, SCRYPT_N, SCRYPT_R, SCRYPT_P))
+        # The wrap's key is used this once, because the salt is fresh: so a constant nonce is right.
+        sealed = wrap.encrypt(bytes(12), ring.private_key, _context("passphrase", ring.system_id))
+        costs = {"n": SCRYPT_N, "r": SCRYPT_R, "p": SCRYPT_P}
+        wraps.append({"kind": "scrypt", **costs, "salt": salt.hex(), "sealed": sealed.hex()})
     for recipient in recipients:
-        sealed = _seal(private, recipient, _context("recipient", system_id))
+        sealed = _seal(ring.private_key, recipient, _context("recipient", ring.system_id))
         wraps.append({"kind": "recipient", "public_key": recipient.hex(), "sealed": sealed.hex()})
+    former = [
+        {
+            "private_key": old.private_key.hex(),
+            "writer_secret": old.writer_secret.hex(),
+            "data_keys": sorted(old.data_keys),
+        }
+        for old in ring.former
+    ]
+    inner = _json({"policy": asdict(ring.policy), "writer_secret": ring.writer_secret.hex(), "former": former})
     return _signed(
         {
-            "ring": 1,
-            "system_id": system_id,
+            "ring": ring.number,
+            "system_id": ring.system_id,
             "created": _moment(created),
-            "public_key": public.public_bytes_raw().hex(),
+            "public_key": ring.public_key.hex(),
             "wraps": wraps,
-            "sealed": _seal(inner, public.public_bytes_raw(), _context("ring", system_id)).hex(),
+            "sealed": _seal(inner, ring.public_key, _context("ring", ring.system_id)).hex(),
         },
-        derive(private, "ring"),
+        derive(ring.private_key, "ring"),
     )
 
 
@@ -149,7 +172,7 @@ def open_ring(
     private = _unwrap(name, system_id, members["wraps"], public, passphrase, identity)
     if private is None:
         return None
-    if not hmac.compare_digest(hmac.digest(derive(private, "ring"), line, "sha256"), mac):
+    if not _is_mac(derive(private, "ring"), line, mac):
         raise IntegrityError(
             f"{name} was changed by somebody who cannot open it",
             hint="take the ring from another destination, and find out who else may write to this one",
@@ -162,7 +185,8 @@ def open_ring(
     inner = read_members(name, sealed, _SEALED)
     policy = read_members(name, _json(inner["policy"]), {"wal": bool, "base": bool})
     secret = _hex(name, "writer_secret", inner["writer_secret"], 32)
-    return Ring(number, system_id, Policy(**policy), public, secret, private)
+    former = tuple(_former(name, old) for old in inner["former"])
+    return Ring(number, system_id, Policy(**policy), secret, private, former)
 
 
 def make_data_key(ring: Ring, created: datetime) -> tuple[DataKey, bytes]:
@@ -186,7 +210,10 @@ def read_data_key(ring: Ring, key_id: str, content: bytes) -> SealedKey:
     """A data key, checked but not opened. Raises IntegrityError if no writer of this repository made it."""
     name = data_name(key_id)
     line, mac = _two_lines(name, content)
-    if not hmac.compare_digest(hmac.digest(derive(ring.writer_secret, "data key"), line, "sha256"), mac):
+    makers = [(ring.writer_secret, ring.private_key)]
+    makers += [(old.writer_secret, old.private_key) for old in ring.former if key_id in old.data_keys]
+    private = next((private for secret, private in makers if _is_mac(derive(secret, "data key"), line, mac)), None)
+    if private is None:
         raise IntegrityError(
             f"{name} was not made by a writer of this repository, or was changed",
             hint="take it from another destination; what is encrypted under it cannot be trusted until then",
@@ -194,13 +221,13 @@ def read_data_key(ring: Ring, key_id: str, content: bytes) -> SealedKey:
     members = read_members(name, line, _DATA)
     if (members["id"], members["system_id"]) != (key_id, ring.system_id):
         raise IntegrityError(f"{name} is the data key {members['id']} of the cluster {members['system_id']}")
-    return SealedKey(key_id, members["ring"], _hex(name, "sealed", members["sealed"]))
+    return SealedKey(key_id, members["ring"], _hex(name, "sealed", members["sealed"]), private)
 
 
 def open_data_key(ring: Ring, key: SealedKey) -> DataKey:
     """The data key itself. Raises IntegrityError if it was sealed to another repository key."""
     name = data_name(key.id)
-    secret = _unseal(name, key.sealed, ring.private_key, _context("data key", ring.system_id, key.id))
+    secret = _unseal(name, key.sealed, key.private_key, _context("data key", ring.system_id, key.id))
     if len(secret) != 32:
         raise IntegrityError(f"{name} holds a key of {len(secret)} bytes, not 32")
     return DataKey(key.id, secret)
@@ -209,6 +236,15 @@ def open_data_key(ring: Ring, key: SealedKey) -> DataKey:
 def derive(secret: bytes, purpose: str) -> bytes:
     """A key of 32 bytes for one purpose, by HKDF-SHA256 without salt."""
     return HKDF(SHA256(), 32, salt=None, info=_context(purpose)).derive(secret)
+
+
+def _former(name: str, value: Any) -> Former:
+    old = read_members(name, _json(value), _FORMER)
+    if not all(isinstance(key_id, str) for key_id in old["data_keys"]):
+        raise IntegrityError(f"{name} lists data keys of a former ring that are no ids")
+    private = _hex(name, "private_key", old["private_key"], 32)
+    secret = _hex(name, "writer_secret", old["writer_secret"], 32)
+    return Former(private, secret, frozenset(old["data_keys"]))
 
 
 def _unwrap(
@@ -288,6 +324,10 @@ def _context(purpose: str, *values: str) -> bytes:
 def _signed(members: dict[str, Any], key: bytes) -> bytes:
     line = _json(members)
     return line + b"\n" + hmac.digest(key, line, "sha256").hex().encode() + b"\n"
+
+
+def _is_mac(key: bytes, line: bytes, mac: bytes) -> bool:
+    return hmac.compare_digest(hmac.digest(key, line, "sha256"), mac)
 
 
 def _two_lines(name: str, content: bytes) -> tuple[bytes, bytes]:

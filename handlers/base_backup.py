@@ -50,7 +50,7 @@ _REPORT_EVERY = 1 << 20
 class WalSafe(Protocol):
     """How a backup waits for the WAL that makes it consistent."""
 
-    async def __call__(self, start: Lsn, stop: Lsn, timeline: int) -> None:
+    async def __call__(self, start: Lsn, stop: Lsn, timeline: int, /) -> None:
         """Returns once all WAL from ``start`` to ``stop`` is durable at every required destination.
 
         ``timeline`` is that of ``stop``. Raises WalshipError when it waited too long.

@@ -78,7 +78,7 @@ def _archiving(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
     if facts.in_recovery and facts.archive_mode != "always":
         yield _error("this server is a standby and does not archive with archive_mode = on",
                      "let walship watch the primary")  # fmt: skip
-    if facts.archive_command and facts.archive_library:
+    if facts.archive_command and facts.archive_library and facts.major >= 16:
         yield _error(f"archive_command and archive_library ({facts.archive_library}) are both set:"
                      " the archiver ends with an error, and nothing is archived",
                      "empty one of them and reload the server")  # fmt: skip
@@ -100,6 +100,10 @@ def _archiving(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
 
 
 def _library(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
+    if facts.archive_command:
+        yield _warning(f"archive_command is ignored because archive_library ({facts.archive_library}) is set;"
+                       " from PostgreSQL 16 on both together are an error",
+                       "empty one of them and reload the server")  # fmt: skip
     if facts.archive_library != "basic_archive":
         yield _warning(f"archive_library is {facts.archive_library}, which walship does not know",
                        "walship sees only what appears as finished files in WALSHIP_SPOOL_DIR")  # fmt: skip

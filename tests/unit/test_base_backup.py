@@ -1,0 +1,235 @@
+"""How a stream of messages becomes objects: order, cuts, memory, and what is left when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import pytest
+
+from handlers.base_backup import Cluster, Progress, take
+from pipeline.backup import (
+    ArchiveBegan,
+    ArchiveData,
+    BackupInfo,
+    BackupMessage,
+    BackupStarted,
+    BackupStopped,
+    ManifestData,
+    Tablespace,
+)
+from pipeline.catalog import PART_SIZE, part_key
+from pipeline.errors import IntegrityError, ObjectConflict, SourceError, StoreError, WalshipError
+from pipeline.index import Slice
+from pipeline.wal import Lsn
+from tests.clock import FastClock
+from tests.parts import Shelf
+
+START, STOP = Lsn.parse("0/2000028"), Lsn.parse("0/2000100")
+CLUSTER = Cluster("7", 170011, 16 << 20)
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def manifest(*, system_id: str = "7", start: Lsn = START, stop: Lsn = STOP) -> bytes:
+    lines = (
+        f'{{ "PostgreSQL-Backup-Manifest-Version": 2,\n"System-Identifier": {system_id},\n"Files": [\n],\n'
+        '"WAL-Ranges": [\n'
+        f'{{ "Timeline": 1, "Start-LSN": "{start}", "End-LSN": "{stop}" }}\n],\n'
+    ).encode()
+    return lines + f'"Manifest-Checksum": "{hashlib.sha256(lines).hexdigest()}"}}\n'.encode()
+
+
+def backup(archives: dict[str, bytes], *, paper: bytes | None = None, step: int = 1 << 20) -> list[BackupMessage]:
+    messages: list[BackupMessage] = [BackupStarted(START, 1, (Tablespace(16384, "/fast"),), 1000)]
+    for name, data in archives.items():
+        messages.append(ArchiveBegan(name))
+        messages += [ArchiveData(data[at : at + step]) for at in range(0, len(data), step)]
+    paper = manifest() if paper is None else paper
+    messages += [ManifestData(paper[at : at + 50]) for at in range(0, len(paper), 50)]
+    return [*messages, BackupStopped(STOP, 1)]
+
+
+async def play(messages: list[BackupMessage]) -> AsyncIterator[BackupMessage]:
+    for message in messages:
+        await asyncio.sleep(0)
+        yield message
+
+
+async def safe(start: Lsn, stop: Lsn, timeline: int) -> None:
+    assert (start, stop, timeline) == (START, STOP, 1)
+
+
+async def run(messages: list[BackupMessage], shelf: Shelf) -> BackupInfo:
+    return await take(play(messages), ship=shelf, cluster=CLUSTER, wal_safe=safe, clock=FastClock())
+
+
+BIG = {"base/1/1": b"\x01\x02\x03" * (PART_SIZE // 2), "base/1/2": b"", "global/pg_control": b"c" * 8192}
+
+
+async def test_parts_joined_are_the_archive_and_the_index_points_into_them() -> None:
+    shelf = Shelf()
+    archives = {"16384": tar({"PG_17/5/6": b"t" * 100}), "base": tar(BIG)}
+    info = await run(backup(archives), shelf)
+    assert [(a.name, a.size, len(a.parts)) for a in info.archives] == [
+        ("16384", len(archives["16384"]), 1), ("base", len(archives["base"]), 2),
+    ]  # fmt: skip
+    for name, data in archives.items():
+        assert await shelf.archive(info, name) == data
+    found: dict[str, bytearray] = {}
+    for line in await shelf.index(info):
+        piece = Slice.decode("index", line)
+        part = await shelf.read(part_key(info.name, piece.archive, piece.part), info.id)
+        content = found.setdefault(piece.path, bytearray())
+        assert piece.offset == len(content)
+        content += part[piece.part_offset : piece.part_offset + piece.length]
+    assert found == {**BIG, "PG_17/5/6": b"t" * 100}
+    assert await shelf.manifest(info) == manifest()
+
+
+async def test_backup_info_is_last_says_all_and_waits_for_the_wal() -> None:
+    shelf = Shelf()
+    at_wal: list[str] = []
+
+    async def wal_safe(_start: Lsn, _stop: Lsn, _timeline: int) -> None:
+        await asyncio.sleep(0)
+        at_wal.extend(shelf.names)
+
+    info = await take(
+        play(backup({"base": tar(BIG)})), ship=shelf, cluster=CLUSTER, wal_safe=wal_safe, clock=FastClock()
+    )
+    assert info.name == "base_20260114_120000"
+    # The index object is small and may overtake the part that was sent before it.
+    assert sorted(name.removeprefix(f"base/{info.name}/") for name in at_wal) == [
+        "backup_manifest", "data/base/00000001", "data/base/00000002", "index/00000001",
+    ]  # fmt: skip
+    assert at_wal[-1].endswith("backup_manifest")
+    assert shelf.names == [*at_wal, f"base/{info.name}/backup_info"]
+    assert await shelf.info(info.name, info.id) == info
+    assert (info.start_lsn, info.stop_lsn, info.timeline, info.system_id) == (START, STOP, 1, "7")
+    assert info.tablespaces == (Tablespace(16384, "/fast"),)
+    stored = [(await shelf.store.head(name)).size for name in at_wal]
+    assert info.stored_size == sum(stored)
+
+
+async def test_no_more_than_two_parts_are_under_way() -> None:
+    shelf = Shelf()
+    await run(backup({"base": tar({"x": bytes(PART_SIZE * 6)})}), shelf)
+    assert shelf.most == 2
+
+
+async def test_index_objects_are_cut_and_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handlers.base_backup.INDEX_SIZE", 300)
+    shelf = Shelf()
+    files = {f"base/1/{n}": b"x" * n for n in range(40)}
+    info = await run(backup({"base": tar(files)}, step=700), shelf)
+    assert len(info.index) > 10
+    assert [json.loads(line)["path"] for line in await shelf.index(info)] == list(files)
+
+
+async def test_progress_grows_and_names_what_is_done() -> None:
+    seen: list[Progress] = []
+    await take(
+        play(backup({"base": tar({"x": bytes(3 << 20)})})), ship=Shelf(), cluster=CLUSTER, wal_safe=safe,
+        clock=FastClock(), report=seen.append,
+    )  # fmt: skip
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert [p.current for p in seen][:1] + [p.current for p in seen][-2:] == ["base", "manifest", "wal"]
+    assert len(seen) >= 5
+    assert seen[0].estimate == 1000
+
+
+WHOLE = backup({"base": tar(BIG)})
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind", "words"),
+    [
+        (WHOLE[:-1], SourceError, "ended before it was complete"),
+        (WHOLE[:1], SourceError, "ended before it was complete"),
+        ([m for m in WHOLE if not isinstance(m, ArchiveBegan)], SourceError, "belongs to no archive"),
+        ([m for m in WHOLE if m is not WHOLE[10]], IntegrityError, "archive base"),
+        (backup({"base": tar(BIG)}, paper=manifest(system_id="8")), IntegrityError, "belongs to 8, the backup to 7"),
+        (backup({"base": tar(BIG)}, paper=manifest(stop=START)), IntegrityError, "does not end at 0/2000100"),
+        (backup({"base": tar(BIG)}, paper=manifest(start=STOP)), IntegrityError, "does not begin at 0/2000028"),
+        (backup({"base": tar(BIG)}, paper=manifest()[:-40]), IntegrityError, "is cut, or none"),
+        (backup({"base": tar(BIG)}, paper=manifest().replace(b"1,", b"2,", 1)), IntegrityError, "its own checksum"),
+    ],
+)  # fmt: skip
+async def test_a_stream_that_is_not_whole_makes_no_backup(
+    messages: list[BackupMessage], kind: type[WalshipError], words: str
+) -> None:
+    shelf = Shelf()
+    with pytest.raises(kind, match=words) as caught:
+        await run(messages, shelf)
+    assert shelf.backups == []
+    assert "no backup was made" in caught.value.hint
+    assert "base/base_20260114_120000/ is of no use" in caught.value.hint
+
+
+async def test_a_store_that_fails_makes_no_backup_and_leaves_nothing_running() -> None:
+    def refuse(name: str) -> None:
+        if name.endswith("00000002"):
+            raise StoreError("the store is full", hint="make room")
+
+    shelf = Shelf(before=refuse)
+    with pytest.raises(StoreError, match="the store is full") as caught:
+        await run(backup({"base": tar({"x": bytes(PART_SIZE * 5)})}), shelf)
+    assert caught.value.hint.startswith("make room; no backup was made")
+    assert shelf.backups == []
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_wal_that_never_becomes_safe_makes_no_backup() -> None:
+    async def wal_safe(_start: Lsn, _stop: Lsn, _timeline: int) -> None:
+        raise SourceError("WAL up to 0/2000100 is not safe after 600 s")
+
+    shelf = Shelf()
+    with pytest.raises(SourceError, match="is not safe"):
+        await take(play(WHOLE), ship=shelf, cluster=CLUSTER, wal_safe=wal_safe, clock=FastClock())
+    assert shelf.backups == []
+
+
+async def test_another_backup_of_the_same_second_is_left_alone() -> None:
+    shelf = Shelf()
+    info = await run(WHOLE, shelf)
+    with pytest.raises(ObjectConflict, match="began in the same second") as caught:
+        await run(WHOLE, shelf)
+    assert caught.value.hint == "take the backup again"
+    assert await shelf.info(info.name, info.id) == info
+    assert await shelf.archive(info, "base") == tar(BIG)
+
+
+async def test_cancelling_stops_the_stream_and_all_that_is_under_way() -> None:
+    closed = asyncio.Event()
+
+    async def endless() -> AsyncIterator[BackupMessage]:
+        try:
+            for message in WHOLE[:3]:
+                yield message
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    task = asyncio.create_task(
+        take(endless(), ship=Shelf(), cluster=CLUSTER, wal_safe=safe, clock=FastClock(datetime.now(UTC)))
+    )
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed.is_set()
+    assert len(asyncio.all_tasks()) == 1

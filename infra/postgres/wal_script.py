@@ -1,10 +1,10 @@
 """What stands in restore_command, and the sh script behind it.
 
-To PostgreSQL every exit status of restore_command from 1 to 125 means "the WAL ends here, promote": a Python that cannot
-import a module (1), an option it does not know (2), a script that cannot be opened (2 in dash), a full disk. So "absent"
-is 44 until the very last step, where the line in restore_command, and nothing else, turns 44 into 1, leaves 0, and makes
-200 of all the rest, which stops recovery. The paths are relative: PostgreSQL runs it in the data directory, wherever
-that is moved to.
+To PostgreSQL every exit status of restore_command from 1 to 125 means "the WAL ends here, promote": a Python that
+cannot import a module (1), an option it does not know (2), a script that cannot be opened (2 in dash), a full disk. So
+"absent" is 44 until the very last step, where the line in restore_command, and nothing else, turns 44 into 1, leaves 0,
+and makes 200 of all the rest, which stops recovery. The paths are relative: PostgreSQL runs it in the data directory,
+wherever that is moved to.
 """
 
 from __future__ import annotations

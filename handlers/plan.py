@@ -1,0 +1,181 @@
+"""The restore plan, made by reading as little WAL as the target needs: ``pipeline.recovery`` decides, this reads.
+
+- latest, time, LSN: the last segments, backwards, until the last record and the last transaction are known;
+- restore point, transaction: forwards from the newest backup; from older ones only if it was not found behind that;
+- immediate: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from handlers.serve_wal import WalServer  # a leaf: it only answers for one file
+from pipeline.backup import BackupInfo
+from pipeline.catalog import Catalog
+from pipeline.contracts import Fetch
+from pipeline.errors import IntegrityError, RecoveryError
+from pipeline.lineage import Lineage, WalPath
+from pipeline.recovery import (
+    Ending,
+    RestorePlan,
+    candidates,
+    check_start,
+    choose,
+    not_found,
+    remarks,
+    settle,
+    timeline_setting,
+)
+from pipeline.targets import Target, TargetKind, show
+from pipeline.wal import Lsn, WalFile
+from pipeline.walmarks import find_restore_point, find_xid, transactions
+from pipeline.walrecords import Carry, Payload
+
+#: Told of each segment that is read: how many so far.
+Progress = Callable[[int], None]
+
+
+async def plan_restore(
+    catalog: Catalog,
+    target: Target,
+    *,
+    fetch: Fetch,
+    now: datetime,
+    backup: str | None = None,
+    progress: Progress = lambda _: None,
+) -> RestorePlan:
+    """What to restore and where to stop. Touches nothing.
+
+    ``backup`` is the name of one that has to be used, or None. Raises RecoveryError when the target cannot be reached,
+    with what can be; StoreError and IntegrityError when the WAL that decides it cannot be read.
+    """
+    lineage, able = candidates(catalog, target, backup)
+    reader = _Reader(fetch, lineage, progress)
+    said: list[str] = []
+    ending: Ending | None = None
+    stop = target
+    if target.kind in (TargetKind.NAME, TargetKind.XID):
+        chosen, path, notice = await _search(catalog, lineage, able, target, reader)
+    else:
+        chosen = choose(able, target, backup)
+        immediate = target.kind is TargetKind.IMMEDIATE
+        path = catalog.wal_path(lineage, chosen.start_lsn, chosen.stop_lsn if immediate else None)
+        check_start(chosen, path)
+        notice = ""
+        if not immediate:
+            ending = await _ending(reader, path, chosen)
+            stop, notice = settle(target, chosen, path, ending, now)
+    said += [notice] if notice else []
+    last = ending.last_transaction if ending else None
+    if target.kind is TargetKind.LATEST and last:
+        said.append(f"the last transaction that is stored ended at {show(last)}")
+    return RestorePlan(
+        backup=chosen,
+        target=target,
+        stop=replace(stop, timeline=lineage.timeline),
+        lineage=lineage,
+        timeline_setting=timeline_setting(catalog, lineage),
+        path=path,
+        last_transaction=last,
+        notices=(*said, *remarks(catalog, lineage)),
+    )
+
+
+async def last_moment(catalog: Catalog, backup: BackupInfo, timeline: int, *, fetch: Fetch) -> Ending:
+    """Up to where a backup can be rolled forward on a timeline, with the time of the last transaction."""
+    lineage = catalog.lineage(timeline)
+    path = catalog.wal_path(lineage, backup.start_lsn)
+    return await _ending(_Reader(fetch, lineage, lambda _: None), path, backup)
+
+
+class _Reader:
+    """Segments of a lineage as recovery would be given them; the one read last is remembered."""
+
+    def __init__(self, fetch: Fetch, lineage: Lineage, progress: Progress) -> None:
+        self._server = WalServer(fetch, lineage)
+        self._size = lineage.segment_size
+        self._progress = progress
+        self._count = 0
+
+    async def payload(self, file: WalFile, carry: Carry | None = None) -> Payload:
+        content = await self._server.read(file.name)
+        if content is None:
+            raise RecoveryError(
+                f"segment {file} was listed and is gone", hint="is WAL being expired right now? try again"
+            )
+        self._count += 1
+        self._progress(self._count)
+        try:
+            return Payload(content, file.start(self._size), carry)
+        except IntegrityError as error:
+            raise IntegrityError(f"{file}: {error.fact}", hint=error.hint) from None
+
+    async def forwards(self, files: Iterable[WalFile]) -> AsyncIterator[Payload]:
+        """Consecutive segments, each with what the one before left open."""
+        carry: Carry | None = None
+        for file in files:
+            payload = await self.payload(file, carry)
+            yield payload
+            carry = payload.carry()
+
+    async def backwards(self, path: WalPath, down_to: Lsn) -> AsyncIterator[Payload]:
+        """The last segment first, each with what the one before left open; none that ends before ``down_to``."""
+        files = [file for file in path.backwards() if file.end(self._size) > down_to]
+        for position, file in enumerate(files):
+            before = files[position + 1] if position + 1 < len(files) else None
+            # Its payload is made twice, once for what it leaves open; reading it again is the price of little memory.
+            carry = (await self.payload(before)).carry() if before else None
+            yield await self.payload(file, carry)
+
+
+async def _ending(reader: _Reader, path: WalPath, backup: BackupInfo) -> Ending:
+    """Reads backwards until both the last record and the last transaction behind the backup's end are known."""
+    last: Lsn | None = None
+    end = path.start
+    async for payload in reader.backwards(path, backup.stop_lsn):
+        if last is None and (record := payload.last_record()):
+            last, end = record.lsn, record.end
+        times = [t.time for t in transactions(payload) if t.lsn >= backup.stop_lsn]
+        if times and last is not None:
+            return Ending(last, end, max(times))
+    return Ending(last, end, None)
+
+
+async def _search(
+    catalog: Catalog, lineage: Lineage, able: Sequence[BackupInfo], target: Target, reader: _Reader
+) -> tuple[BackupInfo, WalPath, str]:
+    """The newest backup behind which the restore point or transaction is found, for PostgreSQL stops at the first.
+
+    If it stands between start and end of a backup, that one cannot stop there, and an older one is needed.
+    """
+    searched: Lsn | None = None
+    for backup in able:
+        path = catalog.wal_path(lineage, backup.start_lsn)
+        if path.end < backup.stop_lsn:
+            continue
+        found = await _find(reader, path, target, searched)
+        if found and found[0] >= backup.stop_lsn:
+            return backup, path, f"{target} ended at {show(found[1])}, LSN {found[0]}"
+        searched = backup.stop_lsn
+    newest, oldest = able[0], able[-1]
+    path = catalog.wal_path(lineage, oldest.start_lsn)
+    check_start(oldest, path)
+    raise not_found(target, newest, path, await _ending(reader, path, oldest))
+
+
+async def _find(reader: _Reader, path: WalPath, target: Target, until: Lsn | None) -> tuple[Lsn, datetime] | None:
+    """Position and time of what is looked for, in the segments of the path up to the one that holds ``until``."""
+    files = (file for file in path.files() if until is None or file.start(path.segment_size) <= until)
+    async for payload in reader.forwards(files):
+        if target.kind is TargetKind.NAME:
+            point = find_restore_point(payload, target.name)
+            if point and point.lsn >= path.start:
+                return point.lsn, point.time
+        else:
+            assert target.xid is not None
+            ended = find_xid(payload, target.xid)
+            if ended and ended.lsn >= path.start:
+                return ended.lsn, ended.time
+    return None

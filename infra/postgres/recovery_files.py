@@ -1,0 +1,205 @@
+"""What makes a restored data directory recover to the target, and do no harm: settings, signal file, wrapper.
+
+A backup carries the settings of the server it was taken from. Started with them a restored server archives into the
+production spool, with the same system identifier, so that no guard sees it; waits for standbys that it does not have;
+or follows the target of an earlier restore. All of that is switched off in postgresql.auto.conf, which is read last, and
+the later of two lines counts. Of the size limits that a server in recovery must not lower, none is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC
+from pathlib import Path
+
+from infra.postgres.wal_script import CONTEXT, FOLDER, RESTORE_COMMAND, SCRIPT, script
+from pipeline.recovery import RestorePlan
+from pipeline.targets import TargetKind
+
+#: Switched off in every restored server: name → value. ``archive_library`` exists from 15 on.
+NEUTRAL: Mapping[str, str] = {
+    "archive_mode": "off",
+    "archive_command": "",
+    "archive_library": "",
+    "synchronous_standby_names": "",
+    "primary_conninfo": "",
+    "primary_slot_name": "",
+    "recovery_end_command": "",
+    "archive_cleanup_command": "",
+    # It would delay each commit of the replay.
+    "recovery_min_apply_delay": "0",
+    # off with a target shuts the server down.
+    "hot_standby": "on",
+}
+_TARGETS = (
+    "recovery_target",
+    "recovery_target_name",
+    "recovery_target_time",
+    "recovery_target_xid",
+    "recovery_target_lsn",
+)
+#: Their values may hold passwords.
+_QUIET = frozenset({"primary_conninfo", "archive_command", "recovery_end_command", "archive_cleanup_command"})
+_DEFAULTS = {"archive_mode": "off", "recovery_min_apply_delay": "0", "hot_standby": "on"}
+_REMOVED = ("standby.signal", "recovery.signal", "postmaster.pid", "postmaster.opts")
+_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(?:=|\s)\s*('(?:[^'\\]|''|\\.)*'|[^\s#']*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Neutralised:
+    """A setting that the backup brought along and that was switched off."""
+
+    name: str
+    #: Empty where it may hold a secret.
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (was {self.value!r})" if self.value else self.name
+
+
+def settings_for(plan: RestorePlan, *, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """All that is written, in this order. Exactly one recovery target is set, or none.
+
+    PostgreSQL takes a setting of one target kind, even to nothing, for a second target when another is set before it:
+    so the kind that is meant comes last. ``extra`` (a drill's port and the like) may not name any of ours.
+    """
+    stop = plan.stop
+    settings = dict(NEUTRAL)
+    if plan.backup.major < 15:
+        del settings["archive_library"]
+    settings["restore_command"] = RESTORE_COMMAND
+    settings["recovery_target_timeline"] = plan.timeline_setting
+    settings["recovery_target_inclusive"] = "on" if stop.inclusive else "off"
+    settings["recovery_target_action"] = stop.action.value
+    settings |= dict.fromkeys(_TARGETS, "")
+    value = {
+        TargetKind.TIME: ("recovery_target_time", stop.time.astimezone(UTC).isoformat(sep=" ") if stop.time else ""),
+        TargetKind.LSN: ("recovery_target_lsn", str(stop.lsn)),
+        TargetKind.XID: ("recovery_target_xid", str(stop.xid)),
+        TargetKind.NAME: ("recovery_target_name", stop.name),
+        TargetKind.IMMEDIATE: ("recovery_target", "immediate"),
+    }.get(stop.kind)
+    if value:
+        del settings[value[0]]
+        settings[value[0]] = value[1]
+    if extra:
+        if both := sorted(settings.keys() & extra.keys()):
+            raise ValueError(f"{both[0]} is the restore's own to set")
+        settings |= extra
+    return settings
+
+
+def write_recovery_files(
+    directory: Path,
+    settings: Mapping[str, str],
+    *,
+    segment_size: int,
+    fetch: Sequence[str],
+    context: bytes,
+    owner: tuple[int, int] | None,
+) -> tuple[Neutralised, ...]:
+    """Write it all into a data directory whose files lie there already. Blocking. Returns what was neutralised.
+
+    ``fetch``: the command of ``fetch-wal``; ``context``: content of the file it is given, secret. ``owner``: user and
+    group id, or None. Raises OSError.
+    """
+    neutralised = inherited(directory)
+    for name in _REMOVED:
+        (directory / name).unlink(missing_ok=True)
+    folder = directory / FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    _give(folder, owner)
+    _write(folder / SCRIPT, script(fetch, segment_size).encode(), 0o600, owner)
+    _write(folder / CONTEXT, context, 0o600, owner)
+    conf = directory / "postgresql.auto.conf"
+    before = conf.read_bytes() if conf.exists() else b""
+    lines = [f"{name} = {quoted(value)}\n" for name, value in settings.items()]
+    end = b"" if not before or before.endswith(b"\n") else b"\n"
+    _write(conf, before + end + b"# walship restore\n" + "".join(lines).encode(), 0o600, owner)
+    _write(directory / "recovery.signal", b"", 0o600, owner)
+    return neutralised
+
+
+def inherited(directory: Path) -> tuple[Neutralised, ...]:
+    """Which of the dangerous settings the restored files set to something. Includes are not followed."""
+    found: dict[str, str] = {}
+    for name in ("postgresql.conf", "postgresql.auto.conf"):
+        path = directory / name
+        if path.is_file():
+            found |= parse_conf(path.read_text("utf-8", "replace"))
+    dangerous = (*NEUTRAL, *_TARGETS)
+    return tuple(
+        Neutralised(name, "" if name in _QUIET else found[name])
+        for name in dangerous
+        if found.get(name, "") not in ("", _DEFAULTS.get(name, ""))
+    )
+
+
+def parse_conf(text: str) -> dict[str, str]:
+    """A configuration file's settings; of two lines the later counts. Names in lower case."""
+    settings: dict[str, str] = {}
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match is None or line.lstrip().startswith("#"):
+            continue
+        value = match[2]
+        if value.startswith("'"):
+            value = re.sub(r"''|\\(.)", lambda m: m[1] or "'", value[1:-1])
+        settings[match[1].lower()] = value
+    return settings
+
+
+def quoted(value: str) -> str:
+    """A string for a configuration file: quotes are doubled and so are backslashes, which it takes for escapes."""
+    if "\n" in value or "\0" in value:
+        raise ValueError("a setting cannot hold a line break")
+    return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def notices(neutralised: Sequence[Neutralised], directory: Path) -> tuple[str, ...]:
+    """What people have to know of a directory that was made ready to recover."""
+    said = []
+    if neutralised:
+        said.append(f"switched off in {directory}/postgresql.auto.conf: {', '.join(map(str, neutralised))}")
+    if any(n.name in ("archive_mode", "archive_command", "archive_library") for n in neutralised):
+        said.append(
+            "the restored server archives nothing; once it replaces the old one, which must never run again, turn that"
+            " on with ALTER SYSTEM RESET archive_mode, archive_command and archive_library each, and restart it"
+        )
+    if not (directory / "postgresql.conf").is_file():
+        said.append(
+            "the backup holds no postgresql.conf (Debian keeps it below /etc/postgresql): put one there before the"
+            " start, with max_connections and its like not below the old server's"
+        )
+    said.append(
+        f"{directory}/{FOLDER}/{CONTEXT} lets the server fetch WAL without any environment: it holds what opens the"
+        " repository, is readable by its owner only, gets into no backup, and may be deleted once recovery has ended"
+    )
+    return tuple(said)
+
+
+def remove_recovery_files(directory: Path) -> None:
+    """Delete what could open the repository, once recovery has ended. The wrapper stays: restore_command names it."""
+    (directory / FOLDER / CONTEXT).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None) -> None:
+    """A new file in the place of an old one; never through a link, never readable by others in between."""
+    temporary = path.with_name(f"{path.name}.walship")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with os.fdopen(handle, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(handle)
+        if owner is not None:
+            os.fchown(handle, *owner)
+    temporary.replace(path)
+
+
+def _give(path: Path, owner: tuple[int, int] | None) -> None:
+    if owner is not None:
+        os.chown(path, *owner, follow_symlinks=False)

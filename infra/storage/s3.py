@@ -16,7 +16,7 @@ import base64
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Collection, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from handlers.body import Collector
@@ -91,20 +91,20 @@ class S3Store:
             async with self._explained("look at the bucket", ""), asyncio.timeout(STALL):
                 await client.head_bucket(Bucket=self._options.bucket)
             raise
-        return ObjectInfo(key, answer["ContentLength"], answer.get("LastModified"))
+        return _info(key, answer["ContentLength"], answer.get("LastModified"))
 
     async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
         client = await self._open()
         request: dict[str, Any] = {"Bucket": self._options.bucket, "Prefix": prefix}
         if after:
-            request["StartAfter"] = after
+            request["StartAfter"] = _before(after)
         if shallow:
             request["Delimiter"] = "/"
         while True:
             async with self._explained(f"list {prefix}", ""), asyncio.timeout(STALL):
                 page = await client.list_objects_v2(**request)
             folders = [ObjectInfo(folder["Prefix"], 0) for folder in page.get("CommonPrefixes", ())]
-            objects = [ObjectInfo(o["Key"], o["Size"], o.get("LastModified")) for o in page.get("Contents", ())]
+            objects = [_info(o["Key"], o["Size"], o.get("LastModified")) for o in page.get("Contents", ())]
             for info in sorted(folders + objects, key=lambda info: info.key):
                 # Servers disagree about folders that begin before ``after``; a folder's own marker is no object.
                 if info.key > after and (not info.key.endswith("/") or shallow):
@@ -166,7 +166,9 @@ class S3Store:
 
     async def _put(self, key: str, body: Body, request: dict[str, Any]) -> None:
         client = await self._open()
-        async with self._explained(f"put {key} ({body.size} bytes)", key), asyncio.timeout(STALL) as watch:
+        until = request.get("ObjectLockRetainUntilDate")
+        kept = f", kept until {until.isoformat()}" if until else ""
+        async with self._explained(f"put {key} ({body.size} bytes{kept})", key), asyncio.timeout(STALL) as watch:
             upload: Any = Upload(body, watch)  # the stubs know only bytes and files
             try:
                 answer = await client.put_object(Bucket=self._options.bucket, Key=key, Body=upload, **request)
@@ -282,6 +284,25 @@ class _BeyondEndError(Exception):
 
 class _UnknownToServerError(StoreError):
     """The server does not know an operation, or one of its headers."""
+
+
+def _before(after: str) -> str:
+    """A key to start a listing from that leaves out nothing behind ``after``, also where the server sorts by folders.
+
+    SeaweedFS does: it takes folder "a" for less than "a.b" and than "a" itself, but its keys, "a/…", sort behind both.
+    """
+    parts = after.rstrip("/").split("/")
+    for depth, part in enumerate(parts):
+        ends = [at for at in range(1, len(part)) if part[at] < "/"]
+        if depth == len(parts) - 1:
+            ends.append(len(part))
+        if ends:
+            return "/".join([*parts[:depth], part[: max(0, ends[0] - 1)]])
+    return after
+
+
+def _info(key: str, size: int, modified: datetime | None) -> ObjectInfo:
+    return ObjectInfo(key, size, modified and modified.astimezone(UTC))
 
 
 def _ranged(header: str, span: Span) -> int | None:

@@ -68,7 +68,7 @@ def refused(store: str, endpoint: str, what: str, error: boto.ClientError) -> St
     hint = ""
     if code in {"SlowDown", "TooManyRequests"} or status in {429, 503}:
         hint = "the store asks to be asked less often, or is not ready"
-    elif code == "InvalidRequest" and "lock" in message.lower():
+    elif code == "InvalidRequest" and ("lock" in message.lower() or "kept until" in what):
         hint = "object lock must be enabled for the bucket when it is created"
     elif status == 400 and not passing:
         hint = (

@@ -1,0 +1,34 @@
+"""Fixtures that all tests share. What belongs to one subject stays beside its tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+
+from infra.demo.seaweed import Seaweed
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3 server, one for each worker, started when a test asks. Leave it running and its bucket there."""
+    with Seaweed(tmp_path_factory.mktemp("seaweed"), bucket="walship") as server:
+        yield server
+
+
+@pytest.fixture
+def s3_prefix() -> str:
+    """A prefix in the server's bucket that no other test uses: ``seaweed.url(s3_prefix)`` is a fresh destination."""
+    return f"test-{next(_numbers):04d}"
+
+
+@pytest.fixture
+def aws(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Seaweed:
+    """The server, and its credentials in the environment."""
+    for name, value in seaweed.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    return seaweed

@@ -80,6 +80,13 @@ async def main() -> None:
         "objects": objects,
     }
     (FOLDER / "samples.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (FOLDER / "SHA256SUMS").write_text(checksums(), "ascii")
+
+
+def checksums() -> str:
+    """One line for each sample, as sha256sum writes and reads them."""
+    files = sorted(f for f in FOLDER.rglob("*") if f.is_file() and f.name != "SHA256SUMS")
+    return "".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(FOLDER).as_posix()}\n" for f in files)
 
 
 def wal(keys: RepositoryKeys, cluster: str, codec: str, cipher: str) -> Iterator[dict[str, str | int]]:

@@ -21,7 +21,7 @@ from typing import Protocol
 import pytest
 
 from infra.postgres.processes import give, run_as
-from infra.postgres.throwaway import ThrowawayServer, make_folder
+from infra.postgres.throwaway import FAST, ThrowawayServer, make_folder
 
 SERVER_VERSIONS = (15, 16, 17, 18)
 #: The newest: for what does not depend on the version.
@@ -78,13 +78,13 @@ def _download(release: str, home: Path) -> None:
 @functools.cache
 def template(major: int, segment_mb: int = 16) -> Path:
     """A data directory as initdb left it, to copy. All copies have one system identifier: see ``new_server``."""
-    home = cache_folder() / f"cluster-{_RELEASES[major]}-{segment_mb}"
+    home = cache_folder() / f"template-{_RELEASES[major]}-{segment_mb}"
     if not home.exists():
         with _lock(home.name):
             if not home.exists():
                 scratch = make_folder("walship-template-")
                 try:
-                    ThrowawayServer(programs(major), scratch / "data").init(segment_mb=segment_mb)
+                    ThrowawayServer(programs(major), scratch / "data").init(segment_mb=segment_mb, fast=False)
                     subprocess.run(["cp", "-a", scratch / "data", f"{home}.new"], check=True)
                     Path(f"{home}.new").rename(home)
                 finally:
@@ -115,7 +115,7 @@ def new_server(
         return server
     subprocess.run(["cp", "-a", "--reflink=auto", template(major, segment_mb), server.data_dir], check=True)
     give(server.data_dir, run_as())
-    server.configure(settings or {})
+    server.configure({**FAST, **(settings or {})})
     return server
 
 

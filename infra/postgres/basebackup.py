@@ -6,7 +6,7 @@ PostgreSQL 15 and later send everything in one COPY: ``n`` begins an archive, ``
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from psycopg.pq import ExecStatus
 
@@ -28,7 +28,9 @@ from pipeline.wal import Lsn
 OLDEST = 15
 
 
-async def stream(settings: Settings, *, label: str = "walship", fast: bool = True) -> AsyncIterator[BackupMessage]:
+async def stream(
+    settings: Settings, *, label: str = "walship", fast: bool = True
+) -> AsyncGenerator[BackupMessage, None]:
     """Take a base backup: see ``pipeline.backup`` for the order of messages. Data comes in pieces of up to 32 KB.
 
     Read it within ``contextlib.aclosing``: closing the generator closes the connection, and that ends the backup on the

@@ -7,6 +7,7 @@ GIL for as long as they wait, in whichever thread, so every wait is the event lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -99,18 +100,15 @@ class ReplicationConnection:
 
     async def result(self) -> PGresult | None:
         """The next result of the command; None when it is complete. SourceError if it failed."""
-        try:
-            while self._conn.is_busy():
-                await self._readable()
-                self._conn.consume_input()
-            result = self._conn.get_result()
-        except psycopg.Error as error:
-            raise self._lost(error) from None
-        if result is None:
-            return None
-        if result.status in (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE):
-            raise _refused(result)
-        return result
+        result = await self._next()
+        if result is None or result.status not in (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE):
+            return result
+        error = _refused(result)
+        # Take what is left of the command, so that the connection is good for another; if it breaks, this error matters.
+        with contextlib.suppress(SourceError):
+            while await self._next() is not None:
+                pass
+        raise error
 
     async def copy_out(self) -> AsyncIterator[memoryview]:
         """The messages of a COPY that ``result`` has announced; then go on with ``result``, which tells how it ended.
@@ -129,6 +127,15 @@ class ReplicationConnection:
             if size < 0:
                 return
             yield message
+
+    async def _next(self) -> PGresult | None:
+        try:
+            while self._conn.is_busy():
+                await self._readable()
+                self._conn.consume_input()
+            return self._conn.get_result()
+        except psycopg.Error as error:
+            raise self._lost(error) from None
 
     async def _readable(self) -> None:
         """Wait until the server has sent something, or is gone. Registered only while waiting: see ``copy_out``."""

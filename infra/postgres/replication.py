@@ -104,7 +104,7 @@ class ReplicationConnection:
         if result is None or result.status not in (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE):
             return result
         error = _refused(result)
-        # Take what is left of the command, so that the connection is good for another; if it breaks, this error matters.
+        # Take what is left of the command, so that the connection is good for another; if it breaks, this error counts.
         with contextlib.suppress(SourceError):
             while await self._next() is not None:
                 pass

@@ -14,7 +14,7 @@ from datetime import datetime
 from handlers.serve_wal import WalServer  # a leaf: it only answers for one file
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog
-from pipeline.contracts import Fetch
+from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, RecoveryError
 from pipeline.lineage import Lineage, WalPath
 from pipeline.recovery import (
@@ -98,8 +98,20 @@ class _Reader:
         self._size = lineage.segment_size
         self._progress = progress
         self._count = 0
+        self._last: tuple[WalFile, Buffer] | None = None
 
     async def payload(self, file: WalFile, carry: Carry | None = None) -> Payload:
+        return self._payload(file, await self._content(file), carry)
+
+    def _payload(self, file: WalFile, content: Buffer, carry: Carry | None) -> Payload:
+        try:
+            return Payload(content, file.start(self._size), carry)
+        except IntegrityError as error:
+            raise IntegrityError(f"{file}: {error.fact}", hint=error.hint) from None
+
+    async def _content(self, file: WalFile) -> Buffer:
+        if self._last and self._last[0] == file:
+            return self._last[1]
         content = await self._server.read(file.name)
         if content is None:
             raise RecoveryError(
@@ -107,10 +119,8 @@ class _Reader:
             )
         self._count += 1
         self._progress(self._count)
-        try:
-            return Payload(content, file.start(self._size), carry)
-        except IntegrityError as error:
-            raise IntegrityError(f"{file}: {error.fact}", hint=error.hint) from None
+        self._last = file, content
+        return content
 
     async def forwards(self, files: Iterable[WalFile]) -> AsyncIterator[Payload]:
         """Consecutive segments, each with what the one before left open."""
@@ -124,10 +134,11 @@ class _Reader:
         """The last segment first, each with what the one before left open; none that ends before ``down_to``."""
         files = [file for file in path.backwards() if file.end(self._size) > down_to]
         for position, file in enumerate(files):
+            content = await self._content(file)
             before = files[position + 1] if position + 1 < len(files) else None
-            # Its payload is made twice, once for what it leaves open; reading it again is the price of little memory.
+            # What is read now is remembered for the next round.
             carry = (await self.payload(before)).carry() if before else None
-            yield await self.payload(file, carry)
+            yield self._payload(file, content, carry)
 
 
 async def _ending(reader: _Reader, path: WalPath, backup: BackupInfo) -> Ending:

@@ -73,6 +73,14 @@ class WalPath:
             for number in range(stretch.first, stretch.end):
                 yield self._file(stretch.timeline, number)
 
+    def stored(self) -> Iterator[WalFile]:
+        """The same, as they are stored: a ``.partial`` under its own name."""
+        for stretch in self.stretches:
+            for number in range(stretch.first, stretch.end):
+                file = self._file(stretch.timeline, number)
+                partial = stretch.partial and number == stretch.end - 1
+                yield _partial(file) if partial else file
+
     def backwards(self) -> Iterator[WalFile]:
         """The last segment first."""
         for stretch in reversed(self.stretches):
@@ -129,10 +137,9 @@ class Lineage:
         cut = None
         if leg.end is not None and leg.end < start + self.segment_size:
             cut = leg.end - start
-        partial = WalFile(file.timeline, file.log, file.seg, WalKind.PARTIAL, f"{file.name}.partial")
         # A .partial is complete up to the fork only; in the middle of a leg it would end recovery silently.
         may_be_partial = cut is not None or leg.end is None or leg.end == start + self.segment_size
-        return Serve((file, partial) if may_be_partial else (file,), cut)
+        return Serve((file, _partial(file)) if may_be_partial else (file,), cut)
 
     def path(self, segment: Stored, partial: Stored, start: Lsn, wanted: Lsn) -> WalPath:
         """The segments from ``start`` up to ``wanted``, or up to the first missing one. See ``Catalog.wal_path``."""
@@ -175,6 +182,10 @@ class Lineage:
             if partial(leg.timeline, number) and (leg.end is None or leg.end <= edge):
                 return leg, whole
         return None, False
+
+
+def _partial(file: WalFile) -> WalFile:
+    return WalFile(file.timeline, file.log, file.seg, WalKind.PARTIAL, f"{file.name}.partial")
 
 
 def _extend(stretches: list[Stretch], timeline: int, number: int, *, partial: bool) -> None:

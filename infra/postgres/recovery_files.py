@@ -2,8 +2,8 @@
 
 A backup carries the settings of the server it was taken from. Started with them a restored server archives into the
 production spool, with the same system identifier, so that no guard sees it; waits for standbys that it does not have;
-or follows the target of an earlier restore. All of that is switched off in postgresql.auto.conf, which is read last, and
-the later of two lines counts. Of the size limits that a server in recovery must not lower, none is touched.
+or follows the target of an earlier restore. All of that is switched off in postgresql.auto.conf, which is read last,
+and the later of two lines counts. Of the size limits that a server in recovery must not lower, none is touched.
 """
 
 from __future__ import annotations

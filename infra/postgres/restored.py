@@ -1,0 +1,210 @@
+"""Starts a restored server as the owner of its data directory, and waits until it is where the plan wants it.
+
+No connection is made: pg_hba.conf and the passwords are the old server's. What is known comes from the process, its log
+(in English, for the length of this run) and ``pg_controldata``. The server has a process group of its own and survives
+us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.postgres.processes import run_as
+from infra.postgres.programs import Programs
+from pipeline.errors import RecoveryError, SourceError
+from pipeline.targets import Action
+from pipeline.wal import Lsn
+
+_PAUSE = 0.1
+#: Seconds that a server gets to stop when its restore is interrupted.
+_GRACE = 30.0
+_REDO = re.compile(r"redo in progress, .* current LSN: ([0-9A-F]+/[0-9A-F]+)")
+_RESTORED = re.compile(r'restored log file "([0-9A-F]{24})" from archive')
+_STOPPED = re.compile(r"(recovery stopping (?:before|after) .*)")
+_LAST = re.compile(r"last completed transaction was at log time (.*)")
+_LOUD = re.compile(r"\b(?:FATAL|PANIC|ERROR):  ")
+#: What clients are told while they wait; not why a server ended.
+_NOISE = ("is starting up", "not yet accepting connections", "is shutting down")
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """How far recovery has come; what is not known is empty."""
+
+    #: Position that was replayed, as the server reports it once a second.
+    lsn: Lsn | None
+    #: Name of the segment that was restored last.
+    segment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server at its target."""
+
+    #: Process id; 0 after the action shutdown.
+    pid: int
+    #: ``in production``, ``paused`` or ``shut down``.
+    state: str
+    #: From postmaster.pid; 0 and empty after shutdown.
+    port: int
+    socket_dir: str
+    log_file: Path
+    #: As the server said where it stopped and when its last transaction ended; empty if it did not say.
+    stopped_at: str
+    last_transaction: str
+
+
+async def start_restored(
+    directory: Path,
+    programs: Programs,
+    *,
+    action: Action,
+    log_file: Path,
+    options: Mapping[str, str] | None = None,
+    progress: Callable[[Replay], None] = lambda _: None,
+) -> Started:
+    """Start the server and wait until it is promoted, paused or shut down at its target, as long as that takes.
+
+    ``options`` go on the server's command line. Raises RecoveryError with the server's own words when recovery ends in
+    an error; SourceError when the program cannot be started at all. When cancelled it stops the server first.
+    """
+    follow = _Follower(log_file)
+    process = await asyncio.to_thread(_launch, directory, programs, log_file, dict(options or {}))
+    try:
+        while True:
+            ended = process.poll() is not None
+            if await asyncio.to_thread(follow.read):
+                progress(Replay(follow.lsn, follow.segment))
+            if ended:
+                return await _after_the_end(directory, programs, action, follow, process.returncode)
+            if action is Action.PAUSE and follow.paused:
+                return _started(directory, process.pid, "paused", follow)
+            if action is Action.PROMOTE and follow.ready and not (directory / "recovery.signal").exists():
+                state = await asyncio.to_thread(control_state, directory, programs)
+                if state == "in production":
+                    return _started(directory, process.pid, state, follow)
+            await asyncio.sleep(_PAUSE)
+    except BaseException:
+        await _stop(process)
+        raise
+
+
+def control_state(directory: Path, programs: Programs) -> str:
+    """The cluster state in pg_control, as pg_controldata names it: ``in production``, ``shut down in recovery`` …"""
+    answer = subprocess.run(  # noqa: S603 - a program of the installation that was chosen
+        [programs.path("pg_controldata"), "-D", str(directory)],
+        env=programs.environment(), capture_output=True, text=True, check=False, cwd="/", **run_as(directory),
+    )  # fmt: skip
+    match = re.search(r"^Database cluster state:\s+(.*)$", answer.stdout, re.MULTILINE)
+    return match[1].strip() if match else ""
+
+
+def _launch(directory: Path, programs: Programs, log_file: Path, options: dict[str, str]) -> subprocess.Popen[bytes]:
+    own = {
+        # Whatever the restored configuration says: its words come to our log, and in English.
+        "logging_collector": "off",
+        "log_destination": "stderr",
+        "lc_messages": "C",
+        "log_min_messages": "warning",
+    }
+    if programs.major >= 15:
+        own["log_startup_progress_interval"] = "1s"
+    arguments = [f"--{name}={value}" for name, value in {**own, **options}.items()]
+    who = run_as(directory)
+    with log_file.open("ab") as log:
+        try:
+            return subprocess.Popen(  # noqa: S603 - as above
+                [programs.path("postgres"), "-D", str(directory), *arguments],
+                env=programs.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                # It outlives us, and a Ctrl-C on our terminal is for us.
+                start_new_session=True, cwd="/", **who,
+            )  # fmt: skip
+        except PermissionError:
+            raise SourceError(
+                f"the user that owns {directory} (id {who.get('user', 'ours')}) cannot run {programs.bin_dir}/postgres",
+                hint="its programs must lie where that user can reach them; or start the server yourself",
+            ) from None
+
+
+async def _after_the_end(
+    directory: Path, programs: Programs, action: Action, follow: _Follower, code: int | None
+) -> Started:
+    state = await asyncio.to_thread(control_state, directory, programs)
+    if action is Action.SHUTDOWN and state == "shut down in recovery":
+        return Started(0, "shut down", 0, "", follow.path, follow.stopped_at, follow.last_transaction)
+    words = "; ".join(follow.loud[-3:]) or f"exit status {code}"
+    raise RecoveryError(
+        f"the restored server ended before it reached its target: {words}",
+        hint=f"see {follow.path}; the directory holds half replayed data now: restore again with --force",
+    )
+
+
+def _started(directory: Path, pid: int, state: str, follow: _Follower) -> Started:
+    port, socket_dir = 0, ""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = (directory / "postmaster.pid").read_text("utf-8").splitlines()
+        port, socket_dir = int(lines[3]), lines[4].strip()
+    return Started(pid, state, port, socket_dir, follow.path, follow.stopped_at, follow.last_transaction)
+
+
+async def _stop(process: subprocess.Popen[bytes]) -> None:
+    """A server whose restore was interrupted would wait for WAL that nobody serves."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        await asyncio.to_thread(process.wait, _GRACE)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGQUIT)
+        await asyncio.to_thread(process.wait)
+
+
+class _Follower:
+    """Reads a server's log as it grows, from where it ends now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = path.stat().st_size if path.exists() else 0
+        self._rest = ""
+        self.lsn: Lsn | None = None
+        self.segment = ""
+        self.paused = False
+        self.ready = False
+        self.stopped_at = ""
+        self.last_transaction = ""
+        #: Lines that tell of errors.
+        self.loud: list[str] = []
+
+    def read(self) -> bool:
+        """Take what is new. True if there was something."""
+        with self.path.open("rb") as log:
+            log.seek(self._position)
+            new = log.read()
+        self._position += len(new)
+        *lines, self._rest = (self._rest + new.decode("utf-8", "replace")).split("\n")
+        for line in lines:
+            self._take(line)
+        return bool(new)
+
+    def _take(self, line: str) -> None:
+        if match := _REDO.search(line):
+            self.lsn = Lsn.parse(match[1])
+        elif match := _RESTORED.search(line):
+            self.segment = match[1]
+        elif match := _STOPPED.search(line):
+            self.stopped_at = match[1]
+        elif match := _LAST.search(line):
+            self.last_transaction = match[1]
+        elif "pausing at the end of recovery" in line:
+            self.paused = True
+        elif "database system is ready to accept connections" in line:
+            self.ready = True
+        elif (match := _LOUD.search(line)) and not any(noise in line for noise in _NOISE):
+            self.loud.append(line[match.start() :].strip())

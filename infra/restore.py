@@ -1,0 +1,205 @@
+"""A restore from end to end: plan, look, lay down, neutralise, start, feed. What ``infra/cli/restore.py`` calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from handlers.feed import Feed
+from handlers.fetch import read_catalog
+from handlers.plan import plan_restore
+from handlers.restore import lay_down
+from handlers.serve_wal import WalServer
+from handlers.target_dir import Targets, look
+from infra.fetch_context import FetchContext
+from infra.keys import RepositoryKeys
+from infra.postgres import programs as installed
+from infra.postgres.recovery_files import (
+    Neutralised,
+    notices,
+    remove_recovery_files,
+    settings_for,
+    write_recovery_files,
+)
+from infra.postgres.restored import Replay, Started, start_restored
+from infra.postgres.wal_script import FEED, FOLDER
+from infra.settings import Settings
+from pipeline.contracts import Clock, Fetch, Store
+from pipeline.recovery import RestorePlan
+from pipeline.targets import Action, Target
+
+#: Replay keeps restored segments until its next restart point; about max_wal_size, whose default is 1 GB.
+_WAL_MARGIN = 1 << 30
+
+#: How the server's sh script starts ``fetch-wal``: this Python, with nothing of the data directory on its path.
+FETCH_WAL = (sys.executable, "-P", "-m", "infra.cli", "fetch-wal")
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """Where to restore from: what a ``wiring.Site`` has, at the destinations that shall be read."""
+
+    settings: Settings
+    #: URLs of the destinations, and their stores rooted at the cluster's folder; same order.
+    urls: tuple[str, ...]
+    stores: tuple[Store, ...]
+    system_id: str
+    keys: RepositoryKeys
+    fetch: Fetch
+    clock: Clock
+    allow_unencrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to restore to, and what happens then."""
+
+    directory: Path
+    #: Tablespace location at the time of the backup → the new one.
+    tablespaces: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
+    start: bool = False
+    #: WALSHIP_PG_BIN_DIR; None looks in the usual places. Used with ``start``, and checked whenever it is given.
+    bin_dir: Path | None = None
+    #: Log of the started server; None: beside the directory.
+    log_file: Path | None = None
+    #: For the started server's command line (a port and the like).
+    options: Mapping[str, str] = field(default_factory=dict)
+    #: Further lines for postgresql.auto.conf (a drill's).
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The result."""
+
+    directory: Path
+    files: int
+    #: Bytes of the base backup.
+    size: int
+    neutralised: tuple[Neutralised, ...]
+    notices: tuple[str, ...]
+    #: None unless the server was to be started.
+    server: Started | None
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who is told how far it is."""
+
+    #: Bytes of the base backup: done, in all.
+    files: Callable[[int, int], None] = lambda _done, _all: None
+    replay: Callable[[Replay], None] = lambda _: None
+    #: Sentences, when they become known.
+    say: Callable[[str], None] = lambda _: None
+
+
+async def make_plan(
+    repository: Repository,
+    target: Target,
+    *,
+    backup: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> RestorePlan:
+    """List the repository and decide. Touches nothing. Raises RecoveryError, StoreError, IntegrityError."""
+    catalog = await read_catalog(repository.stores, repository.fetch, repository.system_id)
+    return await plan_restore(
+        catalog, target, fetch=repository.fetch, now=repository.clock.now(), backup=backup, progress=progress
+    )
+
+
+async def check_place(plan: RestorePlan, place: Place) -> Targets:
+    """All that can be refused before anything is touched: folders, room, programs. For ``--dry-run`` too."""
+    if place.start or place.bin_dir is not None:
+        await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
+    margin = min(plan.path.size, _WAL_MARGIN)
+    return await asyncio.to_thread(
+        look, plan.backup, place.directory, place.tablespaces, force=place.force, wal_margin=margin
+    )
+
+
+async def restore(
+    repository: Repository,
+    plan: RestorePlan,
+    place: Place,
+    *,
+    watch: Watch | None = None,
+    fetch_wal: Sequence[str] = FETCH_WAL,
+) -> Restored:
+    """Restore as planned. With ``start`` it returns once the server is at its target, and the server goes on running.
+
+    Raises RecoveryError, StoreError, IntegrityError, SourceError, ConfigError.
+    """
+    watch = watch or Watch()
+    targets = await check_place(plan, place)
+    for remark in targets.notices:
+        watch.say(remark)
+    context = FetchContext.of(
+        repository.settings,
+        repository.urls,
+        repository.system_id,
+        plan.lineage,
+        repository.keys,
+        allow_unencrypted=repository.allow_unencrypted,
+    )
+    neutralised: list[Neutralised] = []
+
+    def complete(directory: Path) -> None:
+        neutralised.extend(
+            write_recovery_files(
+                directory,
+                settings_for(plan, extra=place.settings),
+                segment_size=plan.lineage.segment_size,
+                fetch=fetch_wal,
+                context=context.encode(),
+                owner=targets.owner,
+            )
+        )
+
+    files = await lay_down(plan.backup, targets, fetch=repository.fetch, complete=complete, progress=watch.files)
+    said = notices(neutralised, targets.directory)
+    for remark in said:
+        watch.say(remark)
+    server = await _start(repository, plan, place, targets, watch) if place.start else None
+    return Restored(targets.directory, files, plan.size, tuple(neutralised), (*targets.notices, *said), server)
+
+
+async def _start(repository: Repository, plan: RestorePlan, place: Place, targets: Targets, watch: Watch) -> Started:
+    programs = await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
+    directory = targets.directory
+    async with feeding(repository.fetch, plan, directory, owner=targets.owner, say=watch.say):
+        server = await start_restored(
+            directory,
+            programs,
+            action=plan.stop.action,
+            log_file=place.log_file or directory.with_name(f"{directory.name}.log"),
+            options=place.options,
+            progress=watch.replay,
+        )
+    if plan.stop.action is Action.PROMOTE:
+        await asyncio.to_thread(remove_recovery_files, directory)
+    return server
+
+
+@contextlib.asynccontextmanager
+async def feeding(
+    fetch: Fetch, plan: RestorePlan, directory: Path, *, owner: tuple[int, int] | None, say: Callable[[str], None]
+) -> AsyncIterator[Feed]:
+    """Serve WAL to the server on a restored directory for as long as the block lasts."""
+    server = WalServer(fetch, plan.lineage)
+    feed = Feed(
+        directory / FOLDER / FEED, server.read, plan.path.files(), plan.lineage.segment_size, owner=owner, notify=say
+    )
+    feed.open()
+    task = asyncio.create_task(feed.serve())
+    try:
+        yield feed
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        feed.close()

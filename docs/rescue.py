@@ -235,7 +235,7 @@ def list_all(repository):
     for name in repository.names():
         print(f"{(repository.folder / name).stat().st_size:>12}  {name}")
         if name.endswith("/backup_info"):
-            info = json.loads(repository.read(name, None)[0])
+            info = strict_json(repository.read(name, None)[0])
             print(
                 f"{'':>12}  ^ {info['kind']} backup from {info['start_lsn']} to {info['stop_lsn']}, {info['stopped']}"
             )
@@ -244,7 +244,7 @@ def list_all(repository):
 
 
 def join_archive(repository, backup, archive, out):
-    info = json.loads(repository.read(f"base/{backup}/backup_info", None)[0])
+    info = strict_json(repository.read(f"base/{backup}/backup_info", None)[0])
     chosen = [a for a in info["archives"] if a["name"] == archive]
     require(chosen, f"{backup} has no archive {archive}; it has {', '.join(a['name'] for a in info['archives'])}")
     size = 0

@@ -20,7 +20,6 @@ from infra.ring import (
     Policy,
     Ring,
     SealedKey,
-    data_name,
     fresh_ring,
     make_data_key,
     open_data_key,
@@ -29,7 +28,7 @@ from infra.ring import (
     ring_name,
     seal_ring,
 )
-from pipeline.catalog import kind_of
+from pipeline.catalog import data_key_name, kind_of
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Buffer, Clock, DataKey, ObjectInfo, Store
 from pipeline.errors import ConfigError, IntegrityError
@@ -167,7 +166,7 @@ class RepositoryKeys:
         opener = ring_name(self._ring.number) if self._ring else "the key ring of the repository"
         return IntegrityError(
             f"the data key {key_id} is not known here",
-            hint=f"{data_name(key_id)} is missing; copied back from another destination, whoever opens {opener}"
+            hint=f"{data_key_name(key_id)} is missing; copied back from another destination, whoever opens {opener}"
             " can open it",
         )
 
@@ -203,7 +202,7 @@ class RepositoryKeys:
     def _begin_writing(self, ring: Ring, now: datetime) -> None:
         key, content = make_data_key(ring, now)
         self._current = self._opened[key.id] = key
-        name = data_name(key.id)
+        name = data_key_name(key.id)
         self.key_object = (name, _stored(name, self._system_id, content, now))
 
 

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from pipeline.catalog import data_key_name
 from pipeline.contracts import DataKey
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.objects import read_members
@@ -103,11 +104,6 @@ class SealedKey:
 def ring_name(number: int) -> str:
     """Key of a ring below the cluster's folder. The highest number counts."""
     return f"keys/ring-{number:08d}"
-
-
-def data_name(key_id: str) -> str:
-    """Key of a sealed data key below the cluster's folder."""
-    return f"keys/data-{key_id}"
 
 
 def fresh_ring(system_id: str, policy: Policy) -> Ring:
@@ -208,7 +204,7 @@ def make_data_key(ring: Ring, created: datetime) -> tuple[DataKey, bytes]:
 
 def read_data_key(ring: Ring, key_id: str, content: bytes) -> SealedKey:
     """A data key, checked but not opened. Raises IntegrityError if no writer of this repository made it."""
-    name = data_name(key_id)
+    name = data_key_name(key_id)
     line, mac = _two_lines(name, content)
     makers = [(ring.writer_secret, ring.private_key)]
     makers += [(old.writer_secret, old.private_key) for old in ring.former if key_id in old.data_keys]
@@ -226,7 +222,7 @@ def read_data_key(ring: Ring, key_id: str, content: bytes) -> SealedKey:
 
 def open_data_key(ring: Ring, key: SealedKey) -> DataKey:
     """The data key itself. Raises IntegrityError if it was sealed to another repository key."""
-    name = data_name(key.id)
+    name = data_key_name(key.id)
     secret = _unseal(name, key.sealed, key.private_key, _context("data key", ring.system_id, key.id))
     if len(secret) != 32:
         raise IntegrityError(f"{name} holds a key of {len(secret)} bytes, not 32")

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, TypeAlias
 
 from pipeline.errors import IntegrityError
+from pipeline.objects import strict_json
 from pipeline.wal import Lsn
 
 
@@ -132,7 +133,7 @@ class BackupInfo:
     def decode(cls, name: str, content: bytes | bytearray) -> BackupInfo:
         """The opposite of ``encode``. ``name`` is for messages. Raises IntegrityError."""
         try:
-            members: dict[str, Any] = json.loads(content)
+            members: dict[str, Any] = strict_json(bytes(content))
             return cls(
                 **{
                     **members,

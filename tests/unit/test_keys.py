@@ -9,8 +9,9 @@ import os
 import pytest
 
 from infra.keys import Policy, RepositoryKeys, create_ring, new_ring, open_keyring
-from infra.ring import data_name, fresh_ring, make_data_key, ring_name, seal_ring
+from infra.ring import fresh_ring, make_data_key, ring_name, seal_ring
 from infra.storage.memory import MemoryStore
+from pipeline.catalog import data_key_name
 from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, StoreError
 from pipeline.objects import MemoryBody
 from tests.clock import FastClock
@@ -76,7 +77,7 @@ async def test_every_writer_has_a_key_of_its_own_and_refresh_finds_it() -> None:
     await store.put(*second.key_object)
     with pytest.raises(IntegrityError, match=f"the data key {second.current().id} is not known here") as error:
         reader.find(second.current().id)
-    assert data_name(second.current().id) in error.value.hint
+    assert data_key_name(second.current().id) in error.value.hint
     assert "keys/ring-00000001" in error.value.hint
     await reader.refresh()
     assert reader.find(second.current().id) == second.current()
@@ -212,7 +213,7 @@ async def test_an_older_ring_put_back_is_noticed() -> None:
     newer = fresh_ring(SYSTEM_ID, BOTH)
     later = type(newer)(2, SYSTEM_ID, BOTH, ring.writer_secret, ring.private_key)
     key, sealed = make_data_key(later, NOW)
-    await put(store, data_name(key.id), stored(chain(plain_keys(), "none"), data_name(key.id), sealed))
+    await put(store, data_key_name(key.id), stored(chain(plain_keys(), "none"), data_key_name(key.id), sealed))
     with pytest.raises(IntegrityError, match="made under keys/ring-00000002, and bucket has no ring newer") as error:
         await open_(store)
     assert "put back" in error.value.hint
@@ -244,7 +245,7 @@ class Failing(MemoryStore):
 async def test_a_store_that_fails_is_one_store_error() -> None:
     store = await encrypted(Failing("bucket"))
     for _ in range(3):
-        await put(store, data_name(os.urandom(16).hex()), b"?")
+        await put(store, data_key_name(os.urandom(16).hex()), b"?")
     with pytest.raises(StoreError, match="bucket does not answer"):
         await open_(store)
 
@@ -255,7 +256,7 @@ async def test_restore_keys_read_without_the_passphrase() -> None:
     assert writer.key_object is not None
     await store.put(*writer.key_object)
     sealed = stored(chain(writer, "zstd", "aes-128-cbc"), NAME, b"text")
-    await put(store, data_name(MISSING), b"damaged")
+    await put(store, data_key_name(MISSING), b"damaged")
 
     document = (await open_(store)).restore_keys()
     restored = RepositoryKeys.from_restore_keys(document)

@@ -17,7 +17,6 @@ from infra.ring import (
     Former,
     Policy,
     Ring,
-    data_name,
     derive,
     fresh_ring,
     make_data_key,
@@ -27,6 +26,7 @@ from infra.ring import (
     ring_name,
     seal_ring,
 )
+from pipeline.catalog import data_key_name
 from pipeline.errors import ConfigError, IntegrityError
 from tests.keys import NOW, SYSTEM_ID
 
@@ -186,14 +186,14 @@ def test_data_keys_open_with_the_private_key_only() -> None:
     assert key.secret.hex().encode() not in content
     sealed = read_data_key(RING, key.id, content)
     assert open_data_key(RING, sealed) == key
-    with pytest.raises(IntegrityError, match=f"{data_name(key.id)} was sealed to another key"):
+    with pytest.raises(IntegrityError, match=f"{data_key_name(key.id)} was sealed to another key"):
         open_data_key(writer, replace(sealed, private_key=writer.private_key))
 
 
 def test_a_data_key_that_a_stranger_sealed_is_refused() -> None:
     stranger = replace(RING, writer_secret=os.urandom(32))  # knows the public key, as everybody does
     key, content = make_data_key(stranger, NOW)
-    with pytest.raises(IntegrityError, match=f"{data_name(key.id)} was not made by a writer of this repository"):
+    with pytest.raises(IntegrityError, match=f"{data_key_name(key.id)} was not made by a writer of this repository"):
         read_data_key(RING, key.id, content)
 
 

@@ -30,6 +30,8 @@ _RESTORED = re.compile(r'restored log file "([0-9A-F]{24})" from archive')
 _STOPPED = re.compile(r"(recovery stopping (?:before|after) .*)")
 _LAST = re.compile(r"last completed transaction was at log time (.*)")
 _LOUD = re.compile(r"\b(?:FATAL|PANIC|ERROR):  ")
+#: Servers that go on without us. Python takes a Popen that is dropped while its process runs for a mistake.
+_SURVIVORS: list[subprocess.Popen[bytes]] = []
 #: What clients are told while they wait; not why a server ended.
 _NOISE = ("is starting up", "not yet accepting connections", "is shutting down")
 
@@ -85,10 +87,12 @@ async def start_restored(
             if ended:
                 return await _after_the_end(directory, programs, action, follow, process.returncode)
             if action is Action.PAUSE and follow.paused:
+                _SURVIVORS.append(process)
                 return _started(directory, process.pid, "paused", follow)
             if action is Action.PROMOTE and follow.ready and not (directory / "recovery.signal").exists():
                 state = await asyncio.to_thread(control_state, directory, programs)
                 if state == "in production":
+                    _SURVIVORS.append(process)
                     return _started(directory, process.pid, state, follow)
             await asyncio.sleep(_PAUSE)
     except BaseException:

@@ -1,0 +1,102 @@
+"""Restores of real servers: to every kind of target, compared with what was there at that moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from infra.postgres.restored import Started
+from infra.restore import Place, make_plan, restore
+from pipeline.targets import Target
+from tests.restoring import Bank, archiving
+from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, server_folder, start_server
+
+__all__ = ["server_folder", "start_server"]
+
+
+@contextlib.contextmanager
+def stopped_after(server: Started | None) -> Iterator[Started]:
+    """End the server, which nobody guards: it outlives a restore."""
+    assert server is not None
+    try:
+        yield server
+    finally:
+        if server.pid:
+            os.kill(server.pid, signal.SIGQUIT)
+            deadline = time.monotonic() + 30
+            while alive(server.pid):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def ask(place: Place, sql: str) -> list[tuple[Any, ...]]:
+    port = place.options["port"]
+    with psycopg.connect(f"host=127.0.0.1 port={port} user=postgres dbname=postgres", autocommit=True) as connection:
+        return connection.execute(sql.encode()).fetchall()
+
+
+def rows(place: Place) -> list[int]:
+    return [row[0] for row in ask(place, "select n from t order by n")]
+
+
+@pytest.mark.parametrize("major", SERVER_VERSIONS)
+async def test_every_target(major: int, start_server: StartServer, server_folder: Path) -> None:
+    archive = server_folder / "archive"
+    server = start_server(major, settings=archiving(archive), segment_mb=1)
+    bank = Bank(server, archive)
+    server.query("create table t (n int)")
+    server.query("insert into t values (1)")
+    info = await bank.back_up()
+
+    server.query("insert into t values (2)")
+    when = server.query("select clock_timestamp()")[0][0]
+    server.query("insert into t values (3)")
+    server.query("select pg_create_restore_point('here')")
+    server.query("insert into t values (4)")
+    lsn = server.query("select pg_current_wal_insert_lsn()")[0][0]
+    with psycopg.connect(server.dsn()) as connection:
+        connection.execute("insert into t values (5)")
+        xid = connection.execute("select pg_current_xact_id()::text").fetchall()[0][0]
+    server.query("insert into t values (6)")
+    await bank.ship_wal()
+
+    expected = {
+        "latest": (Target(), [1, 2, 3, 4, 5, 6]),
+        "time": (Target.parse(time=when.isoformat()), [1, 2]),
+        "name": (Target.parse(name="here"), [1, 2, 3]),
+        "lsn": (Target.parse(lsn=lsn, exclusive=True), [1, 2, 3, 4]),
+        "xid": (Target.parse(xid=xid), [1, 2, 3, 4, 5]),
+        "before_xid": (Target.parse(xid=xid, exclusive=True), [1, 2, 3, 4]),
+        "immediate": (Target.parse(immediate=True), [1]),
+    }
+    # Every kind on the newest version; on the others those that read WAL differently.
+    for name in expected if major == NEWEST else ("latest", "time", "xid"):
+        target, wanted = expected[name]
+        plan = await make_plan(bank.repository(), target)
+        assert plan.backup == info
+        place = bank.place(name)
+        restored = await restore(bank.repository(), plan, place)
+        with stopped_after(restored.server) as started:
+            assert started.state == "in production"
+            assert rows(place) == wanted, name
+            assert ask(place, "show archive_mode") == [("off",)]
+            assert ask(place, "select pg_is_in_recovery()") == [(False,)]
+        assert not (place.directory / "pgsql_tmp.walship" / "context.json").exists()

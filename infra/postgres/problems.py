@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from infra.postgres.control import ServerFacts
@@ -110,7 +111,7 @@ def _library(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
     elif not facts.archive_directory:
         yield _error("basic_archive.archive_directory is not set: nothing is archived", _wanted(settings))
     elif settings.spool_dir is not None and not _same(facts.archive_directory, str(settings.spool_dir)):
-        yield _elsewhere("basic_archive.archive_directory", facts.archive_directory, settings)
+        yield _elsewhere("basic_archive.archive_directory", facts.archive_directory, facts, settings, plain=True)
 
 
 def _command(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
@@ -120,19 +121,22 @@ def _command(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
                      _wanted(settings))  # fmt: skip
         return
     if settings.spool_dir is not None and not _mentions(command, str(settings.spool_dir)):
-        yield _elsewhere("archive_command", command, settings)
-    if re.match(r"\s*(/bin/|/usr/bin/)?cp\s", command):
+        yield _elsewhere("archive_command", command, facts, settings, plain=re.search(r"\bcp\s", command) is not None)
+    elif re.match(r"\s*(/bin/|/usr/bin/)?cp\s", command):
         yield _warning("archive_command is a plain cp, which does not wait for the disk: after a power cut a segment"
                        " that PostgreSQL has forgotten may be lost from the spool",
                        "prefer " + _wanted(settings).removeprefix("set "))  # fmt: skip
 
 
-def _elsewhere(setting: str, value: str, settings: Settings) -> Problem:
-    """In containers one folder has two names, so there it is only suspicious."""
+def _elsewhere(setting: str, value: str, facts: ServerFacts, settings: Settings, *, plain: bool) -> Problem:
+    """Certain only where the server runs on this machine and what it does is plain: a folder may have another name in
+    a container, and a script may copy anywhere.
+    """
     fact = f"{setting} is {value!r}, but walship watches {settings.spool_dir}"
-    if settings.postgres_connection_mode == "docker":
-        return _warning(fact, "make sure that both are the same folder, mounted twice")
-    return _error(fact, f"set WALSHIP_SPOOL_DIR to the same folder, or {_wanted(settings)}")
+    here = settings.postgres_connection_mode == "host" and Path(facts.data_directory or "/nowhere").is_dir()
+    if here and plain:
+        return _error(fact, f"set WALSHIP_SPOOL_DIR to the same folder, or {_wanted(settings)}")
+    return _warning(fact, "make sure that what PostgreSQL archives appears there")
 
 
 def _wanted(settings: Settings) -> str:

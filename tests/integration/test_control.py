@@ -238,8 +238,9 @@ async def test_two_ways_to_archive_at_once(major: int, start_server: StartServer
     [
         ({"archive_command": "test ! -f {0}/%f && cp %p {0}/%f"}, None, ""),
         ({"archive_command": "cp %p {0}/%f"}, "warning", "a plain cp, which does not wait for the disk"),
-        ({"archive_command": "copy %p /elsewhere/%f"}, "error", "but walship watches"),
-        ({"archive_command": "copy %p {0}-other/%f"}, "error", "but walship watches"),
+        ({"archive_command": "cp %p /elsewhere/%f"}, "error", "but walship watches"),
+        ({"archive_command": "cp %p {0}-other/%f"}, "error", "but walship watches"),
+        ({"archive_command": "a_script %p %f"}, "warning", "but walship watches"),
         ({"archive_command": "true"}, "error", "without both %p and %f"),
         ({"archive_command": ""}, "error", "neither archive_library nor archive_command is set"),
         ({"archive_library": "basic_archive"}, "error", "basic_archive.archive_directory is not set"),

@@ -13,7 +13,7 @@ WHO = _Who("db.example.com", 5432, "walship", replication=True)
     ("words", "fact", "hint"),
     [
         (
-            'FATAL:  no pg_hba.conf entry for replication connection from host "2001:db8::7", user "walship", no encryption',
+            'FATAL:  no pg_hba.conf entry for replication connection from host "2001:db8::7", user "walship", SSL off',
             "does not let walship in from 2001:db8::7 for replication connections",
             "host  replication  walship  2001:db8::7/128  scram-sha-256",
         ),

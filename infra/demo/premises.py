@@ -47,10 +47,14 @@ class Premises:
         self._service: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._restored: list[RestoredServer] = []
-        self.s3 = Seaweed(self.folder / "s3")
-        self.bin_dir = self._programs()
-        self.server = ThrowawayServer(self.bin_dir, self.folder / "server")
         self._passphrase = secrets.token_urlsafe(16)
+        try:
+            self.s3 = Seaweed(self.folder / "s3")
+            self.bin_dir = self._programs()
+        except BaseException:
+            shutil.rmtree(self.folder)
+            raise
+        self.server = ThrowawayServer(self.bin_dir, self.folder / "server")
 
     def open(self) -> None:
         """Start both servers; PostgreSQL archives into the spool, as it would in earnest."""

@@ -57,6 +57,11 @@ class Seaweed:
         return f"http://127.0.0.1:{self._ports[0]}"
 
     @property
+    def pid(self) -> int | None:
+        """Its process while it runs."""
+        return self._process.pid if self._process is not None else None
+
+    @property
     def log(self) -> Path:
         return self.folder / "seaweed.log"
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -93,7 +94,7 @@ class LocalStore:
             try:
                 # Looked at first only to save the writing; what decides is the link below.
                 if not replace and path.exists():
-                    raise FileExistsError
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
                 file = self._create(temporary)
                 try:
                     for chunk in body.chunks():
@@ -263,6 +264,8 @@ class LocalStore:
             hint, passing = _ADVICE.get(error.errno or 0, ("", False))
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
             what = key if size is None else f"{key} ({size} bytes)"
+            if error.errno == errno.ENOSPC:
+                reason += f"; {shutil.disk_usage(self._root).free} bytes are free"
             raise StoreError(f"{self.name}: {what}: {reason}", hint=hint, passing=passing) from error
 
 

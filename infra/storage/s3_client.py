@@ -13,6 +13,7 @@ from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody
 
 if TYPE_CHECKING:
+    from botocore.awsrequest import AWSPreparedRequest
     from types_aiobotocore_s3.client import S3Client
 
 #: Seconds for a connection to be made.
@@ -113,7 +114,7 @@ def open_client(options: S3Options) -> contextlib.AbstractAsyncContextManager[S3
     )
     session = get_session()
     # A round trip more for each object, and servers that do not know it would let us wait.
-    session.register("before-call.s3.PutObject", _expect_nothing, unique_id="walship-no-expect")
+    session.register("before-send.s3.PutObject", _expect_nothing, unique_id="walship-no-expect")
     return session.create_client(
         "s3",
         region_name=options.region or ("us-east-1" if options.endpoint else None),
@@ -126,5 +127,6 @@ def open_client(options: S3Options) -> contextlib.AbstractAsyncContextManager[S3
     )
 
 
-def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
-    params["headers"].pop("Expect", None)
+def _expect_nothing(request: AWSPreparedRequest, **_: Any) -> None:
+    if "Expect" in request.headers:  # not among what is signed
+        del request.headers["Expect"]

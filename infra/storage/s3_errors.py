@@ -83,6 +83,10 @@ def unreachable(store: str, endpoint: str, what: str, error: BaseException) -> S
     place = f"{store} at {endpoint}: {what}"
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return StoreError(f"{place}: there are no credentials", hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(_inner(error), FileNotFoundError | PermissionError):
+        return StoreError(
+            f"{place}: certificates cannot be read: {_cause(error)}", hint="see ca=FILE, or AWS_CA_BUNDLE"
+        )
     if isinstance(error, boto.SSLError | aiohttp.ClientSSLError):
         return StoreError(
             f"{place}: TLS failed: {_cause(error)}",
@@ -114,7 +118,13 @@ def conflict(store: str, key: str) -> ObjectConflict:
     return ObjectConflict(f"{store} has an object {key} already")
 
 
+def _inner(error: BaseException) -> BaseException:
+    """What a client's error was made of: the outer ones only repeat the address."""
+    inner = getattr(error, "kwargs", {}).get("error")
+    return inner if isinstance(inner, BaseException) else error
+
+
 def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line: the outer ones only repeat the address."""
-    inner = getattr(error, "kwargs", {}).get("error") or error
+    """The innermost reason, in one line."""
+    inner = _inner(error)
     return (" ".join(str(inner).split()) or type(inner).__name__)[:200]

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from handlers.body import joined
+from infra.storage.memory import MemoryStore
+from infra.storage.retry import Retrying, RetryPolicy
+from pipeline.errors import ObjectConflict, StoreError
+from pipeline.objects import MemoryBody
+from tests.clock import FastClock
+from tests.stores import Faulty
+
+BODY = MemoryBody((b"x",))
+PASSING = StoreError("the store cannot be reached", hint="look", passing=True)
+FINAL = StoreError("access is denied", hint="ask")
+POLICY = RetryPolicy(attempts=5, total=100.0, first=1.0, most=6.0)
+
+
+def parts(
+    policy: RetryPolicy = POLICY, draw: float = 1.0
+) -> tuple[Faulty, FastClock, Retrying, list[StoreError | None]]:
+    faulty, clock = Faulty(MemoryStore()), FastClock()
+    seen: list[StoreError | None] = []
+    store = Retrying(faulty, clock, policy, draw=lambda: draw, observe=lambda _, __, error: seen.append(error))
+    return faulty, clock, store, seen
+
+
+async def test_what_passes_is_tried_until_it_is_over() -> None:
+    faulty, clock, store, seen = parts()
+    faulty.fail = {("put", 1): PASSING, ("put", 2): PASSING}
+    await store.put("a", BODY)
+    assert faulty.count("put") == 3
+    assert clock.passed == 1.0 + 2.0
+    assert seen == [PASSING, PASSING, None]
+
+
+async def test_delays_double_up_to_a_bound_and_attempts_end() -> None:
+    faulty, clock, store, seen = parts()
+    faulty.down = {"get": PASSING}
+    with pytest.raises(StoreError, match=r"cannot be reached \(5 attempts in 13\.0 s\)") as raised:
+        await store.get("a")
+    assert clock.passed == 1 + 2 + 4 + 6
+    assert (raised.value.hint, raised.value.passing) == ("look", True)
+    assert seen == [PASSING] * 5
+
+
+async def test_time_ends_before_attempts_do() -> None:
+    faulty, clock, store, _ = parts(RetryPolicy(attempts=1000, total=10.0, first=1.0, most=2.0))
+    faulty.down = {"head": PASSING}
+    with pytest.raises(StoreError, match=r"\(6 attempts in 9\.0 s\)"):
+        await store.head("a")
+    assert clock.passed <= 10.0
+
+
+async def test_what_does_not_pass_is_told_at_once() -> None:
+    faulty, clock, store, seen = parts()
+    faulty.down = {"delete": FINAL}
+    with pytest.raises(StoreError) as raised:
+        await store.delete(["a"])
+    assert raised.value is FINAL
+    assert faulty.count("delete") == 1
+    assert clock.passed == 0
+    assert seen == [FINAL]
+
+
+async def test_a_create_whose_answer_was_lost_meets_itself() -> None:
+    faulty, _, store, _ = parts()
+    faulty.lose = {("put", 1): PASSING}
+    with pytest.raises(ObjectConflict):
+        await store.put("a", BODY)
+    assert joined(await store.get("a")) == b"x"
+
+
+async def test_a_listing_that_breaks_goes_on_behind_its_last_key() -> None:
+    faulty, _, store, _ = parts()
+    names = [f"k{number}" for number in range(5)]
+    for name in names:
+        await store.put(name, BODY)
+    faulty.fail = {("list", 1): PASSING}
+    faulty.lose = {("list", number): PASSING for number in range(2, 30)}  # each gives one line and breaks
+    assert [info.key async for info in store.list("k")] == names
+
+
+async def test_a_listing_that_never_begins_ends() -> None:
+    faulty, _, store, _ = parts()
+    faulty.down = {"list": PASSING}
+    with pytest.raises(StoreError, match="5 attempts"):
+        await anext(aiter(store.list("k")))
+
+
+@pytest.mark.parametrize("failed", range(1, 60))
+def test_jitter_is_full_and_bounded(failed: int) -> None:
+    policy, draw = RetryPolicy(), random.Random(failed).random()
+    assert 0 <= policy.delay(failed, draw) <= policy.most
+    assert policy.delay(failed, 0.0) == 0.0
+    assert policy.delay(1, 1.0) == policy.first

@@ -305,3 +305,24 @@ async def test_two_backups_at_once_do_not_disturb_each_other(start_server: Start
     server = start_server()
     one, two = await asyncio.gather(_drain(stream(settings_for(server))), _drain(stream(settings_for(server))))
     assert min(one, two) > 100
+
+
+@pytest.mark.parametrize("major", [SERVER_VERSIONS[0], NEWEST])
+async def test_a_standby_can_be_backed_up_and_promoted(
+    major: int, start_server: StartServer, server_folder: Path
+) -> None:
+    primary = start_server(major)
+    copy = server_folder / "standby"
+    primary.run("pg_basebackup", "-D", str(copy), "-R", "-c", "fast", "-d", primary.dsn())
+    with ThrowawayServer(programs(major), copy) as standby:
+        standby.start()
+        info, shelf = await back_up(standby)
+        assert (info.timeline, len(shelf.backups)) == (1, 1)
+        assert info.stop_lsn >= info.start_lsn
+        assert standby.query("select pg_promote()") == [(True,)]
+        async with await connect(settings_for(standby)) as control:
+            facts = await read_facts(control)
+            assert (facts.timeline, facts.in_recovery) == (2, False)
+            assert (await switch_wal(control, segment_size=facts.segment_size)).timeline == 2
+        info, _ = await back_up(standby)
+        assert info.timeline == 2

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator
 
 from pipeline.contracts import Buffer
 from pipeline.errors import IntegrityError
-from pipeline.objects import MAX_HEAD, TRAILER_SIZE, Header, read_header
+from pipeline.objects import TRAILER_SIZE, Header, begin_reading
 
 
 class Checksum:
@@ -65,26 +65,15 @@ def check_stored(name: str, chunks: Iterable[Buffer]) -> tuple[Header, str]:
 
     ``name`` is the key it was found under; an object that says another name of itself is refused. Holds one chunk.
     """
-    source = iter(chunks)
-    front = bytearray()
-    for piece in source:
-        front += piece
-        if len(front) >= MAX_HEAD:
-            break
-    header, offset = read_header(name, front)
+    header, pieces = begin_reading(name, chunks)
     if header.name != name:
         raise IntegrityError(
             f"{name} holds an object named {header.name}",
             hint="it was copied or moved there; restore the original, or read from another destination",
         )
-    frames = _strip(header, _chained(memoryview(front)[offset:], source))
+    frames = _strip(header, pieces)
     while True:
         try:
             next(frames)
         except StopIteration as end:
             return header, str(end.value)
-
-
-def _chained(first: Buffer, rest: Iterator[Buffer]) -> Iterator[Buffer]:
-    yield first
-    yield from rest

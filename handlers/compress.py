@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import lz4.frame  # type: ignore[import-untyped]  # has neither stubs nor a py.typed
@@ -33,7 +34,11 @@ ZSTD_WINDOW_LOG = 23
 #: zlib's number for "gzip header and trailer, 32 KiB window". The header's time is 0: equal input makes equal output.
 _GZIP = 16 + zlib.MAX_WBITS
 
-#: Whole input in pieces → compressed pieces.
+#: zstd compresses up to this much in one call if it has it in one piece: a tenth faster than in pieces, which it copies
+#: into its window first. The price is memory for the compressed bytes of one segment or part.
+_ONE_CALL = 16 << 20
+
+#: Level, size of all input, input in pieces → compressed pieces.
 _Compressor: TypeAlias = Callable[[int, int, Iterator[Buffer]], Iterator[Buffer]]
 
 
@@ -65,7 +70,7 @@ class Compress:
         return replace(header, codec=self._codec)
 
     def forward(self, header: Header, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
-        return _COMPRESSORS[header.codec](self._level, header.plain_size, _cut(pieces, PIECE))
+        return _COMPRESSORS[header.codec](self._level, header.plain_size, iter(pieces))
 
     def backward(self, header: Header, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
         if header.codec not in CODECS:
@@ -92,7 +97,11 @@ def _zstd(level: int, plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buf
         options[zstd.CompressionParameter.window_log] = ZSTD_WINDOW_LOG  # these levels would take up to 128 MiB
     compressor = zstd.ZstdCompressor(options=options)
     compressor.set_pledged_input_size(plain_size)  # tables no larger than a small object needs
-    for piece in pieces:
+    first = next(pieces, b"")
+    if len(first) == plain_size <= _ONE_CALL:
+        yield compressor.compress(first, compressor.FLUSH_FRAME)
+        return
+    for piece in _cut(chain((first,), pieces), PIECE):
         if out := compressor.compress(piece):
             yield out
     yield compressor.flush()
@@ -101,7 +110,7 @@ def _zstd(level: int, plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buf
 def _lz4(level: int, plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buffer]:
     compressor = lz4.frame.LZ4FrameCompressor(compression_level=level, block_size=lz4.frame.BLOCKSIZE_MAX1MB)
     yield compressor.begin(source_size=plain_size)
-    for piece in pieces:
+    for piece in _cut(pieces, PIECE):
         if out := compressor.compress(piece):
             yield out
     yield compressor.flush()
@@ -109,7 +118,7 @@ def _lz4(level: int, plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buff
 
 def _gzip(level: int, _plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buffer]:
     compressor = zlib.compressobj(level, zlib.DEFLATED, _GZIP)
-    for piece in pieces:
+    for piece in _cut(pieces, PIECE):
         if out := compressor.compress(piece):
             yield out
     yield compressor.flush()

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from pipeline.contracts import Buffer, Keyring, Stage
 from pipeline.errors import IntegrityError
-from pipeline.objects import MAX_HEAD, MAX_PLAIN, Header, read_header
+from pipeline.objects import MAX_PLAIN, Header, begin_reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +59,9 @@ class Chain:
 
     def decode(self, expected: Expected, stored: Iterable[Buffer]) -> tuple[Header, bytearray]:
         """The pieces of a stored object → its header and all of its plaintext. Raises IntegrityError."""
-        source = iter(stored)
-        front = bytearray()
-        for piece in source:
-            front += piece
-            if len(front) >= MAX_HEAD:
-                break
-        header, offset = read_header(expected.name, front)
+        pieces: Iterable[Buffer]
+        header, pieces = begin_reading(expected.name, stored)
         self._compare(header, expected)
-        pieces: Iterable[Buffer] = _joined(memoryview(front)[offset:], source)
         for stage in reversed(self._stages):
             pieces = stage.backward(header, pieces)
         plain = bytearray()
@@ -104,9 +98,3 @@ class Chain:
                 f"{expected.name} is stored unencrypted, and this repository encrypts such objects",
                 hint="somebody may have replaced it; --allow-unencrypted reads it all the same",
             )
-
-
-def _joined(first: memoryview, rest: Iterator[Buffer]) -> Iterator[Buffer]:
-    if len(first):
-        yield first
-    yield from rest

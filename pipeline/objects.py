@@ -14,9 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 from pipeline.errors import IntegrityError
+
+_Buffer: TypeAlias = bytes | bytearray | memoryview  # as contracts.Buffer, which imports this module
 
 MAGIC = b"WALSHIP\x01"
 MAX_HEADER = 64 * 1024
@@ -69,7 +72,7 @@ class Header:
 _MEMBERS: dict[str, type] = {f.name: int if f.name == "plain_size" else str for f in fields(Header) if f.name != "raw"}
 
 
-def read_header(name: str, front: bytes | bytearray | memoryview) -> tuple[Header, int]:
+def read_header(name: str, front: _Buffer) -> tuple[Header, int]:
     """The header at the front of an object, and the offset of its first frame.
 
     ``name`` is for messages only: whether it is the *right* name is for the caller to enforce. ``front`` needs at most
@@ -88,6 +91,24 @@ def read_header(name: str, front: bytes | bytearray | memoryview) -> tuple[Heade
         raise IntegrityError(f"{name} is cut or damaged: its header should be {size} bytes")
     raw = front[12 : 12 + size]
     return _parse(name, raw), 12 + size
+
+
+def begin_reading(name: str, stored: Iterable[_Buffer]) -> tuple[Header, Iterator[_Buffer]]:
+    """The header of an object that comes in pieces, and the pieces behind it: frames and trailer. See ``read_header``.
+
+    A first piece that holds the whole header is not copied.
+    """
+    source = iter(stored)
+    front: _Buffer = next(source, b"")
+    if len(front) < MAX_HEAD:
+        gathered = bytearray(front)
+        for piece in source:
+            gathered += piece
+            if len(gathered) >= MAX_HEAD:
+                break
+        front = gathered
+    header, offset = read_header(name, front)
+    return header, chain((memoryview(front)[offset:],), source)
 
 
 def strict_json(text: bytes) -> Any:

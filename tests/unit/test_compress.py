@@ -49,6 +49,14 @@ def test_round_trip_at_the_edges_of_pieces(codec: str, size: int) -> None:
     assert expand(codec, squeeze(codec, plain), size) == plain
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_plaintext_in_several_pieces_and_larger_than_one_call(codec: str) -> None:
+    plain = ODD * 18
+    stage = Compress(codec)
+    pieces = stage.forward(stage.describe(header("none", len(plain))), cut(plain, [7, 0, PIECE + 3]))
+    assert expand(codec, b"".join(bytes(p) for p in pieces), len(plain)) == plain
+
+
 @given(plain=st.binary(max_size=5000), codec=st.sampled_from(CODECS), sizes=st.lists(st.integers(0, 300), max_size=20))
 def test_the_way_a_stream_is_cut_does_not_matter(plain: bytes, codec: str, sizes: list[int]) -> None:
     pieces = cut(squeeze(codec, plain), sizes)

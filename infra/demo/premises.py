@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from infra.demo.restored import RestoredServer, own_place
+from infra.demo.restored import RestoredServer
 from infra.demo.seaweed import Seaweed
 from infra.postgres.processes import dismiss, give, guard, run_as
 from infra.postgres.programs import embedded
-from infra.postgres.throwaway import ThrowawayServer, make_folder
+from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
 from infra.settings import known_names
 from pipeline.errors import ConfigError, IntegrityError, RecoveryError, SourceError, StoreError, WalshipError
 
@@ -60,6 +60,7 @@ class Premises:
         """Start both servers; PostgreSQL archives into the spool, as it would in earnest."""
         self.spool.mkdir(mode=0o700)
         give(self.spool, run_as())
+        self.local.mkdir(mode=0o700)
         with ThreadPoolExecutor(1) as other:
             store = other.submit(self.s3.start)
             self.server.init(
@@ -69,7 +70,6 @@ class Premises:
                     "archive_mode": "on",
                     "archive_library": "basic_archive",
                     "basic_archive.archive_directory": str(self.spool),
-                    "include_if_exists": str(self._copys_conf),
                 }
             )
             self.server.start()
@@ -128,9 +128,9 @@ class Premises:
         folder = self.folder / name
         folder.mkdir(mode=0o700)
         give(folder, run_as())
-        own_place(self._copys_conf, self.server.socket_dir)
-        self.walship("restore", "--target-dir", str(folder), *target, "--start", s3_only=True)
-        server = RestoredServer(folder)
+        where = ("--target-dir", str(folder), "--start", "--port", str(free_port()))
+        result = self.walship("restore", *where, *target, s3_only=True)
+        server = RestoredServer(result["pid"], result["port"])
         self._restored.append(server)
         return server
 
@@ -156,10 +156,6 @@ class Premises:
         if self._guard is not None:
             dismiss(self._guard)
             self._guard = None
-
-    @property
-    def _copys_conf(self) -> Path:
-        return self.folder / "copy.conf"
 
     @property
     def _service_log(self) -> Path:

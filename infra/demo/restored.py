@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psycopg
 
 from infra.postgres.processes import dismiss, guard, kill_tree, run_as
-from infra.postgres.throwaway import free_port
 
 
 class RestoredServer:
-    """Knows its data directory; everything else is in the ``postmaster.pid`` that the server wrote there."""
+    """Known by its process id and its port, as the restore has reported them."""
 
-    def __init__(self, data_dir: Path) -> None:
-        lines = (data_dir / "postmaster.pid").read_text("utf-8").splitlines()
-        self._pid = int(lines[0])
-        self._port = int(lines[3])
+    def __init__(self, pid: int, port: int) -> None:
+        self._pid = pid
+        self._port = port
         self._running = True
         # It was started to outlive the restore; it shall not outlive the demo.
-        self._guard = guard(self._pid, run_as(data_dir))
+        self._guard = guard(pid, run_as())
 
     @property
     def dsn(self) -> str:
@@ -31,15 +27,3 @@ class RestoredServer:
             self._running = False
             kill_tree(self._pid)
             dismiss(self._guard)
-
-
-def own_place(conf: Path, sockets: Path) -> None:
-    """Write settings that let a copy run beside the original: another port, another folder for its socket.
-
-    The original's postgresql.conf includes ``conf``, so the copy's does too; the original has its own place on its
-    command line, which wins.
-    """
-    conf.write_text(
-        f"port = {free_port()}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{sockets}'\n", "utf-8"
-    )
-    conf.chmod(0o644)

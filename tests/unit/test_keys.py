@@ -161,6 +161,14 @@ async def test_settings_and_repository_have_to_agree() -> None:
     await open_keyring(MemoryStore(), SYSTEM_ID, PASSPHRASE, clock=CLOCK, wanted=NEITHER)
 
 
+async def test_a_ring_that_was_removed_does_not_make_a_repository_plain() -> None:
+    store = MemoryStore("bucket")
+    with pytest.raises(ConfigError, match=f"the repository {SYSTEM_ID} in bucket has no key ring"):
+        await open_(store)
+    keys = await open_keyring(store, SYSTEM_ID, PASSPHRASE, clock=CLOCK, allow_unencrypted=True)
+    assert not keys.encrypted
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "must"),
     [

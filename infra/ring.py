@@ -111,8 +111,10 @@ def fresh_ring(system_id: str, policy: Policy) -> Ring:
     return Ring(1, system_id, policy, os.urandom(32), X25519PrivateKey.generate().private_bytes_raw())
 
 
-def seal_ring(ring: Ring, passphrases: Sequence[str], recipients: Sequence[bytes], created: datetime) -> bytes:
-    """The content of ``keys/ring-<number>``. Slow: one scrypt for each passphrase.
+def seal_ring(
+    ring: Ring, passphrases: Sequence[str], recipients: Sequence[bytes], created: datetime, *, scrypt_n: int = SCRYPT_N
+) -> bytes:
+    """The content of ``keys/ring-<number>``. Slow: one scrypt for each passphrase; ``scrypt_n`` is its cost.
 
     ``recipients`` are X25519 public keys whose owners may open it too. Raises ConfigError for an empty passphrase.
     """
@@ -124,10 +126,10 @@ def seal_ring(ring: Ring, passphrases: Sequence[str], recipients: Sequence[bytes
                 hint="set it, or BACKUP_ENCRYPTION_PASSWORD_FILE, and keep a copy far from this machine",
             )
         salt = os.urandom(32)
-        wrap = AESGCM(_scrypt(passphrase, salt, SCRYPT_N, SCRYPT_R, SCRYPT_P))
+        wrap = AESGCM(_scrypt(passphrase, salt, scrypt_n, SCRYPT_R, SCRYPT_P))
         # The wrap's key is used this once, because the salt is fresh: so a constant nonce is right.
         sealed = wrap.encrypt(bytes(12), ring.private_key, _context("passphrase", ring.system_id))
-        costs = {"n": SCRYPT_N, "r": SCRYPT_R, "p": SCRYPT_P}
+        costs = {"n": scrypt_n, "r": SCRYPT_R, "p": SCRYPT_P}
         wraps.append({"kind": "scrypt", **costs, "salt": salt.hex(), "sealed": sealed.hex()})
     for recipient in recipients:
         sealed = _seal(ring.private_key, recipient, _context("recipient", ring.system_id))

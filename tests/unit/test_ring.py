@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 import infra.ring
 from infra.ring import (
+    SCRYPT_N,
     Former,
     Policy,
     Ring,
@@ -33,9 +34,9 @@ from tests.keys import NOW, SYSTEM_ID
 NAME = ring_name(1)
 POLICY = Policy(wal=True, base=False)
 RECIPIENT = X25519PrivateKey.generate()
-#: One ring for the whole file: each passphrase costs a scrypt.
+#: One ring for the whole file, with a cheap scrypt.
 RING = fresh_ring(SYSTEM_ID, POLICY)
-CONTENT = seal_ring(RING, ["first", "séc"], [RECIPIENT.public_key().public_bytes_raw()], NOW)
+CONTENT = seal_ring(RING, ["first", "séc"], [RECIPIENT.public_key().public_bytes_raw()], NOW, scrypt_n=1024)
 
 
 def by_recipient(content: bytes, ring: int = 1, system_id: str = SYSTEM_ID) -> Ring | None:
@@ -140,6 +141,11 @@ def test_what_is_no_ring_is_refused(content: bytes) -> None:
         by_recipient(content)
 
 
+def test_what_a_new_wrap_costs() -> None:
+    wrap = members(seal_ring(RING, ["first"], [], NOW))["wraps"][0]
+    assert (wrap["n"], wrap["r"], wrap["p"]) == (65536, 8, 2)
+
+
 def test_wraps_of_kinds_to_come_are_passed_over() -> None:
     strange: list[Any] = [{"kind": "hardware", "slot": 9}, "what", None, 7]
     value = {**members(), "wraps": strange + members()["wraps"]}
@@ -175,7 +181,7 @@ def test_hostile_scrypt_parameters_are_refused_at_once(costs: dict[str, Any]) ->
 
 
 def test_many_passphrases_together_are_bounded_as_well() -> None:
-    wraps = [members()["wraps"][0]] * 17
+    wraps = [{**members()["wraps"][0], "n": SCRYPT_N}] * 17
     with pytest.raises(IntegrityError, match="asks for 17 times the work of one passphrase"):
         open_ring(NAME, 1, SYSTEM_ID, signed({**members(), "wraps": wraps}), passphrase="wrong")
 

@@ -154,16 +154,14 @@ class Lineage:
             if leg is None:
                 break
             _extend(stretches, leg.timeline, number, partial=not segment(leg.timeline, number))
-            if not whole and leg.end is not None and leg.end < (number + 1) * size:
-                reached = leg.end
+            if not whole:
+                reached = Lsn((number + 1) * size) if leg.end is None else min(leg.end, Lsn((number + 1) * size))
                 break
             number += 1
             reached = Lsn(number * size)
-            if not whole:
-                break
         missing = None
         if reached < wanted:
-            # Also where an older timeline's file serves up to the fork, the newest one's is what is missing.
+            # Also where a .partial, or an older timeline's file up to the fork, stands in for what is missing.
             missing = WalFile.segment(self.newest(number).timeline, number * size, size)
         return WalPath(tuple(stretches), start, reached, missing, size)
 

@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
+from hypothesis import settings
 
 from infra.demo.seaweed import Seaweed
+
+# A deadline per example fails on a busy machine, and says nothing about the code. Set before tests are collected.
+settings.register_profile("walship", deadline=None)
+settings.load_profile("walship")
 
 _numbers = count(1)
 

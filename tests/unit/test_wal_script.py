@@ -1,0 +1,231 @@
+"""restore_command and its sh script, run as PostgreSQL runs them: ``/bin/sh -c`` in the data directory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from handlers.feed import Feed
+from infra.postgres.wal_script import FEED, FOLDER, RESTORE_COMMAND, SCRIPT, script
+from pipeline.contracts import Buffer
+from pipeline.errors import StoreError
+from pipeline.wal import WalFile
+
+SIZE = 1 << 20
+SEGMENT = "000000010000000000000003"
+HISTORY = "00000002.history"
+PATH = "pg_wal/RECOVERYXLOG"
+
+
+def lay(data: Path, body: str) -> None:
+    """A data directory with the script, and a ``fetch-wal`` made of these sh lines; its arguments are $1 to $4."""
+    (data / "pg_wal").mkdir(exist_ok=True)
+    (data / FOLDER).mkdir(exist_ok=True)
+    fetch = data / "fetch it.sh"
+    fetch.write_text(f"#!/bin/sh\n{body}\n")
+    fetch.chmod(0o755)
+    (data / FOLDER / SCRIPT).write_text(script((str(fetch),), SIZE))
+
+
+def command(name: str) -> list[str]:
+    return ["/bin/sh", "-c", RESTORE_COMMAND.replace("%f", name).replace("%p", PATH)]
+
+
+def ask(data: Path, name: str = SEGMENT) -> int:
+    return subprocess.run(command(name), cwd=data, capture_output=True, timeout=60, check=False).returncode
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    # A path that needs quoting wherever it is not relative.
+    folder = tmp_path / "it's a $HOME"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("status", "wanted"),
+    [(44, 1), (1, 200), (2, 200), (11, 200), (125, 200), (126, 200), (127, 200), (200, 200), (255, 200)],
+)
+def test_only_the_reserved_status_means_absent(data: Path, status: int, wanted: int) -> None:
+    lay(data, f"exit {status}")
+    assert ask(data) == wanted
+
+
+@pytest.mark.parametrize("number", ["TERM", "KILL", "INT", "SEGV"])
+def test_a_killed_fetch_stops_recovery(data: Path, number: str) -> None:
+    lay(data, f"kill -{number} $$")
+    assert ask(data) == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "wanted"),
+    [
+        (f'head -c {SIZE} /dev/zero >"$4"', SEGMENT, 0),
+        (f'head -c {SIZE - 1} /dev/zero >"$4"', SEGMENT, 200),
+        (f'head -c {SIZE + 1} /dev/zero >"$4"', SEGMENT, 200),
+        (': >"$4"', SEGMENT, 200),
+        ("exit 0", SEGMENT, 200),
+        ('echo "1 0/3000000 why" >"$4"', HISTORY, 0),
+        (': >"$4"', HISTORY, 200),
+    ],
+)
+def test_found_means_that_all_of_it_is_there(data: Path, body: str, name: str, wanted: int) -> None:
+    lay(data, body)
+    assert ask(data, name) == wanted
+
+
+def test_what_fetch_wal_is_given(data: Path) -> None:
+    lay(data, 'printf "%s\\n" "$@" >given; exit 44')
+    assert ask(data) == 1
+    assert (data / "given").read_text().split("\n")[:4] == ["--context", f"{FOLDER}/context.json", SEGMENT, PATH]
+
+
+def test_a_script_or_a_program_that_is_not_there_stops_recovery(data: Path) -> None:
+    assert ask(data) == 200
+    lay(data, "")
+    (data / "fetch it.sh").unlink()
+    assert ask(data) == 200
+    (data / FOLDER / SCRIPT).write_text("if then (")
+    assert ask(data) == 200
+
+
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs bash")
+def test_bash_gives_the_same_answers(data: Path) -> None:
+    lay(data, "exit 44")
+    words = command(SEGMENT)
+    words[2] = words[2].replace("/bin/sh", "/bin/bash --posix")
+    assert subprocess.run(["/bin/bash", *words[1:]], cwd=data, check=False).returncode == 1
+
+
+class Shelf:
+    """What the feed reads from."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def read(self, name: str) -> Buffer | None:
+        self.asked.append(name)
+        if name == HISTORY:
+            return b"1\t0/3000000\twhy\n"
+        file = WalFile.parse(name)
+        assert file is not None
+        if file.seg == 99:
+            raise StoreError("the store is on fire")
+        return bytes([file.seg]) * SIZE if file.seg < 20 else None
+
+
+def segment(number: int) -> WalFile:
+    return WalFile.segment(1, number * SIZE, SIZE)
+
+
+@asynccontextmanager
+async def feeding(data: Path, shelf: Shelf, order: list[WalFile], said: list[str]) -> AsyncIterator[Feed]:
+    feed = Feed(data / FOLDER / FEED, shelf.read, order, SIZE, notify=said.append)
+    feed.open()
+    task = asyncio.create_task(feed.serve())
+    try:
+        yield feed
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        feed.close()
+
+
+async def ask_feed(data: Path, name: str) -> int:
+    return await asyncio.to_thread(ask, data, name)
+
+
+async def test_the_feed_serves_in_order_again_and_says_absent(data: Path) -> None:
+    lay(data, "exit 126")
+    shelf, said = Shelf(), list[str]()
+    async with feeding(data, shelf, [segment(n) for n in range(3, 20)], said):
+        assert await ask_feed(data, HISTORY) == 0
+        for number in (3, 4, 5, 6, 19, 18, 5, 5):
+            assert await ask_feed(data, segment(number).name) == 0
+            assert (data / PATH).read_bytes() == bytes([number]) * SIZE
+            (data / PATH).unlink()
+        assert await ask_feed(data, segment(20).name) == 1
+        assert await ask_feed(data, segment(19).name) == 0
+        assert await ask_feed(data, segment(20).name) == 1
+        assert not said
+        deadline = time.monotonic() + 20
+        while list((data / FOLDER / FEED / "want").iterdir()):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+    assert ask(data) == 200, "without a feed it is fetch-wal's turn"
+
+
+async def test_reading_ahead_is_bounded_and_needs_no_asking(data: Path) -> None:
+    lay(data, "exit 126")
+    shelf = Shelf()
+    async with feeding(data, shelf, [segment(n) for n in range(3, 3 + 17)] + [segment(30)], []):
+        ready = data / FOLDER / FEED / "ready"
+        deadline = time.monotonic() + 20
+        while len(list(ready.iterdir())) < 16:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+        assert len(shelf.asked) == 16
+        assert await ask_feed(data, segment(3).name) == 0
+        while len(shelf.asked) < 17:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+    assert not list(ready.iterdir())
+
+
+async def test_a_failing_store_stops_recovery_and_says_why(data: Path) -> None:
+    lay(data, "exit 44")
+    said: list[str] = []
+    async with feeding(data, Shelf(), [segment(99)], said) as feed:
+        assert await ask_feed(data, segment(99).name) == 200
+        assert "the store is on fire" in said[0]
+        assert len(feed.failures) == 1
+
+
+def test_whoever_waits_for_a_feed_that_dies_asks_fetch_wal(data: Path) -> None:
+    lay(data, "exit 44")
+    home = data / FOLDER / FEED
+    for name in ("want", "ready", "absent", "failed"):
+        (home / name).mkdir(parents=True)
+    sleeper = subprocess.Popen(["/bin/sleep", "60"])
+    began = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(") ")[2].split()[19]
+    (home / "pid").write_text(f"{sleeper.pid} {began}\n")
+    waiting = subprocess.Popen(command(SEGMENT), cwd=data)
+    deadline = time.monotonic() + 20
+    while not (home / "want" / SEGMENT).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert waiting.poll() is None
+    sleeper.send_signal(signal.SIGKILL)
+    sleeper.wait()
+    assert waiting.wait(20) == 1
+
+
+def test_a_process_that_got_the_number_of_the_feed_is_not_asked(data: Path) -> None:
+    lay(data, "exit 44")
+    home = data / FOLDER / FEED
+    (home / "ready").mkdir(parents=True)
+    (home / "pid").write_text(f"{os.getpid()} 1\n")
+    (home / "ready" / SEGMENT).write_bytes(bytes(SIZE))
+    assert ask(data) == 1
+
+
+async def test_a_short_file_is_never_handed_over(data: Path) -> None:
+    lay(data, "exit 44")
+
+    class Short(Shelf):
+        async def read(self, name: str) -> Buffer | None:
+            return name.encode()
+
+    async with feeding(data, Short(), [], []):
+        assert await ask_feed(data, SEGMENT) == 200
+    assert not (data / PATH).exists()

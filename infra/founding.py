@@ -38,7 +38,7 @@ async def found(
     ConfigError if what is there belongs to another cluster or is encrypted otherwise than the settings say.
     """
     there = [await _existing(destination, facts) for destination in destinations]
-    stores = [Rooted(destination.root, f"{facts.system_id}/") for destination in destinations]
+    stores = [Rooted(destination.root, facts.system_id) for destination in destinations]
     await _found_keys(stores, facts.system_id, settings, clock, anywhere=any(there))
     founded = []
     for store, destination, existing in zip(stores, destinations, there, strict=True):

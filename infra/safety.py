@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from handlers.base_backup import WalSafe
+from infra.wiring import Site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Clock, Store
 from pipeline.errors import SourceError
-from pipeline.wal import WalFile
+from pipeline.wal import Lsn, WalFile, WalKind, history_name
 
 #: Seconds between looks.
 PAUSE = 0.5
@@ -58,6 +60,18 @@ async def wait_for_wal(
             said = now
             tell(f"waiting for WAL: {total - left} of {total} segments are safe, next is {first} at {place}")
         await clock.sleep(PAUSE)
+
+
+def wal_safe(site: Site, tell: Callable[[str], None]) -> WalSafe:
+    """How a backup waits for its WAL: until every required destination lists it."""
+
+    async def wait(start: Lsn, stop: Lsn, timeline: int) -> None:
+        files = segments_between(timeline, start, stop, site.facts.segment_size)
+        if timeline > 1:
+            files.append(WalFile(timeline, 0, 0, WalKind.HISTORY, history_name(timeline)))
+        await wait_for_wal(site.required_stores, files, clock=site.clock, timeout=site.settings.wal_timeout, tell=tell)
+
+    return wait
 
 
 async def _strike_out(store: Store, missing: set[str]) -> None:

@@ -90,7 +90,7 @@ async def open_site(
     clock = SystemClock()
     async with open_destinations(settings) as destinations:
         facts = await find(destinations, cluster)
-        stores = tuple(Rooted(d.root, f"{facts.system_id}/") for d in destinations)
+        stores = tuple(Rooted(d.root, facts.system_id) for d in destinations)
         keys = await _open_keys(
             stores, settings, facts.system_id, clock, writer=writer, allow_unencrypted=allow_unencrypted
         )

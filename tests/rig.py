@@ -42,6 +42,9 @@ class Rig:
         self.spool = folder / "spool"
         self.spool.mkdir()
         give(self.spool, run_as())
+        for url in destinations:
+            if url.startswith("file://"):
+                Path(url.removeprefix("file://")).mkdir(exist_ok=True)
         self.server = new_server(
             major, folder, segment_mb=segment_mb,
             settings={

@@ -67,8 +67,8 @@ def main() -> NoReturn:
     as_json = "--json" in sys.argv
     try:
         refuse_strangers()
-        cli.main(prog_name="walship", standalone_mode=False)
-        code = 0
+        # What a verb gave to Context.exit comes back as a value here.
+        code = int(cli.main(prog_name="walship", standalone_mode=False) or 0)
     except click.ClickException as error:
         code = _usage(error, as_json=as_json)
     except click.Abort:

@@ -9,7 +9,8 @@ import click
 from infra.cli.verb import asynchronous, emit, json_option, settings
 from infra.clock import SystemClock
 from infra.founding import found
-from infra.postgres.control import connect, read_facts
+from infra.postgres.connect import connect
+from infra.postgres.control import read_facts
 from infra.repository import RepositoryFacts
 from infra.wiring import open_destinations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from infra.cli.verb import asynchronous, emit, json_option, settings
+from infra.monitoring.log import log_notice
 from infra.service import push
 
 
@@ -18,6 +19,6 @@ async def command(as_json: bool) -> None:
 
     Example: walship push --json
     """
-    shipped = await push(settings())
+    shipped = await push(settings(), log_notice)
     result = {"shipped": shipped}
     emit(result, [f"shipped {shipped} files"], as_json=as_json)

@@ -20,7 +20,8 @@ class Rooted:
 
     @property
     def name(self) -> str:
-        return f"{self._store.name}/{self._prefix[:-1]}"
+        """That of the store below: a destination is one destination, whichever of its folders is meant."""
+        return self._store.name
 
     async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
         await self._store.put(self._key(key), body, replace=replace, keep_until=keep_until)

@@ -1,0 +1,60 @@
+"""Base backups on command: the stream from PostgreSQL, shipped by this process, with the WAL it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import aclosing
+
+from handlers.base_backup import Cluster, Progress, take
+from infra.postgres import basebackup
+from infra.postgres.connect import connect
+from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.problems import problems
+from infra.safety import wal_safe
+from infra.service import alongside
+from infra.settings import Settings
+from infra.wiring import open_shipping, open_site
+from pipeline.backup import BackupInfo
+from pipeline.errors import SourceError
+
+
+async def look_at_server(settings: Settings) -> ServerFacts:
+    """Connect, look, disconnect. Raises SourceError."""
+    async with await connect(settings) as connection:
+        return await read_facts(connection)
+
+
+async def backup(
+    settings: Settings, *, label: str, report: Callable[[Progress], None], tell: Callable[[str], None]
+) -> BackupInfo:
+    """Take a base backup of the server and return it once it, and all WAL it needs, is at every required destination.
+
+    Refuses before it begins if the server cannot give what a backup needs. A service that runs meanwhile keeps its
+    priority: this process is nicer than it. Without one, this process ships the spool as well.
+    """
+    server = await look_at_server(settings)
+    refuse_unable(server, settings)
+    async with (
+        open_site(settings, cluster=server.system_identifier, writer=True) as site,
+        open_shipping(site, patient=False) as shipping,
+        alongside(site, tell),
+    ):
+        os.nice(5)
+        async with aclosing(basebackup.stream(settings, label=label)) as messages:
+            return await take(
+                messages,
+                ship=shipping.shipper.ship,
+                cluster=Cluster(server.system_identifier, server.version_num, server.segment_size),
+                wal_safe=wal_safe(site, tell),
+                clock=site.clock,
+                label=label,
+                report=report,
+            )
+
+
+def refuse_unable(server: ServerFacts, settings: Settings) -> None:
+    """A backup without its WAL is none: say so before an hour is spent. Raises the first error as SourceError."""
+    for problem in problems(server, settings):
+        if problem.severity == "error":
+            raise SourceError(problem.fact, hint=problem.hint)

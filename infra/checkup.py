@@ -1,0 +1,154 @@
+"""``walship check``: try everything that a night shift would otherwise find out, and say what to do about each."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal
+
+from handlers.body import joined
+from infra.clock import SystemClock
+from infra.keys import Policy, open_keyring
+from infra.postgres.connect import connect
+from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.problems import problems
+from infra.repository import Destination, RepositoryFacts, find
+from infra.repository import read_facts as read_repository
+from infra.settings import Settings
+from infra.sources.spool import check_spool
+from infra.storage.rooted import Rooted
+from infra.wiring import open_destinations
+from pipeline.catalog import REPOSITORY
+from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, SourceError, StoreError, WalshipError
+from pipeline.objects import MemoryBody
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was tried."""
+
+    #: ``server``, ``spool``, ``keys``, or the name of a destination.
+    subject: str
+    severity: Literal["ok", "warning", "error"]
+    fact: str
+    hint: str = ""
+    #: What an error is, for the exit code.
+    error: WalshipError | None = None
+
+
+def _wrong(subject: str, error: WalshipError) -> Finding:
+    return Finding(subject, "error", error.fact, error.hint, error)
+
+
+async def examine(settings: Settings) -> AsyncIterator[Finding]:
+    """Try everything, one finding after the other. Writes one small object to each destination and removes it."""
+    server: ServerFacts | None = None
+    try:
+        async with await connect(settings) as connection:
+            server = await read_facts(connection)
+    except SourceError as error:
+        yield _wrong("server", error)
+    if server is not None:
+        async for finding in _server(server, settings):
+            yield finding
+    async for finding in _spool(settings):
+        yield finding
+    async with open_destinations(settings) as destinations:
+        facts: RepositoryFacts | None = None
+        try:
+            facts = await find(destinations, server.system_identifier if server else "")
+        except WalshipError as error:
+            yield _wrong("repository", error)
+        for destination in destinations:
+            async for finding in _destination(destination, facts, server, settings):
+                yield finding
+        if not any(d.required and d.name.startswith("s3:") for d in destinations):
+            yield Finding(
+                "destinations",
+                "warning",
+                "every required destination is a local folder: losing this host may lose them with it",
+                "add an s3:// destination and require it; or make sure that the folder is on another host",
+            )
+
+
+async def _server(server: ServerFacts, settings: Settings) -> AsyncIterator[Finding]:
+    found = problems(server, settings)
+    for problem in found:
+        error = SourceError(problem.fact, hint=problem.hint) if problem.severity == "error" else None
+        yield Finding("server", problem.severity, problem.fact, problem.hint, error)
+    if not any(problem.severity == "error" for problem in found):
+        mode = server.archive_library or server.archive_command
+        yield Finding(
+            "server", "ok", f"PostgreSQL {server.major}, cluster {server.system_identifier}, archives by {mode}"
+        )
+    try:
+        async with await connect(settings, replication=True):
+            yield Finding("server", "ok", "accepts replication connections")
+    except SourceError as error:
+        yield _wrong("server", error)
+
+
+async def _spool(settings: Settings) -> AsyncIterator[Finding]:
+    if settings.spool_dir is None:
+        yield _wrong(
+            "spool", ConfigError("WALSHIP_SPOOL_DIR is not set", hint="it is the folder PostgreSQL archives into")
+        )
+        return
+    try:
+        check_spool(settings.spool_dir)
+    except SourceError as error:
+        yield _wrong("spool", error)
+        return
+    room = os.statvfs(settings.spool_dir)
+    free = room.f_bavail * room.f_frsize
+    yield Finding("spool", "ok", f"{settings.spool_dir} can be read and emptied; {free >> 20} MB are free")
+
+
+async def _destination(
+    destination: Destination, facts: RepositoryFacts | None, server: ServerFacts | None, settings: Settings
+) -> AsyncIterator[Finding]:
+    name = destination.name
+    if facts is None:
+        return
+    store = Rooted(destination.root, facts.system_id)
+    try:
+        here = await read_repository(destination.root, facts.system_id)
+        if server is not None and here.segment_size != server.segment_size:
+            raise ConfigError(
+                f"the repository has segments of {here.segment_size} bytes, the server {server.segment_size}",
+                hint="begin a new repository at another destination",
+            )
+        body = MemoryBody([joined(await store.get(REPOSITORY))])
+        abilities = await store.probe(REPOSITORY, body)
+        severity: Literal["ok", "warning"] = "ok" if abilities.conditional_put else "warning"
+        yield Finding(name, severity, f"conditional put: {abilities.remark}")
+        yield await _round_trip(store, name)
+        wanted = Policy(wal=settings.wal_encrypted, base=settings.backup_encryption_enabled)
+        keys = await open_keyring(
+            store, facts.system_id, settings.passphrase, writer=True, wanted=wanted, clock=SystemClock()
+        )
+        yield Finding(name, "ok", "the key ring opens" if keys.encrypted else "nothing is encrypted (no key ring)")
+    except ObjectMissing as error:
+        hint = "`walship init` makes or joins the repository there"
+        yield _wrong(name, ConfigError(f"there is no repository of cluster {facts.system_id}: {error.fact}", hint=hint))
+    except (ConfigError, StoreError, IntegrityError) as error:
+        yield _wrong(name, error)
+
+
+async def _round_trip(store: Rooted, name: str) -> Finding:
+    """Write, read back, compare, remove: a store that breaks bytes or lacks a right is found out here."""
+    key = f"log/check-{secrets.token_hex(8)}"
+    content = secrets.token_bytes(4096)
+    await store.put(key, MemoryBody([content]))
+    if joined(await store.get(key)) != content:
+        error = IntegrityError(f"{key} was read back with other bytes than were written", hint="the store breaks data")
+        return _wrong(name, error)
+    try:
+        await store.delete([key])
+    except StoreError as error:
+        return Finding(
+            name, "warning", f"an object could be written and read back, not deleted: {error.fact}", error.hint
+        )
+    return Finding(name, "ok", "an object was written, read back, compared and deleted")

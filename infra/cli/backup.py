@@ -1,0 +1,47 @@
+"""``walship backup``."""
+
+from __future__ import annotations
+
+import click
+
+from handlers.base_backup import Progress
+from infra.backups import backup
+from infra.cli.progress import Bytes
+from infra.cli.verb import asynchronous, emit, human, json_option, say, settings
+from pipeline.targets import show
+
+
+@click.command("backup")
+@click.option("--label", default="walship", show_default=True, help="Written into backup_label, for people.")
+@json_option
+@asynchronous
+async def command(label: str, as_json: bool) -> None:
+    """Take a base backup now, straight from the server to every destination.
+
+    Nothing is staged on disk. It counts as a backup only once all WAL that it needs is safe at every required
+    destination; killed before that, it leaves no backup, only parts that nobody lists.
+
+    Example: walship backup
+    """
+    with Bytes("base backup") as bar:
+
+        def report(progress: Progress) -> None:
+            bar(progress.done, progress.estimate, progress.current)
+
+        taken = await backup(settings(), label=label, report=report, tell=say)
+    seconds = (taken.stopped - taken.started).total_seconds()
+    lines = [
+        f"{taken.name}: {human(taken.size)} (stored {human(taken.stored_size)}) in {seconds:.0f} s",
+        f"restorable from {show(taken.stopped)} (LSN {taken.stop_lsn}, timeline {taken.timeline}) on",
+    ]
+    result = {
+        "name": taken.name,
+        "size": taken.size,
+        "stored_size": taken.stored_size,
+        "timeline": taken.timeline,
+        "start_lsn": str(taken.start_lsn),
+        "stop_lsn": str(taken.stop_lsn),
+        "started": taken.started.isoformat(),
+        "stopped": taken.stopped.isoformat(),
+    }
+    emit(result, lines, as_json=as_json)

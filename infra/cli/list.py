@@ -1,0 +1,84 @@
+"""``walship list``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from handlers.fetch import read_catalog
+from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
+from infra.wiring import open_site
+from pipeline.catalog import Catalog
+from pipeline.targets import show
+
+
+@click.command("list")
+@cluster_option
+@json_option
+@asynchronous
+async def command(cluster: str, as_json: bool) -> None:
+    """Base backups, how far each can be rolled forward, and holes in the WAL.
+
+    What any destination has counts; `walship verify` tells what each of them lacks.
+
+    Example: walship list --json
+    """
+    async with open_site(settings(), cluster=cluster) as site:
+        catalog = await read_catalog(
+            site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size, notify=say
+        )
+    emit(_result(catalog), _lines(catalog), as_json=as_json)
+
+
+def _result(catalog: Catalog) -> dict[str, Any]:
+    return {
+        "system_id": catalog.system_id,
+        "segment_size": catalog.segment_size,
+        "backups": [
+            {
+                "name": b.name,
+                "kind": b.kind,
+                "started": b.started.isoformat(),
+                "stopped": b.stopped.isoformat(),
+                "timeline": b.timeline,
+                "start_lsn": str(b.start_lsn),
+                "stop_lsn": str(b.stop_lsn),
+                "size": b.size,
+                "stored_size": b.stored_size,
+                "server_version": b.server_version,
+                "tablespaces": [t.location for t in b.tablespaces],
+            }
+            for b in catalog.backups
+        ],
+        "windows": [
+            {
+                "backup": w.backup.name,
+                "timeline": w.timeline,
+                "from": w.backup.stopped.isoformat(),
+                "from_lsn": str(w.start),
+                "to_lsn": str(w.end),
+                "missing": str(w.missing) if w.missing else None,
+            }
+            for w in catalog.windows()
+        ],
+        "holes": [{"first": h.first.name, "last": h.last.name, "segments": h.count} for h in catalog.holes()],
+        "problems": list(catalog.problems),
+    }
+
+
+def _lines(catalog: Catalog) -> list[str]:
+    lines = [f"cluster {catalog.system_id}"]
+    if not catalog.backups:
+        lines.append("no base backup yet: `walship backup` takes one")
+    for backup in catalog.backups:
+        lines.append(
+            f"{backup.name}  {show(backup.stopped)}  PostgreSQL {backup.major}  {human(backup.size)}"
+            f" (stored {human(backup.stored_size)})"
+        )
+        for window in catalog.windows():
+            if window.backup is backup:
+                end = f"; segment {window.missing} is missing" if window.missing else ""
+                lines.append(f"  timeline {window.timeline}: LSN {window.start} to {window.end}{end}")
+    lines += [f"hole: {h.count} segments are missing, {h.first} to {h.last}" for h in catalog.holes()]
+    return lines

@@ -1,0 +1,47 @@
+"""``walship status``."""
+
+from __future__ import annotations
+
+import click
+
+from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, settings
+from infra.status import Status, read_status
+from infra.wiring import open_site
+
+
+@click.command("status")
+@cluster_option
+@json_option
+@asynchronous
+async def command(cluster: str, as_json: bool) -> None:
+    """How far behind each destination is, what waits, and whether all is well.
+
+    Read afresh from the server, the spool and every destination; nothing of it is remembered.
+
+    Example: walship status --json
+    """
+    async with open_site(settings(), cluster=cluster) as site:
+        status = await read_status(site)
+    emit(status.result(), _lines(status), as_json=as_json)
+
+
+def _lines(status: Status) -> list[str]:
+    lines = [f"cluster {status.system_id}: {'all is well' if status.healthy else 'NOT WELL'}"]
+    lines += [f"  ! {reason}" for reason in status.reasons]
+    lines.append(f"server   {status.server_error or f'WAL written to {status.current_lsn}'}")
+    service = f"process {status.service}" if status.service else "not running"
+    lines.append(f"service  {service}")
+    if status.spool is not None:
+        lines.append(
+            f"spool    {status.spool.files} files wait ({human(status.spool.bytes)}),"
+            f" {human(status.spool.free_bytes)} are free"
+        )
+    for place in status.destinations:
+        lines.append(f"{place.name}{'' if place.required else ' (not required)'}")
+        if place.error:
+            lines.append(f"  {place.error}")
+            continue
+        lag = "unknown" if place.lag_bytes is None else human(place.lag_bytes)
+        lines.append(f"  last segment {place.last_segment or 'none'}, behind by {lag}")
+        lines.append(f"  last backup  {place.last_backup or 'none'}")
+    return lines

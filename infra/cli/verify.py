@@ -1,0 +1,73 @@
+"""``walship verify``."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from handlers.fetch import read_catalog
+from handlers.verify import Report, verify
+from infra.cli.progress import EVERY
+from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
+from infra.wiring import open_site
+from pipeline.errors import IntegrityError
+
+
+@click.command("verify")
+@click.argument("backup", required=False)
+@click.option("--stored-only", is_flag=True, help="Checksums of stored bytes only: decrypts and decompresses nothing.")
+@cluster_option
+@json_option
+@asynchronous
+async def command(backup: str | None, stored_only: bool, cluster: str, as_json: bool) -> None:
+    """Read everything back at every destination: stored bytes, completeness of backups, holes in the WAL.
+
+    With a BACKUP, that one and the WAL from its start on. Exits with 12 if anything is damaged or missing.
+
+    Example: walship verify base_20260114_120000
+    """
+    said = time.monotonic()
+
+    def progress(objects: int, size: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > EVERY:
+            said = time.monotonic()
+            say(f"verified {objects} objects, {human(size)}")
+
+    async with open_site(settings(), cluster=cluster) as site:
+        catalog = await read_catalog(
+            site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size
+        )
+        chain = None if stored_only else site.chain
+        report = await verify(catalog, site.stores, chain=chain, backup=backup, progress=progress)
+    if not report.ok:
+        # The report is the result even so; the error behind it gives the exit code.
+        if not as_json:
+            for line in _lines(report):
+                click.echo(line)
+        raise IntegrityError(_verdict(report), hint="what is good elsewhere can still be restored: see the list")
+    emit(report.summary(), _lines(report), as_json=as_json)
+
+
+def _verdict(report: Report) -> str:
+    usable = sum(b.usable for b in report.backups)
+    return (
+        f"{len(report.faults)} objects are damaged or missing, {len(report.holes)} holes in the WAL,"
+        f" {usable} of {len(report.backups)} backups are usable"
+    )
+
+
+def _lines(report: Report) -> list[str]:
+    lines = [f"{report.objects} objects were read, {human(report.size)}"]
+    lines += [f"{fault.kind}: {fault.name} at {fault.destination}: {fault.fact}" for fault in report.faults]
+    for backup in report.backups:
+        state = "usable" if backup.usable else "NOT USABLE"
+        lines.append(f"{backup.name}: {state}, {backup.good} of {backup.objects} objects are good")
+        if backup.needs:
+            lines.append(f"  segment {backup.needs} is missing: it cannot become consistent")
+        elif backup.hole:
+            lines.append(f"  segment {backup.hole} is missing: nothing behind it can be reached")
+    lines += [f"hole: {hole.count} segments, {hole.first} to {hole.last}" for hole in report.holes]
+    lines += [f"problem: {problem}" for problem in report.problems]
+    return lines

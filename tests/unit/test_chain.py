@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -219,3 +220,15 @@ def test_the_fingerprint_tells_same_from_other_and_needs_the_writer_secret() -> 
     }
     assert len(digests) == 6
     assert {len(digest) for digest in digests} == {64}
+
+
+def test_several_threads_share_one_chain() -> None:
+    """The workers of the service do; a stage that kept a buffer of its own would mix objects up."""
+    chosen = chain(KEYS, "zstd", "aes-256-gcm")
+
+    def there_and_back(number: int) -> bool:
+        plain = DATA[number * 1000 :]
+        return read(chosen, NAME, stored(chosen, NAME, plain)) == plain
+
+    with ThreadPoolExecutor(4) as workers:
+        assert all(workers.map(there_and_back, range(12)))

@@ -178,8 +178,13 @@ class Payload:
             if held and (record.prev == held.lsn or crc_is_right(held.body)):
                 yield held
             held = record
-        if held and crc_is_right(held.body):
+        if held and (self._is_named_behind(held) or crc_is_right(held.body)):
             yield held
+
+    def _is_named_behind(self, record: Record) -> bool:
+        """Whether a record that goes on in the next segment names this one as the one before it."""
+        at = self._offset_of(record) + ((record.length + 7) & ~7) + 8
+        return at + 8 <= len(self._bytes) and self._bytes[at : at + 8] == record.lsn.to_bytes(8, "little")
 
     def _walk(self, offset: int) -> Iterator[Record]:
         for stop in (*self._restarts, len(self._bytes)):

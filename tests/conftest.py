@@ -20,8 +20,12 @@ _numbers = count(1)
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     """A real S3 server, one for each worker, started when a test asks. Leave it running and its bucket there."""
-    with Seaweed(tmp_path_factory.mktemp("seaweed"), bucket="walship") as server:
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"), bucket="walship")
+    try:
+        server.start()
         yield server
+    finally:
+        server.kill()  # nobody wants its data, and an orderly end takes seconds
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from pipeline.errors import ConfigError, StoreError
 
 #: Seconds until it answers, or gives up.
 _START = 60.0
-_STOP = 15.0
+#: Seconds that an orderly end may take.
+_STOP = 8.0
 #: Runs a command that the kernel kills when we die: prctl(2), PR_SET_PDEATHSIG. Set in a small process of its own,
 #: which then becomes the command, because code between fork and exec is not safe in a process that has threads.
 _ENDS_WITH_US = """

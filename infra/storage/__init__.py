@@ -116,7 +116,7 @@ def _bucket(url: str, settings: Settings) -> Store:
     if not prefix:
         return store
     try:
-        return Rooted(store, prefix)
+        return Rooted(store, prefix, name=name)
     except StoreError as error:
         raise ConfigError(f"{name} has a prefix that cannot be one: {error.fact}") from None
 

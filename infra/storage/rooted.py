@@ -12,16 +12,17 @@ from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
 class Rooted:
     """See ``pipeline.contracts.Store``. ``close`` closes the store below, too."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
+    def __init__(self, store: Store, prefix: str, *, name: str | None = None) -> None:
         """``prefix`` is a path without ``/`` at its ends, and not empty."""
         check_key(store.name, prefix)
         self._store = store
+        self._name = name
         self._prefix = prefix + "/"
 
     @property
     def name(self) -> str:
-        """That of the store below: a destination is one destination, whichever of its folders is meant."""
-        return self._store.name
+        """Unless given, that of the store below: a destination is one, whichever of its folders is meant."""
+        return self._name or self._store.name
 
     async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
         await self._store.put(self._key(key), body, replace=replace, keep_until=keep_until)

@@ -40,7 +40,7 @@ def is_alive(pid: int) -> bool:
 
 
 async def test_it_goes_on_with_its_data_after_stop_and_kill(tmp_path: Path) -> None:
-    with Seaweed(tmp_path, bucket="other-bucket") as server:  # noqa: ASYNC212 - nothing else runs in this loop
+    with Seaweed(tmp_path, bucket="other-bucket") as server:
         store = s3_store(server)
         await store.put("a", MemoryBody((b"one",)))
         await store.close()

@@ -72,7 +72,7 @@ async def _found_keys(
     """One ring for all destinations: the one that is there, or a new one if encryption is on and nothing is there."""
     encrypted = settings.backup_encryption_enabled or settings.wal_encrypted
     rings = [await _keys_at(store) for store in stores]
-    first = next((index for index, keys in enumerate(rings) if keys), None)
+    first = next((i for i, keys in enumerate(rings) if any(k.startswith("keys/ring-") for k in keys)), None)
     if first is None:
         if not encrypted:
             return
@@ -89,7 +89,7 @@ async def _found_keys(
         for name in sorted(rings[first] - rings[index]):
             await _copy(name, stores[first], store)
         if rings[index]:
-            await _same_ring(stores[first], store, min(rings[first]))
+            await _same_ring(stores[first], store, min(name for name in rings[first] if name.startswith("keys/ring-")))
 
 
 async def _keys_at(store: Store) -> set[str]:

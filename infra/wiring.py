@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from handlers.checksum import Checksum
@@ -130,11 +130,11 @@ async def _open_keys(
     writer: bool,
     allow_unencrypted: bool,
 ) -> RepositoryKeys:
-    """The key ring from the first destination that answers: all hold the same one."""
-    failure: WalshipError | None = None
-    for store in stores:
+    """The key ring from the first destination that has it: all hold the same one, but one may have lost it."""
+    failures: list[WalshipError] = []
+    for position, store in enumerate(stores):
         try:
-            return await open_keyring(
+            keys = await open_keyring(
                 store,
                 system_id,
                 settings.passphrase,
@@ -143,10 +143,16 @@ async def _open_keys(
                 allow_unencrypted=allow_unencrypted,
                 clock=clock,
             )
-        except StoreError as error:
-            failure = error
-    assert failure is not None
-    raise failure
+        except (StoreError, ConfigError) as error:
+            failures.append(error)
+            continue
+        if not writer:
+            # An object that only another destination has may lie under a data key that only it has.
+            for other in stores[position + 1 :]:
+                with suppress(StoreError):  # it will be named when it is needed
+                    await keys.refresh(other)
+        return keys
+    raise failures[0]
 
 
 def _policy(settings: Settings) -> Policy:

@@ -1,6 +1,6 @@
-"""``walship run`` that kills itself (SIGKILL) at a chosen point of its work: ``DIE_AT=point:n`` for the n-th time there.
+"""``walship run`` that kills itself (SIGKILL) at a chosen point: ``DIE_AT=point:n``, when it gets there the n-th time.
 
-Run as a program in place of the command. The points are the boundaries between stages: nothing in walship knows of them.
+Run as a program in place of the command. The points are the boundaries between stages; walship knows nothing of them.
 """
 
 from __future__ import annotations

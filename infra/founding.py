@@ -13,6 +13,7 @@ from handlers.body import joined
 from infra.keys import Policy, create_ring, open_keyring
 from infra.repository import Destination, RepositoryFacts, read_facts
 from infra.settings import Settings
+from infra.storage import make_folder
 from infra.storage.rooted import Rooted
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Abilities, Clock, Store
@@ -37,6 +38,8 @@ async def found(
 
     ConfigError if what is there belongs to another cluster or is encrypted otherwise than the settings say.
     """
+    for url in settings.destinations:
+        make_folder(url)
     there = [await _existing(destination, facts) for destination in destinations]
     stores = [Rooted(destination.root, facts.system_id) for destination in destinations]
     await _found_keys(stores, facts.system_id, settings, clock, anywhere=any(there))

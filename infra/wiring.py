@@ -20,12 +20,12 @@ from infra.repository import Destination, RepositoryFacts, find
 from infra.settings import Settings
 from infra.storage import open_store
 from infra.storage.rooted import Rooted
-from pipeline.catalog import kind_of
+from pipeline.catalog import REPOSITORY, kind_of
 from pipeline.chain import Chain
 from pipeline.contracts import Clock, Store
 from pipeline.dispatcher import Gate
 from pipeline.errors import ConfigError, StoreError, WalshipError
-from pipeline.events import Notice
+from pipeline.events import DestinationFailed, DestinationHampered, Notice
 
 #: Objects held in memory at a time. With the base of the interpreter it makes the bound of DESIGN section 3:
 #: 100 MB + 4 × max(segment, part).
@@ -69,10 +69,15 @@ async def open_destinations(settings: Settings) -> AsyncIterator[tuple[Destinati
             "WALSHIP_DESTINATIONS is not set", hint="for example file:///var/backups/walship,s3://bucket/prefix"
         )
     async with AsyncExitStack() as stack:
-        opened = []
+        opened: list[Destination] = []
         for url in settings.destinations:
             store = open_store(url, settings)
             stack.push_async_callback(store.close)
+            if any(store.name == other.name for other in opened):
+                raise ConfigError(
+                    f"WALSHIP_DESTINATIONS has two destinations that are both called {store.name}",
+                    hint="give one of them another bucket name or prefix: the name tells them apart in messages",
+                )
             opened.append(Destination(store, not settings.required or url in settings.required))
         yield tuple(opened)
 
@@ -101,13 +106,30 @@ async def open_site(
 
 @asynccontextmanager
 async def open_shipping(site: Site, *, patient: bool) -> AsyncIterator[Shipping]:
-    """Ready to write: worker threads, the gate, and an outlet for each destination."""
+    """Ready to write: worker threads, the gate, and an outlet for each destination, which is probed first."""
+    for store in site.stores:
+        await _probe(store, site.notify)
     pairs = zip(site.destinations, site.stores, strict=True)
     outlets = [Outlet(store, d.required, site.keys.key_object) for d, store in pairs]
     uploader = Uploader(outlets, clock=site.clock, notify=site.notify)
     with ThreadPoolExecutor(site.settings.workers, thread_name_prefix="encode") as workers:
         shipper = Shipper(site.chain, uploader, gate=Gate(PLACES), workers=workers, clock=site.clock, patient=patient)
         yield Shipping(shipper, uploader)
+
+
+async def _probe(store: Store, notify: Callable[[Notice], None]) -> None:
+    """Find out what the store can do before anything is created: some ignore "only if absent" without a word.
+
+    One that does not answer now is found out when it is written to: the uploader takes it for down.
+    """
+    try:
+        there = await store.get(REPOSITORY)
+        abilities = await store.probe(REPOSITORY, there)
+    except StoreError as error:
+        notify(DestinationFailed(store.name, REPOSITORY, error.fact, error.hint))
+        return
+    if not abilities.conditional_put:
+        notify(DestinationHampered(store.name, abilities.remark))
 
 
 def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str) -> Chain:

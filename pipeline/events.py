@@ -90,6 +90,14 @@ class DestinationCaughtUp:
 
 
 @dataclass(frozen=True, slots=True)
+class DestinationHampered:
+    """A destination works, but cannot do something that others can."""
+
+    destination: str
+    fact: str
+
+
+@dataclass(frozen=True, slots=True)
 class Acknowledged:
     """Everything required is durable, and the source was told to forget the event."""
 
@@ -114,5 +122,24 @@ class FileRefused:
     hint: str
 
 
+@dataclass(frozen=True, slots=True)
+class WatchingHampered:
+    """A source still notices everything, but later than it should."""
+
+    #: Name of the source.
+    source: str
+    fact: str
+    hint: str
+
+
 #: What listeners (log, metrics) are told.
-Notice: TypeAlias = ObjectStored | DestinationFailed | DestinationCaughtUp | Acknowledged | EventFailed | FileRefused
+Notice: TypeAlias = (
+    ObjectStored
+    | DestinationFailed
+    | DestinationCaughtUp
+    | DestinationHampered
+    | Acknowledged
+    | EventFailed
+    | FileRefused
+    | WatchingHampered
+)

@@ -12,11 +12,13 @@ from pipeline.events import (
     BackupReady,
     DestinationCaughtUp,
     DestinationFailed,
+    DestinationHampered,
     Event,
     EventFailed,
     FileRefused,
     Notice,
     ObjectStored,
+    WatchingHampered,
 )
 
 
@@ -57,12 +59,16 @@ def log_notice(notice: Notice) -> None:
             )
         case DestinationCaughtUp():
             log.info("destination_caught_up", destination=notice.destination)
+        case DestinationHampered():
+            log.warning("destination_hampered", destination=notice.destination, error=notice.fact)
         case Acknowledged():
             log.info("shipped", what=_subject(notice.event))
         case EventFailed():
             log.error("not_shipped", what=_subject(notice.event), error=notice.fact, hint=notice.hint)
         case FileRefused():
             log.error("refused", path=notice.path, error=notice.fact, hint=notice.hint)
+        case WatchingHampered():
+            log.warning("watching_hampered", source=notice.source, error=notice.fact, hint=notice.hint)
 
 
 def _subject(event: Event) -> str:

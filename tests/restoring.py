@@ -63,6 +63,8 @@ class Bank:
     async def ship_wal(self, *, switch: bool = True) -> None:
         """Everything that the server has archived, and first all that it wrote."""
         if switch:
+            # At the very start of a segment there would be nothing to switch.
+            self.server.query("select pg_logical_emit_message(false, 'walship', 'switch')")
             wanted = self.server.query("select pg_walfile_name(pg_switch_wal())")[0][0]
             deadline = time.monotonic() + 30
             while not (self.archive / wanted).exists():

@@ -30,6 +30,7 @@ _RESTORED = re.compile(r'restored log file "([0-9A-F]{24})" from archive')
 _STOPPED = re.compile(r"(recovery stopping (?:before|after) .*)")
 _LAST = re.compile(r"last completed transaction was at log time (.*)")
 _LOUD = re.compile(r"\b(?:FATAL|PANIC|ERROR):  ")
+_DETAIL = re.compile(r"\bDETAIL:  (.*)")
 #: Servers that go on without us. Python takes a Popen that is dropped while its process runs for a mistake.
 _SURVIVORS: list[subprocess.Popen[bytes]] = []
 #: What clients are told while they wait; not why a server ended.
@@ -143,7 +144,8 @@ async def _after_the_end(
     state = await asyncio.to_thread(control_state, directory, programs)
     if action is Action.SHUTDOWN and state == "shut down in recovery":
         return Started(0, "shut down", 0, "", follow.path, follow.stopped_at, follow.last_transaction)
-    words = "; ".join(follow.loud[-3:]) or f"exit status {code}"
+    # Before it has read its configuration a server speaks without FATAL in front.
+    words = "; ".join(follow.loud[-3:]) or follow.last_line or f"exit status {code}"
     raise RecoveryError(
         f"the restored server ended before it reached its target: {words}",
         hint=f"see {follow.path}; the directory holds half replayed data now: restore again with --force",
@@ -185,6 +187,8 @@ class _Follower:
         self.last_transaction = ""
         #: Lines that tell of errors.
         self.loud: list[str] = []
+        self.last_line = ""
+        self._was_loud = False
 
     def read(self) -> bool:
         """Take what is new. True if there was something."""
@@ -212,3 +216,7 @@ class _Follower:
             self.ready = True
         elif (match := _LOUD.search(line)) and not any(noise in line for noise in _NOISE):
             self.loud.append(line[match.start() :].strip())
+        elif self._was_loud and (match := _DETAIL.search(line)):
+            self.loud[-1] += f" ({match[1]})"
+        self._was_loud = bool(self.loud) and bool(_LOUD.search(line))
+        self.last_line = line.strip() or self.last_line

@@ -1,0 +1,344 @@
+"""What PostgreSQL does with what a restore hands it, on real servers: exit statuses, settings, timelines, our files."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infra.postgres.processes import give, run_as
+from infra.postgres.recovery_files import NEUTRAL, inherited, parse_conf, quoted
+from infra.postgres.throwaway import ThrowawayServer
+from infra.postgres.wal_script import FOLDER, SCRIPT, script
+from infra.restore import Place, Repository, make_plan, restore
+from pipeline.catalog import wal_key
+from pipeline.errors import RecoveryError
+from pipeline.recovery import RestorePlan
+from pipeline.targets import Target
+from pipeline.wal import WalFile
+from tests.integration.test_restore import ask, rows, stopped_after
+from tests.restoring import Bank, archiving
+from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, new_server, server_folder, start_server
+
+__all__ = ["server_folder", "start_server"]
+
+
+async def small_history(
+    start_server: StartServer, folder: Path, major: int = NEWEST, *, before: tuple[str, ...] = (), **settings: str
+) -> Bank:
+    """A backup with one row in t, and segments behind it that bring 2 and 3."""
+    archive = folder / "archive"
+    server = start_server(major, settings={**archiving(archive), **settings}, segment_mb=1)
+    bank = Bank(server, archive)
+    server.query("create table t (n int)")
+    server.query("insert into t values (1)")
+    for statement in before:
+        server.query(statement)
+    await bank.back_up()
+    for number in (2, 3):
+        server.query(f"insert into t values ({number})")
+        await bank.ship_wal()
+    return bank
+
+
+async def laid_down(bank: Bank, name: str, target: Target | None = None) -> tuple[Place, RestorePlan]:
+    plan = await make_plan(bank.repository(), target or Target())
+    place = bank.place(name, start=False)
+    await restore(bank.repository(), plan, place)
+    return place, plan
+
+
+def fetching(bank: Bank, place: Place, body: str) -> None:
+    """Let ``fetch-wal`` be these sh lines; $3 is the file's name, $4 where it goes."""
+    fetch = place.directory / "fetch.sh"
+    fetch.write_text(f"{body}\n")
+    (place.directory / FOLDER / SCRIPT).write_text(script(("/bin/sh", "./fetch.sh"), bank.segment_size))
+    give(place.directory, run_as(place.directory))
+
+
+def serving(bank: Bank, missing: str, status: int) -> str:
+    """From the archive; one segment ends with that status."""
+    return (
+        f'[ "$3" = {missing} ] && exit {status}\n[ -f "{bank.archive}/$3" ] || exit 44\ncp "{bank.archive}/$3" "$4"\n'
+    )
+
+
+@pytest.mark.parametrize(("major", "statuses"), [(SERVER_VERSIONS[0], (44, 2)), (NEWEST, (44, 1, 200))])
+async def test_only_absent_ends_recovery(
+    major: int, statuses: tuple[int, ...], start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(start_server, server_folder, major)
+    last = max(name for name in bank.shipped if len(name) == 24)
+    for status in statuses:
+        place, _ = await laid_down(bank, f"s{status}")
+        fetching(bank, place, serving(bank, last, status))
+        server = ThrowawayServer(bank.server.bin_dir, place.directory)
+        try:
+            if status == 44:
+                await asyncio.to_thread(server.start)
+                await until_promoted(server)
+                assert [row[0] for row in server.query("select n from t order by n")] == [1, 2]
+            else:
+                server.begin()
+                await until_ended(server)
+                assert "could not restore file" in server.log()
+                assert (place.directory / "recovery.signal").exists(), "nothing was promoted"
+        finally:
+            server.close()
+        shutil.rmtree(place.directory)
+
+
+async def until_promoted(server: ThrowawayServer) -> None:
+    async with asyncio.timeout(60):
+        while server.query("select pg_is_in_recovery()") != [(False,)]:
+            await asyncio.sleep(0.05)
+
+
+async def until_ended(server: ThrowawayServer) -> None:
+    async with asyncio.timeout(60):
+        while server.exit_code is None:
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("major", SERVER_VERSIONS)
+async def test_what_a_restored_server_inherits_is_switched_off(
+    major: int, start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(
+        start_server, server_folder, major, hot_standby="off", recovery_min_apply_delay="1h",
+        recovery_target_name="of an earlier restore", recovery_end_command="touch /nowhere/at/all",
+        archive_cleanup_command="false", primary_slot_name="old", primary_conninfo="host=old password='it''s'",
+        # Not reloaded, so that the old server does not wait for it.
+        before=("alter system set synchronous_standby_names = 'gone'", "alter system set archive_timeout = '77s'"),
+    )  # fmt: skip
+    archived = {path.name for path in bank.archive.iterdir()}
+    plan = await make_plan(bank.repository(), Target())
+    place = bank.place("clone")
+    restored = await restore(bank.repository(), plan, place)
+    with stopped_after(restored.server):
+        assert rows(place) == [1, 2, 3]
+        for name in NEUTRAL:
+            wanted = "(disabled)" if name == "archive_command" else NEUTRAL[name]
+            assert ask(place, f"show {name}") == [(wanted,)], name
+        assert ask(place, "show archive_timeout") == [("77s",)], "what is harmless stays"
+        # It would wait for a standby for ever.
+        ask(place, "insert into t values (4) returning n")
+        ask(place, "select pg_switch_wal()")
+    assert {path.name for path in bank.archive.iterdir()} == archived, "a clone never archives into production"
+    said = {str(n) for n in restored.neutralised}
+    assert "synchronous_standby_names (was 'gone')" in said
+    assert "primary_conninfo" in said, "its password is not shown"
+    assert "recovery_target_name (was 'of an earlier restore')" in said
+    assert any("ALTER SYSTEM RESET archive_mode" in notice for notice in restored.notices)
+
+
+async def test_our_files_get_into_no_backup(start_server: StartServer, server_folder: Path) -> None:
+    bank = await small_history(start_server, server_folder)
+    secret = bank.server.data_dir / FOLDER
+    secret.mkdir()
+    (secret / "context.json").write_text("the keys")
+    give(bank.server.data_dir, run_as())
+    for major in SERVER_VERSIONS:
+        server = bank.server if major == NEWEST else new_server(major, server_folder, name=f"v{major}", segment_mb=1)
+        if major != NEWEST:
+            shutil.copytree(secret, server.data_dir / FOLDER)
+            server.start()
+        try:
+            other = bank if major == NEWEST else Bank(server, bank.archive)
+            info = await other.back_up()
+            data = await other.shelf.archive(info, "base")
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                names = archive.getnames()
+            assert len(names) > 900
+            assert not [name for name in names if "walship" in name]
+        finally:
+            if major != NEWEST:
+                server.close()
+
+
+async def test_targets_past_the_end(start_server: StartServer, server_folder: Path) -> None:
+    bank = await small_history(start_server, server_folder)
+    now = bank.server.query("select clock_timestamp()")[0][0]
+    repository = bank.repository()
+    # Without the plan all of these end in FATAL: "recovery ended before configured recovery target was reached".
+    plan = await make_plan(repository, Target.parse(time=now.isoformat()))
+    assert "restoring to the latest" in plan.notices[0]
+    end = plan.path.end
+    plan = await make_plan(repository, Target.parse(lsn=str(end)))
+    assert "restoring to the latest" in plan.notices[0]
+    place = bank.place("latest")
+    restored = await restore(repository, plan, place)
+    with stopped_after(restored.server):
+        assert rows(place) == [1, 2, 3]
+    for target, message in (
+        (Target.parse(lsn=str(end + 1)), "lies behind the stored WAL"),
+        (Target.parse(time="2999-01-01 00:00:00+00"), "lies in the future"),
+        (Target.parse(name="nobody made it"), "is not in the stored WAL"),
+        (Target.parse(xid="4000000000"), "is not in the stored WAL"),
+        (Target.parse(time="2001-01-01 00:00:00+00"), "before the end of the first backup"),
+    ):
+        with pytest.raises(RecoveryError, match=message) as caught:
+            await make_plan(repository, target)
+        assert caught.value.hint
+
+
+async def test_a_hole_names_what_can_be_reached_and_that_is_reached(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(start_server, server_folder)
+    gone = max(name for name in bank.shipped if len(name) == 24)
+    bank.server.query("insert into t values (4)")
+    await bank.ship_wal()
+    file = WalFile.parse(gone)
+    assert file is not None
+    await bank.shelf.store.delete([wal_key(file)])
+    with pytest.raises(RecoveryError, match=f"segment {gone} is missing") as caught:
+        await make_plan(bank.repository(), Target())
+    option = caught.value.hint.partition("(--to-lsn ")[2].rstrip(")")
+    place = bank.place("reached")
+    plan = await make_plan(bank.repository(), Target.parse(lsn=option))
+    restored = await restore(bank.repository(), plan, place)
+    with stopped_after(restored.server):
+        assert rows(place) == [1, 2]
+
+
+@pytest.mark.parametrize("action", ["pause", "shutdown"])
+async def test_the_server_does_at_the_target_what_it_was_told(
+    action: str, start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(start_server, server_folder)
+    plan = await make_plan(bank.repository(), Target.parse(action=action))
+    place = bank.place(action)
+    restored = await restore(bank.repository(), plan, place)
+    assert (place.directory / FOLDER / "context.json").exists(), "recovery is not over"
+    with stopped_after(restored.server) as server:
+        if action == "pause":
+            assert server.state == "paused"
+            assert rows(place) == [1, 2, 3]
+            assert ask(place, "select pg_is_in_recovery()") == [(True,)]
+        else:
+            assert (server.state, server.pid) == ("shut down", 0)
+            assert not (place.directory / "postmaster.pid").exists()
+
+
+async def test_both_sides_of_a_fork(start_server: StartServer, server_folder: Path) -> None:
+    """Timeline 2 leaves timeline 1 inside a segment; both go on writing there; both come back, and never mixed."""
+    bank = await small_history(start_server, server_folder)
+    fork = bank.server.query("select pg_current_wal_insert_lsn()")[0][0]
+    bank.server.query("insert into t values (10)")
+    await bank.ship_wal()
+    plan = await make_plan(bank.repository(), Target.parse(lsn=fork, exclusive=True))
+    heir = replace(bank.place("heir"), settings={})
+    restored = await restore(bank.repository(), plan, heir)
+    with stopped_after(restored.server):
+        assert rows(heir) == [1, 2, 3]
+        ask(heir, "insert into t values (20) returning n")
+        switched = ask(heir, "select pg_walfile_name(pg_switch_wal())")[0][0]
+        ask(heir, "select 1 from pg_switch_wal()")
+    history = (heir.directory / "pg_wal/00000002.history").read_bytes()
+    first = WalFile.parse(switched)
+    assert first is not None
+    assert first.timeline == 2
+
+    # The history is stored, timeline 2's first segment is not yet: nothing behind the fork may be replayed.
+    await bank.shelf("wal/00000002.history", history)
+    plan = await make_plan(bank.repository(), Target())
+    assert plan.timeline == 2
+    assert any("--timeline 1 brings them back" in notice for notice in plan.notices)
+    early = bank.place("early")
+    restored = await restore(bank.repository(), plan, early)
+    with stopped_after(restored.server):
+        assert rows(early) == [1, 2, 3]
+        assert ask(early, "select timeline_id from pg_control_checkpoint()") == [(3,)]
+
+    await bank.shelf(wal_key(first), (heir.directory / "pg_wal" / switched).read_bytes())
+    new = bank.place("new")
+    restored = await restore(bank.repository(), await make_plan(bank.repository(), Target()), new)
+    with stopped_after(restored.server):
+        assert rows(new) == [1, 2, 3, 20]
+
+    old = bank.place("old")
+    plan = await make_plan(bank.repository(), Target(timeline=1))
+    assert "timeline 2 is newer than timeline 1, which is restored" in plan.notices
+    restored = await restore(bank.repository(), plan, old)
+    with stopped_after(restored.server):
+        assert rows(old) == [1, 2, 3, 10]
+        # 2 is taken, and the server was told so: it does not make a second timeline 2.
+        assert ask(old, "select timeline_id from pg_control_checkpoint()") == [(3,)]
+
+
+async def test_a_server_that_cannot_recover_says_why_and_can_be_replaced(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(start_server, server_folder)
+    plan = await make_plan(bank.repository(), Target())
+    place = bank.place("broken")
+    broken = replace(place, options={**place.options, "max_connections": "20"})
+    with pytest.raises(RecoveryError, match=r"ended before .* insufficient parameter settings \(max_conn") as caught:
+        await restore(bank.repository(), plan, broken)
+    assert "restore again with --force" in caught.value.hint
+    with pytest.raises(RecoveryError, match="is not empty"):
+        await restore(bank.repository(), plan, place)
+    restored = await restore(bank.repository(), plan, replace(place, force=True))
+    with stopped_after(restored.server):
+        assert rows(place) == [1, 2, 3]
+
+
+async def test_an_interrupted_start_leaves_no_server(start_server: StartServer, server_folder: Path) -> None:
+    bank = await small_history(start_server, server_folder)
+    plan = await make_plan(bank.repository(), Target())
+    place = bank.place("interrupted")
+    repository = bank.repository()
+    stuck = asyncio.Event()
+
+    async def never(name: str, *, backup: str | None = "", most: int = 0) -> object:
+        if backup == "" and "history" not in name:
+            stuck.set()
+            await asyncio.Event().wait()
+        return await repository.fetch(name, backup=backup, most=most)
+
+    task = asyncio.create_task(restore(slow(repository, never), plan, place))
+    async with asyncio.timeout(60):
+        await stuck.wait()
+        while not (place.directory / "postmaster.pid").exists():
+            await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not (place.directory / "postmaster.pid").exists()
+    assert not list((place.directory / FOLDER / "feed" / "ready").iterdir())
+
+
+def slow(repository: Repository, fetch: object) -> Repository:
+    return replace(repository, fetch=fetch)  # type: ignore[arg-type]
+
+
+def test_settings_are_quoted_as_postgresql_reads_them(server_folder: Path) -> None:
+    value = "a 'quoted' \\ back\\nslash and #"
+    server = new_server(NEWEST, server_folder)
+    with (server.data_dir / "postgresql.auto.conf").open("a") as conf:
+        conf.write(f"cluster_name = {quoted(value)}\nshow.it = 1\nArchive_Mode on # why\n")
+    settings = parse_conf((server.data_dir / "postgresql.auto.conf").read_text())
+    assert (settings["cluster_name"], settings["archive_mode"]) == (value, "on")
+    assert [n.name for n in inherited(server.data_dir)] == ["archive_mode"]
+    with server:
+        server.start()
+        assert server.query("show cluster_name") == [(value,)]
+        assert server.query("show archive_mode") == [("on",)]
+
+
+def test_the_folder_is_closed_to_others(tmp_path: Path) -> None:
+    from infra.postgres.recovery_files import write_recovery_files
+
+    (tmp_path / "standby.signal").touch()
+    write_recovery_files(tmp_path, {}, segment_size=1, fetch=("x",), context=b"secret", owner=None)
+    assert (tmp_path / FOLDER).stat().st_mode & 0o777 == 0o700
+    for name in ("context.json", SCRIPT):
+        assert (tmp_path / FOLDER / name).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "recovery.signal").exists()
+    assert not (tmp_path / "standby.signal").exists()

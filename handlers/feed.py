@@ -22,6 +22,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.contracts import Buffer
@@ -67,6 +68,8 @@ class Feed:
         self._folders: dict[str, int] = {}
         self._root = -1
         self._working: set[str] = set()
+        #: Own threads, so that ``close`` can wait for a write that goes on after its task was cancelled.
+        self._writers = ThreadPoolExecutor(_WIDTH, thread_name_prefix="feed")
         #: Files handed to ready/ ahead of being asked for.
         self._laid: set[str] = set()
         self.served = 0
@@ -89,6 +92,7 @@ class Feed:
 
     def close(self) -> None:
         """Tell the script that nobody is here any more, and take away what was not fetched. Idempotent."""
+        self._writers.shutdown(wait=True)
         if self._root < 0:
             return
         _remove("pid", self._root)
@@ -101,14 +105,18 @@ class Feed:
 
     async def serve(self) -> None:
         """Answer until cancelled. Errors of single files are answered as failed, told, and kept in ``failures``."""
-        async with asyncio.TaskGroup() as group:
-            while True:
-                for name in self._listed("want"):
-                    if name not in self._working:
-                        group.create_task(self._answer(name))
-                        self._working.add(name)
-                self._read_ahead(group)
-                await asyncio.sleep(_PAUSE)
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    for name in self._listed("want"):
+                        if name not in self._working:
+                            group.create_task(self._answer(name))
+                            self._working.add(name)
+                    self._read_ahead(group)
+                    await asyncio.sleep(_PAUSE)
+        finally:
+            # However it ends: nobody may wait for an answer that will not come.
+            _remove("pid", self._root)
 
     def _read_ahead(self, group: asyncio.TaskGroup) -> None:
         """Keep the next segments in ready/."""
@@ -128,7 +136,7 @@ class Feed:
         try:
             content = await self._read(name)
             if content is not None:
-                await asyncio.to_thread(self._lay, "ready", name, content)
+                await self._put("ready", name, content)
         except (WalshipError, OSError):
             self._laid.discard(name)
         finally:
@@ -144,14 +152,14 @@ class Feed:
                 return
             content = await self._read(name)
             if content is None:
-                await asyncio.to_thread(self._lay, "absent", name, b"")
+                await self._put("absent", name, b"")
             else:
-                await asyncio.to_thread(self._lay, "ready", name, content)
+                await self._put("ready", name, content)
                 self.served += 1
         except (WalshipError, OSError) as error:
             self.failures.append(error)
             self._notify(f"{name} cannot be given to the server: {error}")
-            await asyncio.to_thread(self._lay, "failed", name, b"")
+            await self._put("failed", name, b"")
         finally:
             _remove(name, self._folders["want"])
             self._working.discard(name)
@@ -161,6 +169,9 @@ class Feed:
         if name in self._order:
             while self._order.popleft() != name:
                 pass
+
+    async def _put(self, folder: str, name: str, content: Buffer) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writers, self._lay, folder, name, content)
 
     def _lay(self, folder: str, name: str, content: Buffer) -> None:
         """Write in stage/, then rename: the script never sees a part. Runs in a thread."""

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ParamSpec
 
 from handlers.target_dir import MARKER, Targets, clear, give, prepare, sync
 from handlers.unpack import CONTROL, MAP, Unpacker
@@ -26,6 +27,8 @@ from pipeline.objects import MAX_PLAIN
 
 #: Parts that are fetched and decoded while one is unpacked.
 _AHEAD = 3
+
+P = ParamSpec("P")
 
 #: Told (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -46,8 +49,8 @@ async def lay_down(
     same restore can be run again.
     """
     try:
-        await asyncio.to_thread(prepare, targets, backup)
-        await asyncio.to_thread(clear, targets)
+        await _to_the_end(prepare, targets, backup)
+        await _to_the_end(clear, targets)
         return await _lay_down(backup, targets, fetch, complete, progress)
     except OSError as error:
         raise RecoveryError(
@@ -67,7 +70,7 @@ async def _lay_down(
             try:
                 for _ in archive.parts:
                     plain = await anext(parts)
-                    await asyncio.to_thread(unpacker.feed, plain)
+                    await _to_the_end(unpacker.feed, plain)
                     done += len(plain)
                     progress(done, backup.size)
                 unpacker.finish()
@@ -84,8 +87,19 @@ async def _lay_down(
     if not control:
         raise IntegrityError(f"backup {backup.name} has no {CONTROL}")
     manifest = await _manifest(backup, fetch)
-    await asyncio.to_thread(_finish, targets, manifest, complete, control, control_mode)
+    await _to_the_end(_finish, targets, manifest, complete, control, control_mode)
     return files + 1
+
+
+async def _to_the_end(work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Run it in a thread. When we are cancelled the thread goes on: wait for it, because it writes to open files."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await asyncio.wait([task])
+            task.exception()  # whatever it was, we are cancelled
 
 
 def _unpacker(archive: ArchiveInfo, targets: Targets) -> Unpacker:

@@ -125,7 +125,7 @@ class FetchContext:
             for url in self.destinations:
                 store = open_store(url, settings)
                 stack.push_async_callback(store.close)
-                stores.append(Rooted(store, f"{self.system_id}/"))
+                stores.append(Rooted(store, self.system_id))
             yield WalServer(Fetcher(stores, chain, self.system_id), self.lineage)
 
     def _settings(self) -> dict[str, Any]:

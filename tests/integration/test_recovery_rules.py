@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import shutil
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from infra.postgres.processes import give, run_as
 from infra.postgres.recovery_files import NEUTRAL, inherited, parse_conf, quoted
 from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.wal_script import FOLDER, SCRIPT, script
-from infra.restore import Place, Repository, make_plan, restore
+from infra.restore import FETCH_WAL, Place, Repository, make_plan, restore
+from infra.storage.local import LocalStore
 from pipeline.catalog import wal_key
 from pipeline.errors import RecoveryError
 from pipeline.recovery import RestorePlan
@@ -91,6 +93,37 @@ async def test_only_absent_ends_recovery(
         finally:
             server.close()
         shutil.rmtree(place.directory)
+
+
+def runnable_by_the_server() -> bool:
+    """As root the server's user may not reach this Python; then only the feed serves."""
+    try:
+        done = subprocess.run([*FETCH_WAL[:-1], "--version"], cwd="/", capture_output=True, check=False, **run_as())
+    except PermissionError:
+        return False
+    return done.returncode == 0
+
+
+async def test_a_server_that_is_started_by_hand_fetches_by_itself(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    if not await asyncio.to_thread(runnable_by_the_server):
+        pytest.skip("the server's user cannot run this Python")
+    bank = await small_history(start_server, server_folder)
+    root = server_folder / "repository"
+    store = LocalStore(root / bank.shelf.system_id)
+    (root / bank.shelf.system_id).mkdir(parents=True)
+    async for info in bank.shelf.store.list(""):
+        await store.put(info.key, await bank.shelf.store.get(info.key))
+    give(root, run_as())
+    repository = replace(bank.repository(), urls=(f"file://{root}",))
+    place = bank.place("by_hand", start=False)
+    await restore(repository, await make_plan(repository, Target()), place)
+    server = ThrowawayServer(bank.server.bin_dir, place.directory)
+    with server:
+        await asyncio.to_thread(server.start)
+        await until_promoted(server)
+        assert [row[0] for row in server.query("select n from t order by n")] == [1, 2, 3]
 
 
 async def until_promoted(server: ThrowawayServer) -> None:

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,8 @@ from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
 from infra.settings import known_names
 from pipeline.errors import ConfigError, IntegrityError, RecoveryError, SourceError, StoreError, WalshipError
 
+#: Seconds until the service has begun to ship, or is given up.
+_START = 60.0
 #: What a verb's exit code was made from, so that a failed step of the demo ends it with the same code.
 _KINDS: dict[int, type[WalshipError]] = {
     2: ConfigError,
@@ -97,7 +100,7 @@ class Premises:
         return json.loads(done.stdout)
 
     def start_service(self) -> None:
-        """``walship run``; its log is ``service.log``. It ends with us, however we end."""
+        """``walship run``, until it says that it ships; its log is ``service.log``. It ends with us, however we end."""
         with self._service_log.open("ab") as log:
             self._service = subprocess.Popen(
                 [sys.executable, "-m", "infra.cli", "run"],
@@ -105,14 +108,18 @@ class Premises:
                 start_new_session=True,
             )  # fmt: skip
         self._guard = guard(self._service.pid, {})
+        deadline = time.monotonic() + _START
+        while '"started"' not in self._service_log.read_text("utf-8", "replace"):
+            if self._service.poll() is not None or time.monotonic() > deadline:
+                raise SourceError(f"`walship run` did not start: {self._last_words()}")
+            time.sleep(0.05)
 
     def kill_service(self) -> None:
         """SIGKILL: the machine is gone. Raises SourceError if the service had ended before."""
         ended = self._service.poll() if self._service is not None else None
         self._end_service()
         if ended is not None:
-            last = self._service_log.read_text("utf-8", "replace").strip().splitlines()[-3:]
-            raise SourceError(f"`walship run` ended by itself with exit code {ended}: {' / '.join(last)}")
+            raise SourceError(f"`walship run` ended by itself with exit code {ended}: {self._last_words()}")
 
     # -- what happens to the machine
 
@@ -156,6 +163,9 @@ class Premises:
         if self._guard is not None:
             dismiss(self._guard)
             self._guard = None
+
+    def _last_words(self) -> str:
+        return " / ".join(self._service_log.read_text("utf-8", "replace").strip().splitlines()[-3:])
 
     @property
     def _service_log(self) -> Path:

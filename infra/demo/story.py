@@ -110,11 +110,11 @@ class Story:
         wal = int(self._server.query("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn")[0][0])
         rows = latest.tables["payments"].rows
         self.summary.facts["written"] = (
-            f"{rows:,} payments in {self._writer.commits:,} transactions, {wal / _MB:.0f} MB of WAL"
+            f"{rows:,} payments in {self._writer.commits:,} transactions, {wal / _MB:.0f} MB of WAL in"
+            f" {len(self._lag.waited)} segments"
         )
         self.summary.facts["archive lag"] = (
-            f"{self._lag.mean:.2f} s on average, {self._lag.worst:.2f} s at most, from archived to safe in both places"
-            f" ({len(self._lag.waited)} segments)"
+            f"a segment was safe everywhere after {self._lag.mean:.1f} s on average, {self._lag.worst:.1f} s at most"
         )
         return latest
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
 from rich.text import Text
 
 from infra.demo.load import Books, Table
@@ -56,11 +55,10 @@ class Summary:
     def show(self) -> None:
         """On stdout, for a person."""
         console = Console(highlight=False, soft_wrap=True)
-        grid = Grid.grid(padding=(0, 2))
-        for name, value in self.facts.items():
-            grid.add_row(Text(f"  {name}"), Text(value))
+        width = max(map(len, self.facts), default=0)
         console.print()
-        console.print(grid)
+        for name, value in self.facts.items():
+            console.print(Text(f"  {name:{width}}  ", style="bold") + Text(value))
         console.print()
         for claim in self.claims:
             mark = Text("  ✓ " if claim.holds else "  ✗ ", style="green" if claim.holds else "bold red")

@@ -141,7 +141,7 @@ def inherited(directory: Path) -> tuple[Neutralised, ...]:
 def parse_conf(text: str) -> dict[str, str]:
     """A configuration file's settings; of two lines the later counts. Names in lower case."""
     settings: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         match = _LINE.match(line)
         if match is None or line.lstrip().startswith("#"):
             continue

@@ -305,6 +305,29 @@ async def test_both_sides_of_a_fork(start_server: StartServer, server_folder: Pa
         assert ask(old, "select timeline_id from pg_control_checkpoint()") == [(3,)]
 
 
+async def test_a_timeline_whose_history_was_never_archived(start_server: StartServer, server_folder: Path) -> None:
+    """The cluster had been promoted long before it was archived: PostgreSQL would refuse the timeline as a number."""
+    bank = await small_history(start_server, server_folder)
+    heir = bank.place("heir")
+    restored = await restore(bank.repository(), await make_plan(bank.repository(), Target()), heir)
+    with stopped_after(restored.server):
+        assert rows(heir) == [1, 2, 3]
+    archive = server_folder / "later"
+    with ThrowawayServer(bank.server.bin_dir, heir.directory) as server:
+        await asyncio.to_thread(server.start, archiving(archive))
+        later = Bank(server, archive)
+        await later.back_up()
+        server.query("insert into t values (4)")
+        later.shipped.add("00000002.history")
+        await later.ship_wal()
+        plan = await make_plan(later.repository(), Target())
+        assert (plan.timeline, plan.timeline_setting) == (2, "current")
+        place = later.place("again")
+        restored = await restore(later.repository(), plan, place)
+        with stopped_after(restored.server):
+            assert rows(place) == [1, 2, 3, 4]
+
+
 async def test_a_server_that_cannot_recover_says_why_and_can_be_replaced(
     start_server: StartServer, server_folder: Path
 ) -> None:

@@ -1,0 +1,104 @@
+"""The settings of a restored server, as text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.postgres.recovery_files import inherited, notices, parse_conf, quoted, settings_for, write_recovery_files
+from pipeline.backup import BackupInfo
+from pipeline.lineage import Leg, Lineage, WalPath
+from pipeline.recovery import RestorePlan
+from pipeline.targets import Action, Target, TargetKind
+from pipeline.wal import Lsn
+
+NOON = datetime(2026, 1, 14, 12, 0, 0, 123456, tzinfo=UTC)
+SIZE = 1 << 20
+
+
+def plan(stop: Target, version: int = 170000) -> RestorePlan:
+    backup = BackupInfo("b", "id", "full", "7", version, SIZE, 1, Lsn(1), Lsn(2), NOON, NOON, (), (), (), "", 0)
+    lineage = Lineage((Leg(1, Lsn(0), None),), SIZE)
+    return RestorePlan(backup, stop, stop, lineage, "1", WalPath((), Lsn(1), Lsn(2), None, SIZE), None)
+
+
+@pytest.mark.parametrize(
+    ("stop", "name", "value"),
+    [
+        (Target().to_time(NOON), "recovery_target_time", "2026-01-14 12:00:00.123456+00:00"),
+        (Target().to_lsn(Lsn(0x1600000028)), "recovery_target_lsn", "16/28"),
+        (Target(TargetKind.XID, xid=777), "recovery_target_xid", "777"),
+        (Target(TargetKind.NAME, name="it's"), "recovery_target_name", "it's"),
+        (Target(TargetKind.IMMEDIATE), "recovery_target", "immediate"),
+    ],
+)
+def test_exactly_one_target_is_set_and_comes_last(stop: Target, name: str, value: str) -> None:
+    settings = settings_for(plan(stop))
+    assert list(settings.items())[-1] == (name, value)
+    kinds = [n for n in settings if n.startswith("recovery_target") and n.rpartition("_")[2] not in (
+        "timeline", "inclusive", "action",
+    )]  # fmt: skip
+    assert len(kinds) == 5
+    assert [n for n in kinds if settings[n]] == [name]
+    assert settings["recovery_target_timeline"] == "1"
+
+
+def test_the_latest_has_no_target_and_sides_and_actions_are_said() -> None:
+    settings = settings_for(plan(Target()))
+    assert not any(settings[n] for n in settings if n.startswith("recovery_target_") and n.endswith(("time", "lsn")))
+    stop = replace(Target().to_time(NOON), inclusive=False, action=Action.PAUSE)
+    settings = settings_for(plan(stop))
+    assert (settings["recovery_target_inclusive"], settings["recovery_target_action"]) == ("off", "pause")
+
+
+def test_a_version_gets_no_setting_that_it_does_not_know() -> None:
+    assert "archive_library" in settings_for(plan(Target(), 150004))
+    assert "archive_library" not in settings_for(plan(Target(), 140013))
+
+
+def test_a_drill_may_add_but_not_change() -> None:
+    assert list(settings_for(plan(Target()), extra={"port": "6000"}).items())[-1] == ("port", "6000")
+    with pytest.raises(ValueError, match="archive_mode is the restore's own"):
+        settings_for(plan(Target()), extra={"archive_mode": "on"})
+
+
+@given(st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"])))
+def test_what_is_quoted_is_read_back(value: str) -> None:
+    assert parse_conf(f"x = {quoted(value)}  # why") == {"x": value}
+
+
+def test_no_setting_can_end_its_line() -> None:
+    with pytest.raises(ValueError, match="line break"):
+        quoted("a\narchive_mode = on")
+
+
+def test_what_was_inherited_is_told_without_secrets(tmp_path: Path) -> None:
+    (tmp_path / "postgresql.conf").write_text(
+        "archive_mode = on\narchive_command = 'curl -u me:hunter2 %p'\n#primary_slot_name = 'no'\nhot_standby on\n"
+        "synchronous_standby_names='a'\n"
+    )
+    (tmp_path / "postgresql.auto.conf").write_text("synchronous_standby_names = 'b, c'\nprimary_conninfo='password=x'")
+    found = inherited(tmp_path)
+    assert {str(n) for n in found} == {
+        "archive_mode (was 'on')", "archive_command", "synchronous_standby_names (was 'b, c')", "primary_conninfo",
+    }  # fmt: skip
+    said = " ".join(notices(found, tmp_path))
+    assert "hunter2" not in said
+    assert "password" not in said
+    assert "no postgresql.conf" not in said
+    assert "no postgresql.conf" in " ".join(notices((), tmp_path / "elsewhere"))
+
+
+def test_the_words_of_the_restore_come_last(tmp_path: Path) -> None:
+    conf = tmp_path / "postgresql.auto.conf"
+    conf.write_text("archive_mode = on")
+    settings = settings_for(plan(Target(TargetKind.NAME, name="a 'b' \\ c")))
+    write_recovery_files(tmp_path, settings, segment_size=SIZE, fetch=("x y",), context=b"", owner=None)
+    assert parse_conf(conf.read_text()) == settings
+    assert conf.read_text().startswith("archive_mode = on\n# walship restore\n")
+    assert "'x y' --context" in (tmp_path / "pgsql_tmp.walship/restore_wal.sh").read_text()

@@ -18,6 +18,7 @@ from infra.restore import Place, Repository
 from infra.settings import Settings
 from pipeline.backup import BackupInfo
 from pipeline.catalog import wal_key
+from pipeline.contracts import Clock
 from pipeline.wal import Lsn, WalFile
 from tests.parts import Shelf
 
@@ -49,10 +50,14 @@ class Bank:
         self.shelf = Shelf(identifier)
         self.version = int(self.server.query("show server_version_num")[0][0])
 
-    async def back_up(self) -> BackupInfo:
+    async def back_up(self, clock: Clock | None = None) -> BackupInfo:
         cluster = Cluster(self.shelf.system_id, self.version, self.segment_size)
         return await take(
-            stream(self.settings()), ship=self.shelf, cluster=cluster, wal_safe=nothing_to_wait_for, clock=SystemClock()
+            stream(self.settings()),
+            ship=self.shelf,
+            cluster=cluster,
+            wal_safe=nothing_to_wait_for,
+            clock=clock or SystemClock(),
         )
 
     def settings(self) -> Settings:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 
 from infra.postgres.restored import Started
 from infra.restore import Place, make_plan, restore
+from pipeline.errors import RecoveryError
 from pipeline.targets import Target
+from tests.clock import FastClock
 from tests.restoring import Bank, archiving
 from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, server_folder, start_server
 
@@ -60,8 +63,9 @@ def rows(place: Place) -> list[int]:
 @pytest.mark.parametrize("major", SERVER_VERSIONS)
 async def test_every_target(major: int, start_server: StartServer, server_folder: Path) -> None:
     archive = server_folder / "archive"
-    server = start_server(major, settings=archiving(archive), segment_mb=1)
-    bank = Bank(server, archive)
+    segment_mb = 16 if major == 17 else 1
+    server = start_server(major, settings=archiving(archive), segment_mb=segment_mb)
+    bank = Bank(server, archive, segment_mb << 20)
     server.query("create table t (n int)")
     server.query("insert into t values (1)")
     info = await bank.back_up()
@@ -100,3 +104,34 @@ async def test_every_target(major: int, start_server: StartServer, server_folder
             assert ask(place, "show archive_mode") == [("off",)]
             assert ask(place, "select pg_is_in_recovery()") == [(False,)]
         assert not (place.directory / "pgsql_tmp.walship" / "context.json").exists()
+
+
+async def test_a_name_is_looked_for_behind_the_newest_backup_first(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    archive = server_folder / "archive"
+    server = start_server(settings=archiving(archive), segment_mb=1)
+    bank = Bank(server, archive)
+    server.query("create table t (n int)")
+    first = await bank.back_up()
+    server.query("insert into t values (1)")
+    server.query("select pg_create_restore_point('early')")
+    server.query("select pg_create_restore_point('twice')")
+    xid = server.query("insert into t values (2) returning pg_current_xact_id()::text")[0][0]
+    second = await bank.back_up(FastClock(datetime.now(UTC) + timedelta(seconds=5)))
+    server.query("insert into t values (3)")
+    server.query("select pg_create_restore_point('twice')")
+    server.query("insert into t values (4)")
+    await bank.ship_wal()
+
+    chosen = {}
+    for target in (Target.parse(name="early"), Target.parse(name="twice"), Target.parse(xid=xid)):
+        plan = await make_plan(bank.repository(), target)
+        chosen[str(target)] = plan.backup.name
+    assert list(chosen.values()) == [first.name, second.name, first.name]
+    place = bank.place("early")
+    restored = await restore(bank.repository(), await make_plan(bank.repository(), Target.parse(name="early")), place)
+    with stopped_after(restored.server):
+        assert rows(place) == [1]
+    with pytest.raises(RecoveryError, match="'early' is not in the stored WAL"):
+        await make_plan(bank.repository(), Target.parse(name="early"), backup=second.name)

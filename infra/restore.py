@@ -29,6 +29,7 @@ from infra.postgres.restored import Replay, Started, start_restored
 from infra.postgres.wal_script import FEED, FOLDER
 from infra.settings import Settings
 from pipeline.contracts import Clock, Fetch, Store
+from pipeline.errors import RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Action, Target
 
@@ -171,18 +172,30 @@ async def restore(
 async def _start(repository: Repository, plan: RestorePlan, place: Place, targets: Targets, watch: Watch) -> Started:
     programs = await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
     directory = targets.directory
-    async with feeding(repository.fetch, plan, directory, owner=targets.owner, say=watch.say):
-        server = await start_restored(
-            directory,
-            programs,
-            action=plan.stop.action,
-            log_file=place.log_file or directory.with_name(f"{directory.name}.log"),
-            options=place.options,
-            progress=watch.replay,
-        )
+    async with feeding(repository.fetch, plan, directory, owner=targets.owner, say=watch.say) as feed:
+        try:
+            server = await start_restored(
+                directory,
+                programs,
+                action=plan.stop.action,
+                log_file=place.log_file or directory.with_name(f"{directory.name}.log"),
+                options=place.options,
+                progress=watch.replay,
+            )
+        except RecoveryError as error:
+            raise _cause(feed, error) from error
     if plan.stop.action is Action.PROMOTE:
         await asyncio.to_thread(remove_recovery_files, directory)
     return server
+
+
+def _cause(feed: Feed, error: RecoveryError) -> WalshipError:
+    """The server only knows that restore_command failed; the feed knows why."""
+    failure = next((f for f in reversed(feed.failures) if isinstance(f, WalshipError)), None)
+    if failure is None:
+        return error
+    failure.hint = "; ".join(filter(None, (failure.hint, error.hint)))
+    return failure
 
 
 @contextlib.asynccontextmanager

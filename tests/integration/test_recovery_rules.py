@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from handlers.body import joined
 from infra.postgres.processes import give, run_as
 from infra.postgres.recovery_files import NEUTRAL, inherited, parse_conf, quoted
 from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.wal_script import FOLDER, SCRIPT, script
-from infra.restore import FETCH_WAL, Place, Repository, make_plan, restore
+from infra.restore import FETCH_WAL, Place, Repository, Watch, make_plan, restore
 from infra.storage.local import LocalStore
 from pipeline.catalog import wal_key
-from pipeline.errors import RecoveryError
+from pipeline.errors import IntegrityError, RecoveryError
+from pipeline.objects import MemoryBody
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target
 from pipeline.wal import WalFile
@@ -238,6 +240,23 @@ async def test_a_hole_names_what_can_be_reached_and_that_is_reached(
     restored = await restore(bank.repository(), plan, place)
     with stopped_after(restored.server):
         assert rows(place) == [1, 2]
+
+
+async def test_a_damaged_segment_stops_recovery_and_is_named(start_server: StartServer, server_folder: Path) -> None:
+    bank = await small_history(start_server, server_folder)
+    plan = await make_plan(bank.repository(), Target())
+    *_, before_last, _ = plan.path.files()
+    key = wal_key(before_last)
+    content = bytearray(joined(await bank.shelf.store.get(key)))
+    content[-1] ^= 1
+    await bank.shelf.store.put(key, MemoryBody([bytes(content)]), replace=True)
+    place = bank.place("damaged")
+    said: list[str] = []
+    with pytest.raises(IntegrityError, match=f"memory: {key} is damaged") as caught:
+        await restore(bank.repository(), plan, place, watch=Watch(say=said.append))
+    assert "restore again with --force" in caught.value.hint
+    assert any(f"{before_last} cannot be given to the server" in line for line in said)
+    assert (place.directory / "recovery.signal").exists(), "nothing was promoted"
 
 
 @pytest.mark.parametrize("action", ["pause", "shutdown"])

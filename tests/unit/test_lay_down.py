@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import pwd
 import stat
 import subprocess
 import tarfile
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,6 +90,10 @@ async def lay(shelf: Shelf, info: BackupInfo, targets: Targets) -> int:
     return await lay_down(
         info, targets, fetch=fetcher(shelf), complete=lambda folder: (folder / "recovery.signal").touch()
     )
+
+
+def is_postgres(pid: int) -> bool:
+    return "postgres" in Path(f"/proc/{pid}/comm").read_text()
 
 
 def names(folder: Path) -> list[str]:
@@ -263,6 +269,7 @@ async def test_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     assert (tmp_path / "letter").read_text() == "dear"
 
 
+@pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="a process is told by its name in /proc")
 async def test_force_replaces_a_data_directory_but_never_a_running_server(tmp_path: Path) -> None:
     shelf = Shelf()
     info = await store(shelf, {"base": tar(CLUSTER)})
@@ -277,6 +284,9 @@ async def test_force_replaces_a_data_directory_but_never_a_running_server(tmp_pa
     shell.symlink_to("/bin/sleep")
     server = subprocess.Popen([shell, "60"])  # noqa: ASYNC220 - started and ended here
     try:
+        async with asyncio.timeout(20):
+            while not is_postgres(server.pid):
+                await asyncio.sleep(0.01)
         (directory / "postmaster.pid").write_text(f"{server.pid}\n{directory}\n")
         for force in (False, True):
             with pytest.raises(RecoveryError, match=f"running server, process {server.pid}"):
@@ -336,3 +346,29 @@ async def test_as_root_without_an_owner_it_is_the_user_postgres(
     targets = see(info, tmp_path / "data")
     assert targets.owner is None
     assert "there is no user postgres" in targets.notices[0]
+
+
+async def test_a_cancelled_restore_has_stopped_writing_when_it_returns(tmp_path: Path) -> None:
+    shelf = Shelf()
+    info = await store(shelf, {"base": tar((*CLUSTER[:-1], member("base/1/large", bytes(20_000_000)), CLUSTER[-1]))})
+    directory = tmp_path / "data"
+    begun = asyncio.Event()
+    work = lay_down(
+        info,
+        see(info, directory),
+        fetch=fetcher(shelf),
+        complete=lambda folder: (folder / "recovery.signal").touch(),
+        progress=lambda _done, _all: begun.set(),
+    )
+    task = asyncio.create_task(work)
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    written = {path: path.stat().st_size for path in directory.rglob("*")}
+    await asyncio.to_thread(time.sleep, 0.1)
+    assert {path: path.stat().st_size for path in directory.rglob("*")} == written
+    assert not (directory / "global/pg_control").exists()
+    assert (directory / MARKER).exists()
+    await lay(shelf, info, see(info, directory))
+    assert (directory / "base/1/large").stat().st_size == 20_000_000

@@ -84,6 +84,7 @@ class Seaweed:
         s3, master, volume, filer = self._ports
         command = [
             str(self._program),
+            "-logtostderr=true",  # else it leaves log files in the system's temporary folder
             "mini",
             f"-dir={data}",
             "-ip=127.0.0.1",
@@ -93,6 +94,9 @@ class Seaweed:
             f"-volume.port={volume}",
             "-volume.preStopSeconds=0",  # else every stop takes ten seconds
             f"-filer.port={filer}",
+            # Relative to our folder: by default they would be left in /tmp, and a socket's path must be short.
+            "-s3.localSocket=s3.sock",
+            "-filer.localSocket=filer.sock",
             "-webdav=false",
             "-admin.ui=false",
             "-s3.port.iceberg=0",
@@ -158,6 +162,9 @@ class Seaweed:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        # The gRPC sockets between its parts have fixed places, and it leaves them there.
+        for part, port in zip(("s3", "master", "volume", "filer"), self._ports, strict=True):
+            Path(f"/tmp/seaweedfs-{part}-grpc-{port + 10_000}.sock").unlink(missing_ok=True)  # noqa: S108 - see above
 
     def _wait(self) -> None:
         deadline = time.monotonic() + _START

@@ -129,7 +129,7 @@ async def read_catalog(
             listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
         except (IntegrityError, StoreError) as error:
             listing.problem(f"the history of timeline {file.timeline} cannot be read: {error.fact}")
-    size = listing.segment_size or await _measured(listing, fetch) or segment_size
+    size = listing.segment_size or segment_size or await _measured(listing, fetch)
     catalog = listing.catalog(size or SEGMENT_SIZES[4])
     for problem in catalog.problems:
         notify(problem)

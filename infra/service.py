@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import structlog
 
+from handlers.base_backup import Cluster, take
+from infra.safety import wal_safe
 from infra.settings import Settings
+from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
 from infra.sources.watcher import SpoolWatcher
 from infra.wiring import Shipping, Site, open_shipping, open_site
+from pipeline.catalog import wal_key
 from pipeline.contracts import Source
 from pipeline.dispatcher import Dispatcher, Handle, endless, none_left
-from pipeline.errors import ConfigError, SourceError, StoreError
+from pipeline.errors import ConfigError, SourceError, StoreError, WalshipError, foreseen
 from pipeline.events import Acknowledged, BackupReady, Event, Notice
 
 log = structlog.get_logger()
@@ -34,19 +39,30 @@ def spool_of(settings: Settings) -> Path:
 
 
 async def serve(settings: Settings) -> None:
-    """Ship until cancelled. A destination that does not answer at the start is waited for; the spool keeps all."""
+    """Ship until cancelled. What can pass (a store that is away, a spool in other hands) is waited for, loudly."""
     spool = spool_of(settings)
     pause = 1.0
     while True:
         try:
             async with open_site(settings, writer=True) as site, open_shipping(site, patient=True) as shipping:
                 await _ship_for_ever(spool, site, shipping)
-        except StoreError as error:
-            if not error.passing:
+        except (WalshipError, BaseExceptionGroup) as caught:
+            error = foreseen(caught)
+            if error is None or not _can_pass(error, spool):
                 raise
-            log.warning("no_destination", error=error.fact, hint=error.hint, retry_in=pause)
+            log.warning("waiting", error=error.fact, hint=error.hint, retry_in=pause)
         await asyncio.sleep(pause)
         pause = min(LONGEST_PAUSE, pause * 2)
+
+
+def _can_pass(error: WalshipError, spool: Path) -> bool:
+    """Whether to wait rather than to end: everything that was not acknowledged is still in the spool meanwhile.
+
+    The spool is in other hands while a backup or a switch that found no service ships it; they give it back.
+    """
+    if isinstance(error, StoreError):
+        return error.passing
+    return isinstance(error, SourceError) and holder(spool) not in (None, os.getpid())
 
 
 async def _ship_for_ever(spool: Path, site: Site, shipping: Shipping) -> None:
@@ -97,11 +113,33 @@ def _watcher(spool: Path, site: Site, *, once: bool) -> SpoolWatcher:
 def _handler(site: Site, shipping: Shipping) -> Handle:
     async def handle(source: Source, event: Event) -> None:
         if isinstance(event, BackupReady):
-            raise SourceError(f"{event.folder} is a base backup", hint="not yet")
+            await _take_dropped(site, shipping, Path(event.folder))
         else:
             await shipping.shipper.carry(source, event)
 
     return handle
+
+
+async def _take_dropped(site: Site, shipping: Shipping, folder: Path) -> None:
+    """Ship a ``pg_basebackup -Ft`` that lies in the spool, its WAL first, as a base backup like any other."""
+    system_id, segment_size = site.facts.system_id, site.facts.segment_size
+    backup = await asyncio.to_thread(open_dropped, folder, system_id=system_id, segment_size=segment_size)
+    wal = dropped_wal(backup)
+    while (file := await asyncio.to_thread(next, wal, None)) is not None:
+        await shipping.shipper.ship(wal_key(file[0]), file[1])
+    wait = wal_safe(site, lambda line: log.info("waiting_for_wal", backup=str(folder), said=line))
+    # Before the parts: where the WAL never comes, they would be stored anew at each attempt.
+    await wait(backup.start_lsn, backup.stop_lsn, backup.stop_timeline)
+    major = backup.major or site.facts.server_major
+    taken = await take(
+        dropped_messages(backup),
+        ship=shipping.shipper.ship,
+        cluster=Cluster(system_id, major * 10000, segment_size),
+        wal_safe=wait,
+        clock=site.clock,
+        label=backup.label,
+    )
+    log.info("backup_taken", backup=taken.name, dropped=str(folder), bytes=taken.size)
 
 
 @asynccontextmanager

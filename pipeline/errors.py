@@ -48,3 +48,13 @@ class IntegrityError(WalshipError):
 
 class RecoveryError(WalshipError):
     """The recovery target cannot be reached with what is stored."""
+
+
+def foreseen(error: BaseException) -> WalshipError | None:
+    """The first error of ours in it (task groups wrap theirs), or None if there is a defect in it."""
+    if isinstance(error, WalshipError):
+        return error
+    if not isinstance(error, BaseExceptionGroup):
+        return None
+    inner = [foreseen(member) for member in error.exceptions]
+    return inner[0] if all(inner) else None

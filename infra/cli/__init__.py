@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import click
 
-from infra.cli.exits import INTERRUPTED, expected, report
+from infra.cli.exits import INTERRUPTED, report
 from infra.names import refuse_strangers
-from pipeline.errors import ConfigError, WalshipError
+from pipeline.errors import ConfigError, WalshipError, foreseen
 
 #: Verbs in the order of ``--help``, and what each does in a few words.
 VERBS = {
@@ -79,7 +79,7 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = INTERRUPTED
     except (WalshipError, BaseExceptionGroup) as error:
-        ours = expected(error)
+        ours = foreseen(error)
         if ours is None:
             raise
         code = report(ours, as_json=as_json)

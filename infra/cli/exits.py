@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 
 from pipeline.errors import ConfigError, IntegrityError, RecoveryError, SourceError, StoreError, WalshipError
 
@@ -36,16 +35,3 @@ def report(error: WalshipError, *, as_json: bool) -> int:
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
     return code
-
-
-def expected(error: BaseException) -> WalshipError | None:
-    """The first error of ours in it (task groups wrap theirs), or None if it is a defect."""
-    return next(_ours(error), None)
-
-
-def _ours(error: BaseException) -> Iterator[WalshipError]:
-    if isinstance(error, WalshipError):
-        yield error
-    elif isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _ours(inner)

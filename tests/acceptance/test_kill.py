@@ -1,4 +1,4 @@
-"""SIGKILL of the service at every boundary between stages: it goes on where it was, and nothing acknowledged is lost."""
+"""SIGKILL of the service at every boundary between stages: it goes on where it was and loses nothing acknowledged."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def test_a_service_that_is_told_to_stop_finishes_and_leaves_nothing_half(rig: Ri
     rig.run("init")
     service = rig.serve()
     rig.sql("create table t (n serial primary key, filler text)")
+    rig.wait(lambda: '"event": "started"' in rig.service_log(), "the service has started")
     for _ in range(5):
         rig.sql("insert into t (filler) select md5(n::text) from generate_series(1, 500) n")
         rig.sql("select pg_switch_wal()")

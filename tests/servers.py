@@ -22,6 +22,7 @@ import pytest
 
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import FAST, ThrowawayServer, make_folder
+from tests.libraries import complete
 
 SERVER_VERSIONS = (15, 16, 17, 18)
 #: The newest: for what does not depend on the version.
@@ -70,6 +71,7 @@ def _download(release: str, home: Path) -> None:
         subprocess.run(["tar", "-xzf", scratch / inner, "-C", unpacked, "--no-same-owner"], check=True, timeout=600)
         (tree,) = unpacked.iterdir()
         tree.chmod(0o755)
+        complete(tree)
         tree.rename(home)  # whole, or not there
     finally:
         shutil.rmtree(scratch)

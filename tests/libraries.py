@@ -1,7 +1,7 @@
 """Libraries of the system that the test servers want and a bare machine lacks: Debian's packages, beside the server.
 
 The servers' wheels are linked against libxml2, which a Debian with only python3 and make does not have. Nothing is
-installed: the packages are fetched and unpacked by ``.ci/debian``, which needs no root, and the missing files are copied
+installed: the packages are fetched and unpacked by ``.ci/debian``, which needs no root, and their libraries are copied
 into the server's own lib folder, which comes first in its LD_LIBRARY_PATH.
 """
 

@@ -104,6 +104,7 @@ class SpoolWatcher:
     async def events(self) -> AsyncIterator[Event]:
         """See ``Source``. Announces what is complete; ends only with ``once``."""
         async with self._at_work():
+            self._queue, self._queued, self._unsettled = [], set(), {}
             next_scan = self._clock.monotonic()
             while True:
                 if self._clock.monotonic() >= next_scan or (self._more and not self._queue):
@@ -200,6 +201,7 @@ class SpoolWatcher:
 
     async def _ready(self) -> AsyncIterator[Event]:
         """Announce, in order, what is in the queue."""
+        #: Timelines on which a file is not settled, and what waits behind it.
         held: dict[int, list[str]] = {}
         for name in self._unsettled:
             self._enqueue(name)
@@ -209,7 +211,7 @@ class SpoolWatcher:
                 break
             name = heapq.heappop(self._queue)[1:]
             file = WalFile.parse(name)
-            if file and file.kind is WalKind.SEGMENT and file.timeline in held:
+            if file and file.timeline in held and name not in self._unsettled and file.kind is WalKind.SEGMENT:
                 held[file.timeline].append(name)
                 continue
             self._queued.discard(name)
@@ -218,13 +220,18 @@ class SpoolWatcher:
                 yield BackupReady(self.name, str(self._folder / name))
                 continue
             look = await asyncio.to_thread(self._judge.look, file)
-            if self._is_ready(name, look):
+            ready = self._is_ready(name, look)
+            if name in self._unsettled:
+                if file.kind is WalKind.SEGMENT:
+                    held.setdefault(file.timeline, [])
+                continue
+            for waiting in held.pop(file.timeline, ()) if file.kind is WalKind.SEGMENT else ():
+                heapq.heappush(self._queue, sort_key(waiting))
+            if ready:
                 self._taken[name] = look.identity
                 yield _ready_event(self.name, file, look.size)
-            elif name in self._unsettled and file.kind is WalKind.SEGMENT:
-                held[file.timeline] = []
-        for name in (name for names in held.values() for name in names):
-            heapq.heappush(self._queue, sort_key(name))
+        for waiting in (waiting for names in held.values() for waiting in names):
+            heapq.heappush(self._queue, sort_key(waiting))
 
     async def _pause(self, next_scan: float) -> None:
         """Until something arrives, a file may have settled, or the next look at the whole folder is due."""

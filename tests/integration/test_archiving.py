@@ -1,0 +1,374 @@
+"""Real servers archive into a watched spool; and what they wrote is judged and read as PostgreSQL itself reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from infra.clock import SystemClock
+from infra.postgres.processes import give, run_as
+from infra.postgres.programs import environment_for
+from infra.postgres.throwaway import ThrowawayServer
+from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
+from infra.sources.watcher import SpoolWatcher
+from pipeline.backup import ArchiveBegan, ArchiveData, BackupStarted, BackupStopped, ManifestData
+from pipeline.errors import IntegrityError, SourceError
+from pipeline.events import BackupReady, FileRefused, Notice
+from pipeline.manifest import check_manifest
+from pipeline.tar import TarReader
+from pipeline.wal import Lsn, WalFile, WalKind
+from pipeline.walmarks import find_restore_point, find_xid, transaction_of
+from pipeline.walpages import check_segment, read_page_header
+from pipeline.walrecords import Carry, Payload
+from tests.servers import SERVER_VERSIONS, StartServer, programs, server_folder, start_server
+
+__all__ = ["server_folder", "start_server"]  # fixtures
+
+MB = 1 << 20
+#: Of every kind: large, spanning segments, prepared, with a time, with a name.
+LOAD = (
+    "create table t as select g, md5(g::text) from generate_series(1, 8000) g",
+    "select pg_logical_emit_message(true, 'x', repeat(md5(random()::text), 100000))",
+    "select pg_logical_emit_message(false, 'x', repeat('y', i * 31)) from generate_series(1, 300) i",
+    "select pg_create_restore_point('between')",
+    "update t set md5 = 'x' where g % 3 = 0",
+    "checkpoint",
+    "delete from t where g % 2 = 0",
+)
+PREPARED = "begin; create table p (a int); insert into p values (1); prepare transaction 'two'"
+
+
+def archiving(spool: Path, mode: str) -> dict[str, str]:
+    spool.mkdir()
+    give(spool, run_as())
+    if mode == "cp":
+        way = {"archive_command": f"cp %p {spool}/%f"}
+    else:
+        way = {"archive_library": "basic_archive", "basic_archive.archive_directory": str(spool)}
+    return {"archive_mode": "on", "wal_level": "logical", "max_prepared_transactions": "5", **way}
+
+
+def run_load(server: ThrowawayServer) -> None:
+    for statement in LOAD:
+        server.query(statement)
+    server.run("psql", "-Xqd", server.dsn(), "-c", PREPARED)
+    server.query("commit prepared 'two'")
+
+
+def system_id(server: ThrowawayServer) -> str:
+    return str(server.query("select system_identifier from pg_control_system()")[0][0])
+
+
+async def collect(spool: Path, until: WalFile, cluster: str, *, segment_size: int = MB) -> dict[str, bytes]:
+    """Ship, into memory, up to the segment ``until``."""
+    notices: list[Notice] = []
+    watcher = SpoolWatcher(
+        spool, system_id=cluster, segment_size=segment_size, clock=SystemClock(), notify=notices.append
+    )
+    shipped: dict[str, bytes] = {}
+    events = watcher.events()
+    async with asyncio.timeout(60):
+        async for event in events:
+            assert not isinstance(event, BackupReady)
+            shipped[event.file.name] = bytes(watcher.read(event))
+            await watcher.done(event)
+            if event.file.name == until.name:
+                break
+    await events.aclose()  # type: ignore[attr-defined]  # it is an async generator
+    assert notices == []
+    return shipped
+
+
+def has_files(folder: Path, count: int) -> bool:
+    return len(list(folder.iterdir())) >= count
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited a minute in vain"
+        time.sleep(0.02)
+
+
+def finished(server: ThrowawayServer) -> WalFile:
+    """End the open segment."""
+    ((lsn, timeline),) = server.query(
+        "select pg_switch_wal()::text, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int"
+    )
+    return WalFile.segment(timeline, Lsn.parse(lsn) - 1, MB)
+
+
+@pytest.mark.parametrize(
+    ("major", "mode"),
+    [*((major, "basic_archive") for major in SERVER_VERSIONS), (SERVER_VERSIONS[0], "cp"), (SERVER_VERSIONS[-1], "cp")],
+)
+async def test_what_a_server_archives_is_shipped_whole(
+    server_folder: Path, start_server: StartServer, major: int, mode: str
+) -> None:
+    """Crash and restart on the way; every segment from the first to the last arrives, and none stays in the spool."""
+    spool = server_folder / "spool"
+    server = start_server(major, settings=archiving(spool, mode), segment_mb=1)
+    cluster = system_id(server)
+    ((first,),) = server.query("select pg_walfile_name(pg_current_wal_lsn())")
+    load = asyncio.create_task(asyncio.to_thread(run_load, server))
+    shipped = {}
+    await load
+    server.kill9()
+    server.start()
+    server.query("select pg_logical_emit_message(true, 'x', repeat('after', 300000))")
+    last = finished(server)
+    shipped = await collect(spool, last, cluster)
+    segments = [name for name in shipped if len(name) == 24]
+    expected = []
+    file = WalFile.parse(first)
+    while file and file.name <= last.name:
+        expected.append(file.name)
+        file = file.next(MB)
+    assert segments == expected
+    assert [path.name for path in spool.iterdir() if WalFile.parse(path.name)] == []
+    judge_as_postgres_does(server_folder, major, shipped)
+
+
+def judge_as_postgres_does(folder: Path, major: int, shipped: dict[str, bytes]) -> None:
+    """Every record that pg_waldump shows is found by us, at its place, and no other; with times, names and xids."""
+    stored = folder / "stored"
+    stored.mkdir()
+    for name, content in shipped.items():
+        (stored / name).write_bytes(content)
+    names = sorted(name for name in shipped if len(name) == 24)
+    expected = list(waldump(major, stored, names[0], names[-1]))
+    found: list[tuple[int, int, int, int]] = []
+    ends: list[tuple[int, int, str, bool]] = []
+    points, carry = 0, None
+    for name in names:
+        file = WalFile.parse(name)
+        assert file
+        payload = Payload(shipped[name], file.start(MB), carry)
+        records = list(payload.records())
+        assert payload.major == major
+        assert payload.last_record() == (records[-1] if records else None)
+        for record in records:
+            found.append((int(record.lsn), record.length, record.xid, int(record.prev)))
+            if end := transaction_of(record, major):
+                ends.append((int(end.lsn), end.xid, f"{end.time:%Y-%m-%d %H:%M:%S.%f}", end.committed))
+                assert find_xid(payload, end.xid) == end
+        points += find_restore_point(payload, "between") is not None
+        carry = payload.carry()
+    assert found == [(r.lsn, r.length, r.xid, r.prev) for r in expected]
+    assert [(lsn, time, committed) for lsn, _, time, committed in ends] == [
+        (r.lsn, r.time, r.words.startswith("COMMIT")) for r in expected if r.words.startswith(("COMMIT", "ABORT"))
+    ]
+    (prepared,) = [r for r in expected if r.words.startswith("COMMIT_PREPARED")]
+    assert [xid for lsn, xid, _, _ in ends if lsn == prepared.lsn] == [
+        int(re.sub(r"COMMIT_PREPARED (\d+).*", r"\1", prepared.words))
+    ]
+    assert points == 1
+
+
+class Dumped:
+    """A line of pg_waldump."""
+
+    pattern = re.compile(
+        r"rmgr: \S+\s+len \(rec/tot\):\s*\d+/\s*(\d+), tx:\s*(\d+), lsn: (\S+), prev (\S+), desc: (.*)"
+    )
+
+    def __init__(self, match: re.Match[str]) -> None:
+        self.length, self.xid = int(match[1]), int(match[2])
+        self.lsn, self.prev = int(Lsn.parse(match[3])), int(Lsn.parse(match[4]))
+        self.words = match[5]
+
+    @property
+    def time(self) -> str:
+        found = re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+", self.words)
+        assert found
+        return found[0]
+
+
+def waldump(major: int, folder: Path, first: str, last: str) -> Iterator[Dumped]:
+    bin_dir = programs(major)
+    with subprocess.Popen(
+        [bin_dir / "pg_waldump", "-p", folder, first, last], env={**environment_for(bin_dir), "TZ": "UTC"},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as dump:  # fmt: skip
+        assert dump.stdout
+        for line in dump.stdout:
+            if match := Dumped.pattern.match(line):
+                yield Dumped(match)
+
+
+@pytest.mark.parametrize("major", [SERVER_VERSIONS[0], SERVER_VERSIONS[-1]])
+def test_a_standby_that_archives_what_it_restored_makes_poison(
+    server_folder: Path, start_server: StartServer, major: int
+) -> None:
+    """archive_mode=always: a padded tail comes back under its final name, with valid size and first page."""
+    spool, poisoned = server_folder / "spool", server_folder / "poisoned"
+    server = start_server(major, settings=archiving(spool, "cp"), segment_mb=1)
+    server.run("pg_basebackup", "-D", str(server_folder / "copy"), "-d", server.dsn(), "-c", "fast", "-X", "none")
+    server.query("create table t as select 1 a")
+    server.query("select pg_logical_emit_message(true, 'x', repeat('z', 200000))")
+    ((open_name, open_lsn),) = server.query(
+        "select pg_walfile_name(pg_current_wal_lsn()), pg_current_wal_flush_lsn()::text"
+    )
+    used = Lsn.parse(open_lsn) % MB
+    cluster = int(system_id(server))
+    content = (server.data_dir / "pg_wal" / open_name).read_bytes()[:used]
+    server.stop("immediate")
+    (spool / open_name).write_bytes(content + bytes(MB - used))
+    poisoned.mkdir()
+    give(poisoned, run_as())
+    standby = ThrowawayServer(programs(major), server_folder / "copy")
+    standby.configure(
+        {
+            "archive_mode": "always", "archive_command": f"cp %p {poisoned}/%f", "hot_standby": "on",
+            "restore_command": f"cp {spool}/%f %p", "recovery_target_timeline": "latest",
+        }
+    )  # fmt: skip
+    (standby.data_dir / "standby.signal").touch()
+    try:
+        standby.start()
+        wait_for(lambda: size_of(poisoned / open_name) == MB)
+        data = (poisoned / open_name).read_bytes()
+    finally:
+        standby.close()
+    assert data[:used] == content
+    file = WalFile.parse(open_name)
+    assert file
+    with pytest.raises(IntegrityError, match="is not a finished segment"):
+        check_segment(file, data, system_id=cluster, segment_size=MB)
+
+
+def test_segments_of_crashes_promotions_and_large_records(server_folder: Path, start_server: StartServer) -> None:
+    """None of a few hundred difficult segments is refused, and cut ones are."""
+    spool = server_folder / "spool"
+    server = start_server(settings=archiving(spool, "cp"), segment_mb=1)
+    cluster = int(system_id(server))
+    for size in (30, 4000, 90_000):
+        load = (
+            f"do $$ begin for i in 1..10000 loop perform pg_logical_emit_message(false, 'x', repeat('abc', {size}));"
+            " if i % 50 = 0 then perform pg_switch_wal(); end if; end loop; end $$"
+        )
+        writer = subprocess.Popen(
+            [server.bin_dir / "psql", "-Xqd", server.dsn(), "-c", load],
+            env=environment_for(server.bin_dir), stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        enough = len(list(spool.iterdir())) + 15
+        wait_for(partial(has_files, spool, enough))
+        server.kill9()
+        writer.wait()
+        if size == 4000:  # a new timeline from wherever the WAL ends
+            (server.data_dir / "recovery.signal").touch()
+            server.configure({"restore_command": "exit 1"})
+        server.start()
+    last = finished(server)
+    wait_for(lambda: size_of(spool / last.name) == MB)
+    server.stop()
+    names = sorted(path.name for path in spool.iterdir() if len(path.name) == 24)
+    assert len(names) > 40
+    assert {name[:8] for name in names} == {"00000001", "00000002"}
+    carry: Carry | None = None
+    previous: WalFile | None = None
+    for name in names:
+        data, file = (spool / name).read_bytes(), WalFile.parse(name)
+        assert file
+        check_segment(file, data, system_id=cluster, segment_size=MB)
+        carry = Payload(data, file.start(MB), carry if previous and previous.next(MB) == file else None).carry()
+        previous = file
+        end = len(data.rstrip(b"\0"))
+        # Behind the start of a record that goes on in the next segment nothing can be known of a cut.
+        knowable = int(carry.lsn) - file.start(MB) + 16 if carry else end
+        for cut in {end // 3, end - 8200, knowable - 1, knowable - 30} if knowable > 0 else {end // 3}:
+            if 0 < cut < knowable and any(data[cut:]):
+                with pytest.raises(IntegrityError):
+                    check_segment(file, data[:cut] + bytes(MB - cut), system_id=cluster, segment_size=MB)
+
+
+@pytest.mark.parametrize(("major", "compressed"), [(15, True), (16, False), (17, True), (18, False)])
+async def test_a_dropped_base_backup_is_read_like_a_streamed_one(
+    server_folder: Path, start_server: StartServer, major: int, *, compressed: bool
+) -> None:
+    spool = server_folder / "spool"
+    server = start_server(major, settings=archiving(spool, "cp"), segment_mb=1)
+    place = server_folder / "space with \\ in it"
+    place.mkdir()
+    give(place, run_as())
+    server.query(f"create tablespace far location '{place}'")
+    server.query("create table t tablespace far as select g from generate_series(1, 1000) g")
+    cluster, folder = system_id(server), spool / "monday"
+    server.run("pg_basebackup", "-Ft", "-D", str(folder), "-d", server.dsn(), "-c", "fast", "-l", "by hand",
+               *(["-z"] if compressed else []))  # fmt: skip
+    notices: list[Notice] = []
+    watcher = SpoolWatcher(
+        spool, system_id=cluster, segment_size=MB, clock=SystemClock(), notify=notices.append, once=True
+    )
+    (event,) = [event async for event in watcher.events() if isinstance(event, BackupReady)]
+    backup = await asyncio.to_thread(open_dropped, Path(event.folder), system_id=cluster, segment_size=MB)
+    assert (backup.major, backup.label, backup.segment_size, backup.system_id) == (major, "by hand", MB, cluster)
+    assert [space.location for space in backup.tablespaces] == [str(place)]
+    reader, files, manifest, order = TarReader("none"), 0, bytearray(), []
+    async for message in dropped_messages(backup):
+        match message:
+            case ArchiveBegan():
+                order.append(message.archive)
+                reader = TarReader(message.archive)
+            case ArchiveData():
+                files += sum(1 for _ in reader.feed(message.data))
+            case ManifestData():
+                manifest += message.data
+            case BackupStarted() | BackupStopped():
+                order.append(str(message.timeline))
+    reader.finish()
+    assert order == ["1", str(backup.tablespaces[0].oid), "base", "1"]
+    assert files > 900
+    check_manifest(manifest, system_id=cluster, start=backup.start_lsn, stop=backup.stop_lsn, timeline=1)
+    wal = dict(dropped_wal(backup))
+    assert any(file.start(MB) < backup.stop_lsn <= file.end(MB) for file in wal)
+    assert all(file.kind is WalKind.SEGMENT and len(data) == MB for file, data in wal.items())
+    with pytest.raises(SourceError, match=f"belongs to the cluster {cluster}, not to 5"):
+        await asyncio.to_thread(open_dropped, folder, system_id="5", segment_size=MB)
+    await watcher.done(event)
+    assert not folder.exists()
+    assert [notice for notice in notices if isinstance(notice, FileRefused)] == []
+
+
+def test_a_broken_dropped_backup_names_what_is_wrong(server_folder: Path, start_server: StartServer) -> None:
+    server = start_server(segment_mb=1, settings={"wal_level": "replica"})
+    folder, cluster = server_folder / "monday", system_id(server)
+    server.run("pg_basebackup", "-Ft", "-D", str(folder), "-d", server.dsn(), "-c", "fast")
+    whole = (folder / "backup_manifest").read_bytes()
+    (folder / "backup_manifest").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceError, match="is cut, or no backup_manifest"):
+        open_dropped(folder, system_id=cluster, segment_size=MB)
+    # Without a word of the cluster in the manifest, as before 17: by its WAL, and without WAL by pg_control.
+    (folder / "backup_manifest").write_bytes(re.sub(rb'"System-Identifier": \d+,\n', b"", whole))
+    assert open_dropped(folder, system_id=cluster, segment_size=MB).system_id == cluster
+    (folder / "pg_wal.tar").unlink()
+    assert open_dropped(folder, system_id=cluster, segment_size=MB).system_id == cluster
+    with pytest.raises(SourceError, match=f"belongs to the cluster {cluster}, not to 5"):
+        open_dropped(folder, system_id="5", segment_size=MB)
+    with tarfile.open(folder / "base.tar", "w"):
+        pass
+    with pytest.raises(SourceError, match="holds no global/pg_control"):
+        open_dropped(folder, system_id=cluster, segment_size=MB)
+    (folder / "base.tar").unlink()
+    with pytest.raises(SourceError, match=r"has no base\.tar"):
+        open_dropped(folder, system_id=cluster, segment_size=MB)
+
+
+def test_the_template_of_this_file_reads_real_pages(start_server: StartServer) -> None:
+    """Magic numbers are looked up, not guessed: each tested major is known by its number."""
+    server = start_server(segment_mb=1)
+    ((name,),) = server.query("select pg_walfile_name(pg_current_wal_lsn())")
+    header = read_page_header((server.data_dir / "pg_wal" / name).read_bytes()[:40])
+    assert (header.major, header.segment_size, header.block_size) == (SERVER_VERSIONS[-1], MB, 8192)

@@ -16,8 +16,6 @@ from infra.settings import Settings
 from infra.storage.local import LocalStore
 from infra.storage.retry import Observer, Retrying, RetryPolicy
 from infra.storage.rooted import Rooted
-from infra.storage.s3 import S3Store
-from infra.storage.s3_client import S3Options
 from pipeline.contracts import Clock, Store
 from pipeline.errors import ConfigError, StoreError
 
@@ -91,6 +89,10 @@ def _folder(url: str) -> Path:
 
 
 def _bucket(url: str, settings: Settings) -> Store:
+    # A sixth of a second and 20 MB of libraries, which whoever has only folders need not pay.
+    from infra.storage.s3 import S3Store
+    from infra.storage.s3_client import S3Options
+
     parts, name = urlsplit(url), display_name(url)
     if not parts.netloc or "@" in parts.netloc or ":" in parts.netloc:
         raise ConfigError(

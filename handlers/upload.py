@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 from handlers.checksum import check_stored
 from pipeline.catalog import REPOSITORY, data_key_name
-from pipeline.contracts import Body, Clock, Store
+from pipeline.contracts import Abilities, Body, Clock, Store
 from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError
-from pipeline.events import DestinationCaughtUp, DestinationFailed, Notice, ObjectStored
+from pipeline.events import DestinationCaughtUp, DestinationFailed, DestinationHampered, Notice, ObjectStored
 from pipeline.objects import Header
 
 #: Seconds between attempts to reach a destination that is down: first and longest.
@@ -54,7 +54,9 @@ class Outlet:
     owed: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     #: Set while it is down or owed anything.
     behind: asyncio.Event = field(default_factory=asyncio.Event)
-    _key_stored: bool = False
+    #: What the store was found to be able to do; None until the first object is delivered.
+    abilities: Abilities | None = None
+    _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def name(self) -> str:
@@ -62,20 +64,27 @@ class Outlet:
 
     async def deliver(self, parcel: Parcel) -> None:
         """Create the object here. The same object being here already is success; other bytes are ObjectConflict."""
-        await self._deliver_key()
+        async with self._preparing:
+            if self.abilities is None:
+                self.abilities = await self._prepare()
         try:
             await self.store.put(parcel.name, parcel.body)
         except ObjectConflict:
             await self._compare(parcel)
 
-    async def _deliver_key(self) -> None:
-        """A key goes before all that is encrypted under it, or a crash would leave objects nobody can read."""
-        if self.key_object is None or self._key_stored:
-            return
-        name, body = self.key_object
-        with suppress(ObjectConflict):  # its id is random: what is there under that name is this very key
-            await self.store.put(name, body)
-        self._key_stored = True
+    async def _prepare(self) -> Abilities:
+        """Before the first object: does "only if absent" hold here, and is our data key here?
+
+        Some stores ignore the condition without a word. And a key goes before all that is encrypted under it, or a
+        crash would leave objects that nobody can read.
+        """
+        there = await self.store.get(REPOSITORY)
+        abilities = await self.store.probe(REPOSITORY, there)
+        if self.key_object is not None:
+            name, body = self.key_object
+            with suppress(ObjectConflict):  # its id is random: what is there under that name is this very key
+                await self.store.put(name, body)
+        return abilities
 
     async def _compare(self, parcel: Parcel) -> None:
         """Something of that name is here: an earlier attempt of ours, the same file shipped before, or a stranger."""
@@ -148,11 +157,14 @@ class Uploader:
         if outlet.down:
             return StoreError(f"{outlet.name} is down", hint="it is tried again all the time", passing=True)
         began = self._clock.monotonic()
+        new = outlet.abilities is None
         try:
             await outlet.deliver(parcel)
         except (StoreError, IntegrityError) as error:
             self._failed(outlet, parcel.name, error)
             return error
+        if new and outlet.abilities and not outlet.abilities.conditional_put:
+            self._notify(DestinationHampered(outlet.name, outlet.abilities.remark))
         seconds = self._clock.monotonic() - began
         self._notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, seconds))
         return None

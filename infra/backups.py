@@ -37,14 +37,14 @@ async def backup(
     refuse_unable(server, settings)
     async with (
         open_site(settings, cluster=server.system_identifier, writer=True) as site,
-        open_shipping(site, patient=False) as shipping,
-        alongside(site, tell),
+        open_shipping(site) as shipping,
+        alongside(site, shipping, tell),
     ):
         os.nice(5)
         async with aclosing(basebackup.stream(settings, label=label)) as messages:
             return await take(
                 messages,
-                ship=shipping.shipper.ship,
+                ship=shipping.command.ship,
                 cluster=Cluster(server.system_identifier, server.version_num, server.segment_size),
                 wal_safe=wal_safe(site, tell),
                 clock=site.clock,

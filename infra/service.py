@@ -11,6 +11,10 @@ from pathlib import Path
 import structlog
 
 from handlers.base_backup import Cluster, take
+from handlers.ship import Shipper
+from infra.postgres.connect import connect
+from infra.postgres.control import read_facts
+from infra.postgres.problems import problems
 from infra.safety import wal_safe
 from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
@@ -44,7 +48,7 @@ async def serve(settings: Settings) -> None:
     pause = 1.0
     while True:
         try:
-            async with open_site(settings, writer=True) as site, open_shipping(site, patient=True) as shipping:
+            async with open_site(settings, writer=True) as site, open_shipping(site) as shipping:
                 await _ship_for_ever(spool, site, shipping)
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
@@ -67,14 +71,30 @@ def _can_pass(error: WalshipError, spool: Path) -> bool:
 
 async def _ship_for_ever(spool: Path, site: Site, shipping: Shipping) -> None:
     watcher = _watcher(spool, site, once=False)
-    dispatcher = Dispatcher(_handler(site, shipping), clock=site.clock, notify=site.notify, patience=endless)
+    handle = _handler(site, shipping.service)
+    dispatcher = Dispatcher(handle, clock=site.clock, notify=site.notify, patience=endless)
     log.info("started", cluster=site.facts.system_id, spool=str(spool), destinations=[s.name for s in site.stores])
     async with asyncio.TaskGroup() as group:
         group.create_task(shipping.uploader.run())
+        group.create_task(_tell_of_server(site))
         try:
             await dispatcher.run(watcher)
         finally:
             log.info("stopped", waiting=watcher.waiting)
+
+
+async def _tell_of_server(site: Site) -> None:
+    """Shipping needs no word with the server; but a server that does not archive is nothing to be silent about."""
+    try:
+        async with await connect(site.settings) as connection:
+            server = await read_facts(connection)
+    except SourceError as error:
+        log.warning("server", error=error.fact, hint=error.hint)
+        return
+    if server.system_identifier != site.facts.system_id:
+        log.warning("server", error=f"it is the cluster {server.system_identifier}, not {site.facts.system_id}")
+    for problem in problems(server, site.settings):
+        log.warning("server", error=problem.fact, hint=problem.hint)
 
 
 async def push(settings: Settings, notify: Callable[[Notice], None]) -> int:
@@ -87,9 +107,9 @@ async def push(settings: Settings, notify: Callable[[Notice], None]) -> int:
         shipped += isinstance(notice, Acknowledged)
         notify(notice)
 
-    async with open_site(settings, writer=True, notify=count) as site, open_shipping(site, patient=False) as shipping:
+    async with open_site(settings, writer=True, notify=count) as site, open_shipping(site) as shipping:
         watcher = _watcher(spool, site, once=True)
-        dispatcher = Dispatcher(_handler(site, shipping), clock=site.clock, notify=count, patience=none_left)
+        dispatcher = Dispatcher(_handler(site, shipping.command), clock=site.clock, notify=count, patience=none_left)
         await dispatcher.run(watcher)
         if watcher.refused:
             raise SourceError(
@@ -110,30 +130,30 @@ def _watcher(spool: Path, site: Site, *, once: bool) -> SpoolWatcher:
     )
 
 
-def _handler(site: Site, shipping: Shipping) -> Handle:
+def _handler(site: Site, shipper: Shipper) -> Handle:
     async def handle(source: Source, event: Event) -> None:
         if isinstance(event, BackupReady):
-            await _take_dropped(site, shipping, Path(event.folder))
+            await _take_dropped(site, shipper, Path(event.folder))
         else:
-            await shipping.shipper.carry(source, event)
+            await shipper.carry(source, event)
 
     return handle
 
 
-async def _take_dropped(site: Site, shipping: Shipping, folder: Path) -> None:
+async def _take_dropped(site: Site, shipper: Shipper, folder: Path) -> None:
     """Ship a ``pg_basebackup -Ft`` that lies in the spool, its WAL first, as a base backup like any other."""
     system_id, segment_size = site.facts.system_id, site.facts.segment_size
     backup = await asyncio.to_thread(open_dropped, folder, system_id=system_id, segment_size=segment_size)
     wal = dropped_wal(backup)
     while (file := await asyncio.to_thread(next, wal, None)) is not None:
-        await shipping.shipper.ship(wal_key(file[0]), file[1])
+        await shipper.ship(wal_key(file[0]), file[1])
     wait = wal_safe(site, lambda line: log.info("waiting_for_wal", backup=str(folder), said=line))
     # Before the parts: where the WAL never comes, they would be stored anew at each attempt.
     await wait(backup.start_lsn, backup.stop_lsn, backup.stop_timeline)
     major = backup.major or site.facts.server_major
     taken = await take(
         dropped_messages(backup),
-        ship=shipping.shipper.ship,
+        ship=shipper.ship,
         cluster=Cluster(system_id, major * 10000, segment_size),
         wal_safe=wait,
         clock=site.clock,
@@ -143,7 +163,7 @@ async def _take_dropped(site: Site, shipping: Shipping, folder: Path) -> None:
 
 
 @asynccontextmanager
-async def alongside(site: Site, tell: Callable[[str], None]) -> AsyncIterator[None]:
+async def alongside(site: Site, shipping: Shipping, tell: Callable[[str], None]) -> AsyncIterator[None]:
     """Ship the spool during the ``async with`` block, unless a service does that already.
 
     For commands that wait until WAL is safe: they work whether the service runs or not.
@@ -153,12 +173,11 @@ async def alongside(site: Site, tell: Callable[[str], None]) -> AsyncIterator[No
         yield
         return
     tell(f"no service is running: shipping what arrives in {spool} meanwhile")
-    async with open_shipping(site, patient=True) as shipping:
-        work = asyncio.create_task(_ship_for_ever(spool, site, shipping))
-        try:
-            yield
-        finally:
-            work.cancel()
-            await asyncio.wait([work])
-            if not work.cancelled() and (error := work.exception()):
-                tell(f"shipping the spool ended: {error}")
+    work = asyncio.create_task(_ship_for_ever(spool, site, shipping))
+    try:
+        yield
+    finally:
+        work.cancel()
+        await asyncio.wait([work])
+        if not work.cancelled() and (error := work.exception()):
+            tell(f"shipping the spool ended: {foreseen(error) or error}")

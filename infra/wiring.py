@@ -20,12 +20,12 @@ from infra.repository import Destination, RepositoryFacts, find
 from infra.settings import Settings
 from infra.storage import open_store
 from infra.storage.rooted import Rooted
-from pipeline.catalog import REPOSITORY, kind_of
+from pipeline.catalog import kind_of
 from pipeline.chain import Chain
 from pipeline.contracts import Clock, Store
 from pipeline.dispatcher import Gate
 from pipeline.errors import ConfigError, StoreError, WalshipError
-from pipeline.events import DestinationFailed, DestinationHampered, Notice
+from pipeline.events import Notice
 
 #: Objects held in memory at a time. With the base of the interpreter it makes the bound of DESIGN section 3:
 #: 100 MB + 4 × max(segment, part).
@@ -55,9 +55,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Shipping:
-    """What is needed to write to a site."""
+    """What is needed to write to a site. Both shippers share one gate: WAL goes before parts, within one bound."""
 
-    shipper: Shipper
+    #: For a command that a person waits for: a required destination that is down is an error.
+    command: Shipper
+    #: For what is in the spool anyway: it is waited for. Needs ``uploader.run``.
+    service: Shipper
     uploader: Uploader
 
 
@@ -105,31 +108,18 @@ async def open_site(
 
 
 @asynccontextmanager
-async def open_shipping(site: Site, *, patient: bool) -> AsyncIterator[Shipping]:
-    """Ready to write: worker threads, the gate, and an outlet for each destination, which is probed first."""
-    for store in site.stores:
-        await _probe(store, site.notify)
+async def open_shipping(site: Site) -> AsyncIterator[Shipping]:
+    """Ready to write: worker threads, the gate, and an outlet for each destination. Nothing is contacted yet."""
     pairs = zip(site.destinations, site.stores, strict=True)
     outlets = [Outlet(store, d.required, site.keys.key_object) for d, store in pairs]
     uploader = Uploader(outlets, clock=site.clock, notify=site.notify)
+    gate = Gate(PLACES)
     with ThreadPoolExecutor(site.settings.workers, thread_name_prefix="encode") as workers:
-        shipper = Shipper(site.chain, uploader, gate=Gate(PLACES), workers=workers, clock=site.clock, patient=patient)
-        yield Shipping(shipper, uploader)
 
+        def shipper(*, patient: bool) -> Shipper:
+            return Shipper(site.chain, uploader, gate=gate, workers=workers, clock=site.clock, patient=patient)
 
-async def _probe(store: Store, notify: Callable[[Notice], None]) -> None:
-    """Find out what the store can do before anything is created: some ignore "only if absent" without a word.
-
-    One that does not answer now is found out when it is written to: the uploader takes it for down.
-    """
-    try:
-        there = await store.get(REPOSITORY)
-        abilities = await store.probe(REPOSITORY, there)
-    except StoreError as error:
-        notify(DestinationFailed(store.name, REPOSITORY, error.fact, error.hint))
-        return
-    if not abilities.conditional_put:
-        notify(DestinationHampered(store.name, abilities.remark))
+        yield Shipping(shipper(patient=False), shipper(patient=True), uploader)
 
 
 def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str) -> Chain:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import click
 
 from handlers.fetch import read_catalog
+from handlers.plan import last_moment
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
-from infra.wiring import open_site
+from infra.wiring import Site, open_site
 from pipeline.catalog import Catalog
+from pipeline.errors import IntegrityError, RecoveryError, StoreError
 from pipeline.targets import show
+from pipeline.wal import Lsn
 
 
 @click.command("list")
@@ -28,10 +32,26 @@ async def command(cluster: str, as_json: bool) -> None:
         catalog = await read_catalog(
             site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size, notify=say
         )
-    emit(_result(catalog), _lines(catalog), as_json=as_json)
+        moments = await _last_moments(catalog, site)
+    emit(_result(catalog, moments), _lines(catalog, moments), as_json=as_json)
 
 
-def _result(catalog: Catalog) -> dict[str, Any]:
+async def _last_moments(catalog: Catalog, site: Site) -> dict[tuple[int, Lsn], datetime | None]:
+    """Timeline and end of a window → when the last transaction before it ended. The last segments are read for it."""
+    found: dict[tuple[int, Lsn], datetime | None] = {}
+    for window in reversed(catalog.windows()):  # the newest backup needs the least reading
+        key = window.timeline, window.end
+        if found.get(key) is None:
+            try:
+                ending = await last_moment(catalog, window.backup, window.timeline, fetch=site.fetch)
+            except (IntegrityError, RecoveryError, StoreError) as error:
+                say(f"the last WAL of timeline {window.timeline} cannot be read: {error.fact}")
+                continue
+            found[key] = ending.last_transaction
+    return found
+
+
+def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -> dict[str, Any]:
     return {
         "system_id": catalog.system_id,
         "segment_size": catalog.segment_size,
@@ -57,6 +77,7 @@ def _result(catalog: Catalog) -> dict[str, Any]:
                 "timeline": w.timeline,
                 "from": w.backup.stopped.isoformat(),
                 "from_lsn": str(w.start),
+                "to": moment.isoformat() if (moment := moments.get((w.timeline, w.end))) else None,
                 "to_lsn": str(w.end),
                 "missing": str(w.missing) if w.missing else None,
             }
@@ -67,7 +88,7 @@ def _result(catalog: Catalog) -> dict[str, Any]:
     }
 
 
-def _lines(catalog: Catalog) -> list[str]:
+def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -> list[str]:
     lines = [f"cluster {catalog.system_id}"]
     if not catalog.backups:
         lines.append("no base backup yet: `walship backup` takes one")
@@ -79,6 +100,9 @@ def _lines(catalog: Catalog) -> list[str]:
         for window in catalog.windows():
             if window.backup is backup:
                 end = f"; segment {window.missing} is missing" if window.missing else ""
-                lines.append(f"  timeline {window.timeline}: LSN {window.start} to {window.end}{end}")
+                moment = moments.get((window.timeline, window.end))
+                until = show(moment) if moment else "the backup's end (no transaction is stored after it)"
+                lines.append(f"  restorable on timeline {window.timeline}: {show(backup.stopped)} to {until}{end}")
+                lines.append(f"    LSN {window.start} to {window.end}")
     lines += [f"hole: {h.count} segments are missing, {h.first} to {h.last}" for h in catalog.holes()]
     return lines

@@ -9,7 +9,7 @@ from infra.postgres.connect import connect
 from infra.postgres.control import read_facts, switch_wal
 from infra.safety import wait_for_wal
 from infra.service import alongside
-from infra.wiring import open_site
+from infra.wiring import open_shipping, open_site
 
 
 @click.command("switch")
@@ -26,7 +26,11 @@ async def command(as_json: bool) -> None:
     async with await connect(wanted) as connection:
         server = await read_facts(connection)
         segment = await switch_wal(connection, segment_size=server.segment_size)
-    async with open_site(wanted, cluster=server.system_identifier, writer=True) as site, alongside(site, say):
+    async with (
+        open_site(wanted, cluster=server.system_identifier, writer=True) as site,
+        open_shipping(site) as shipping,
+        alongside(site, shipping, say),
+    ):
         began = site.clock.monotonic()
         await wait_for_wal(site.stores, [segment], clock=site.clock, timeout=wanted.wal_timeout, tell=say)
         seconds = site.clock.monotonic() - began

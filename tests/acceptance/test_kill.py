@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +56,52 @@ def test_killed_at_every_boundary_it_goes_on_and_loses_nothing(rig: Rig, seaweed
         with psycopg.connect(f"host=127.0.0.1 port={port} user=postgres dbname=postgres") as connection:
             assert connection.execute("select count(*) from t").fetchall() == [(rows,)], f"from {source}"
         stop_started(target)
+
+
+def test_a_store_that_is_killed_and_comes_back_gets_all_that_it_missed(tmp_path: Path, s3_prefix: str) -> None:
+    """The local store goes on meanwhile, nothing leaves the spool, and nobody has to lend a hand."""
+    folder = make_folder("walship-o-")
+    try:
+        with Seaweed(tmp_path) as s3:
+            destinations = [f"file://{folder}/local", s3.url(s3_prefix)]
+            with Rig(folder, NEWEST, destinations, settings=s3.environment) as rig:
+                rig.server.start()
+                rig.run("init")
+                service = rig.serve()
+                rig.sql("create table t as select generate_series(1, 1000) n")
+                rig.json("switch")
+                s3.kill()
+                local = folder / "local"
+                before = len(list(local.glob("*/wal/*/*")))
+                for _ in range(3):
+                    rig.sql("insert into t select generate_series(1, 1000) n")
+                    rig.sql("select pg_switch_wal()")
+                rig.wait(lambda: len(list(local.glob("*/wal/*/*"))) >= before + 3, "the local store goes on", 120)
+                assert len(rig.spooled()) >= 3, "what one required store lacks is not acknowledged"
+                rig.wait(lambda: '"event": "destination_failed"' in rig.service_log(), "the outage is told", 120)
+                s3.start()
+                rig.wait(lambda: not rig.spooled(), "all is acknowledged again", 120)
+                assert '"event": "destination_caught_up"' in rig.service_log()
+                assert rig.stop(service) == 0
+                assert rig.json("verify")["ok"]
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_backup_that_is_killed_is_none_and_the_next_one_is_whole(rig: Rig) -> None:
+    rig.server.start()
+    rig.run("init")
+    rig.sql("create table t as select n, md5(n::text) from generate_series(1, 300000) n")
+    command = [sys.executable, "-m", "infra.cli", "backup"]
+    killed = subprocess.Popen(command, env=rig.environment(), cwd=rig.folder, stderr=subprocess.DEVNULL)
+    rig.wait(lambda: any((rig.folder / "local").glob("*/base/*/data/*/*")), "the backup has begun")
+    killed.kill()
+    killed.wait()
+    assert rig.json("list")["backups"] == []
+    taken = rig.json("backup")
+    (backup,) = rig.json("list")["backups"]
+    assert backup["name"] == taken["name"]
+    assert rig.json("verify")["ok"]
 
 
 def test_a_service_that_is_told_to_stop_finishes_and_leaves_nothing_half(rig: Rig) -> None:

@@ -156,9 +156,10 @@ async def test_a_command_does_not_wait_for_a_required_destination() -> None:
 
 async def test_an_answer_that_was_lost_is_no_conflict() -> None:
     async with bench() as it:
+        await it.shipper.ship(OTHER, b"zero")
         it.b.lose_answer = True
         await it.shipper.ship(NAME, b"one")
-        assert it.b.puts == [NAME, NAME]
+        assert it.b.puts.count(NAME) == 2
         assert it.a.content(NAME) == it.b.content(NAME)
 
 

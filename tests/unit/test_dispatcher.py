@@ -67,7 +67,7 @@ def dispatcher(
 
 
 async def test_acknowledges_only_the_contiguous_beginning_of_a_timeline() -> None:
-    events = [segment(1), segment(2), segment(3), segment(1, timeline=2), history(2)]
+    events: list[Event] = [segment(1), segment(2), segment(3), segment(1, timeline=2), history(2)]
     source = ListSource(events)
     first = asyncio.Event()
 

@@ -31,7 +31,9 @@ def archiving(folder: Path) -> dict[str, str]:
     """Settings of a server that archives into a folder which is made here."""
     folder.mkdir()
     give(folder, run_as())
-    return {"archive_mode": "on", "archive_command": f"test ! -f {folder}/%f && cp %p {folder}/%f"}
+    # Renamed, or we would now and then read a segment that is half copied.
+    command = f"test ! -f {folder}/%f && cp %p {folder}/.%f && mv {folder}/.%f {folder}/%f"
+    return {"archive_mode": "on", "archive_command": command}
 
 
 @dataclass

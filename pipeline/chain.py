@@ -64,13 +64,19 @@ class Chain:
         self._compare(header, expected)
         for stage in reversed(self._stages):
             pieces = stage.backward(header, pieces)
-        plain = bytearray()
+        # Room for all of it at once: an array that grows is moved again and again, and leaves holes in the heap. What a
+        # header claims is bounded by then, and costs no memory before it is written to.
+        plain = bytearray(header.plain_size)
+        view, done = memoryview(plain), 0
         for piece in pieces:
-            plain += piece
-            if len(plain) > header.plain_size:
+            end = done + len(piece)
+            if end > header.plain_size:
                 raise IntegrityError(f"{expected.name} holds more than the {header.plain_size} bytes it claims")
-        if len(plain) != header.plain_size:
-            raise IntegrityError(f"{expected.name} holds {len(plain)} bytes, not the {header.plain_size} it claims")
+            view[done:end] = piece
+            done = end
+        view.release()
+        if done != header.plain_size:
+            raise IntegrityError(f"{expected.name} holds {done} bytes, not the {header.plain_size} it claims")
         return header, plain
 
     def _compare(self, header: Header, expected: Expected) -> None:

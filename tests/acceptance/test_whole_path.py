@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import pytest
 
 from infra.demo.seaweed import Seaweed
+from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import free_port, make_folder
 from tests.rig import Load, Rig, stop_started
 from tests.servers import SERVER_VERSIONS
 
 pytestmark = pytest.mark.xdist_group("whole-path")
 
-DIGEST = "select count(*), coalesce(md5(string_agg(t::text, ',' order by n)), '') from t"
+DIGEST = """
+select count(*), coalesce(md5(string_agg(t::text, ',' order by n)), ''), (select count(*) from in_tablespace) from t
+"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,18 @@ def rig(request: pytest.FixtureRequest, seaweed: Seaweed, s3_prefix: str) -> Ite
     shutil.rmtree(folder)
 
 
+def make_tables(rig: Rig) -> None:
+    """One table in the default tablespace, one in a tablespace of its own, to which every write adds a row."""
+    place = rig.folder / "tablespace"
+    place.mkdir()
+    give(place, run_as())
+    rig.sql(f"create tablespace elsewhere location '{place}'")
+    rig.sql("create table t (n int primary key, filler text)")
+    rig.sql("create table in_tablespace (n int) tablespace elsewhere")
+
+
 def write(rig: Rig, first: int, count: int = 400) -> None:
+    rig.sql(f"insert into in_tablespace values ({first})")
     rig.sql(f"insert into t select n, repeat(md5(n::text), 8) from generate_series({first}, {first + count - 1}) n")
 
 
@@ -55,9 +69,12 @@ def content(rig: Rig) -> tuple[object, ...]:
 
 def restored(rig: Rig, s3: str, *options: str) -> tuple[tuple[object, ...], bool]:
     """What table t holds after a restore from S3, and whether table load is there."""
-    target = rig.target()
-    port = free_port()
-    result = rig.json("restore", "--target-dir", str(target), "--from", s3, "--start", "--port", str(port), *options)
+    target, port = rig.target(), free_port()
+    mapped = target.with_name(f"{target.name}-tablespace")
+    result = rig.json(
+        "restore", "--target-dir", str(target), "--tablespace-map", f"{rig.folder}/tablespace={mapped}",
+        "--from", s3, "--start", "--port", str(port), *options,
+    )  # fmt: skip
     assert result["state"] == "in production"
     import psycopg
 
@@ -65,7 +82,9 @@ def restored(rig: Rig, s3: str, *options: str) -> tuple[tuple[object, ...], bool
         (row,) = connection.execute(DIGEST).fetchall()
         (settings,) = connection.execute("select current_setting('archive_mode'), to_regclass('load')").fetchall()
     stop_started(target)
+    assert any(mapped.iterdir()), "the tablespace went where it was told to"
     shutil.rmtree(target)
+    shutil.rmtree(mapped)
     assert settings[0] == "off", "a restored server must not archive into the old one's spool"
     return row, settings[1] is not None
 
@@ -75,7 +94,7 @@ def test_every_target(rig: Rig, seaweed: Seaweed, s3_prefix: str) -> None:
     rig.server.start()
     rig.run("init")
     service = rig.serve()
-    rig.sql("create table t (n int primary key, filler text)")
+    make_tables(rig)
     with Load(rig.server) as load:
         write(rig, 1)
         at_backup = content(rig)  # nothing else touches t until the backup is done

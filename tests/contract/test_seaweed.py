@@ -7,10 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from handlers.body import joined
+from infra.clock import SystemClock
 from infra.demo.seaweed import Seaweed
+from infra.storage.retry import Retrying
+from pipeline.contracts import Store
 from pipeline.objects import MemoryBody
 from tests.stores import s3_store
 
@@ -39,19 +44,27 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
+@asynccontextmanager
+async def patient(server: Seaweed) -> AsyncIterator[Store]:
+    """A server that has just started may answer 500 for a moment, as any S3 server may: that is what patience is for."""
+    store = Retrying(s3_store(server), SystemClock())
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
 async def test_it_goes_on_with_its_data_after_stop_and_kill(tmp_path: Path) -> None:
     with Seaweed(tmp_path, bucket="other-bucket") as server:
-        store = s3_store(server)
-        await store.put("a", MemoryBody((b"one",)))
-        await store.close()
+        async with patient(server) as store:
+            await store.put("a", MemoryBody((b"one",)))
         for end in (server.kill, server.stop):
             end()
             end()
             assert server.pid is None
             server.start()
-            store = s3_store(server)
-            assert joined(await store.get("a")) == b"one"
-            await store.close()
+            async with patient(server) as store:
+                assert joined(await store.get("a")) == b"one"
     assert server.log.stat().st_size > 0
 
 

@@ -46,7 +46,7 @@ def is_alive(pid: int) -> bool:
 
 @asynccontextmanager
 async def patient(server: Seaweed) -> AsyncIterator[Store]:
-    """A server that has just started may answer 500 for a moment, as any S3 server may: that is what patience is for."""
+    """A server that has just started may answer 500 for a moment, as any S3 server may: patience is for that."""
     store = Retrying(s3_store(server), SystemClock())
     try:
         yield store

@@ -7,6 +7,7 @@ more than the header's ``plain_size`` is ever allocated, whatever the stream wou
 
 from __future__ import annotations
 
+import functools
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,12 @@ PIECE = 1 << 20
 _BITE = 1 << 17
 #: zstd's window is at most 8 MiB, by the format: what RFC 8878 asks every decoder to support, and a bound on memory.
 ZSTD_WINDOW_LOG = 23
+#: ``ZSTD_c_blockSplitterLevel`` of zstd 1.5.7 (``zstd.h``, experimental parameter 20), and its word for "off". Looking
+#: for better places to cut blocks at takes a sixth of the time of level 3 and gains nothing on WAL (which comes out 0.3 %
+#: larger) or on tables (equal): both are alike from page to page.
+_BLOCK_SPLITTER, _NO_SPLITTING = 1017, 1
+#: Up to this level speed is what people choose.
+_FAST_LEVELS = 5
 #: zlib's number for "gzip header and trailer, 32 KiB window". The header's time is 0: equal input makes equal output.
 _GZIP = 16 + zlib.MAX_WBITS
 
@@ -93,6 +100,8 @@ def _cut(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
 
 def _zstd(level: int, plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buffer]:
     options: dict[int, int] = {zstd.CompressionParameter.compression_level: level}
+    if level <= _FAST_LEVELS and _can_leave_blocks():
+        options[_BLOCK_SPLITTER] = _NO_SPLITTING
     if level > 19:
         options[zstd.CompressionParameter.window_log] = ZSTD_WINDOW_LOG  # these levels would take up to 128 MiB
     compressor = zstd.ZstdCompressor(options=options)
@@ -105,6 +114,18 @@ def _zstd(level: int, plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buf
         if out := compressor.compress(piece):
             yield out
     yield compressor.flush()
+
+
+@functools.cache
+def _can_leave_blocks() -> bool:
+    """Whether this zstd has the parameter. It is an experimental one: another series may mean another thing by it."""
+    if not (1, 5, 7) <= zstd.zstd_version_info < (1, 6):
+        return False
+    try:
+        zstd.ZstdCompressor(options={_BLOCK_SPLITTER: _NO_SPLITTING})
+    except (ValueError, zstd.ZstdError):
+        return False
+    return True
 
 
 def _lz4(level: int, plain_size: int, pieces: Iterator[Buffer]) -> Iterator[Buffer]:

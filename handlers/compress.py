@@ -33,8 +33,8 @@ _BITE = 1 << 17
 #: zstd's window is at most 8 MiB, by the format: what RFC 8878 asks every decoder to support, and a bound on memory.
 ZSTD_WINDOW_LOG = 23
 #: ``ZSTD_c_blockSplitterLevel`` of zstd 1.5.7 (``zstd.h``, experimental parameter 20), and its word for "off". Looking
-#: for better places to cut blocks at takes a sixth of the time of level 3 and gains nothing on WAL (which comes out 0.3 %
-#: larger) or on tables (equal): both are alike from page to page.
+#: for better places to cut blocks at takes a sixth of the time of level 3 and gains nothing: WAL comes out 0.3 %
+#: larger, tables the same, because both are alike from page to page.
 _BLOCK_SPLITTER, _NO_SPLITTING = 1017, 1
 #: Up to this level speed is what people choose.
 _FAST_LEVELS = 5

@@ -73,7 +73,7 @@ async def _lay_down(
                     await _to_the_end(unpacker.feed, plain)
                     done += len(plain)
                     progress(done, backup.size)
-                unpacker.finish()
+                await _to_the_end(unpacker.finish)
             finally:
                 unpacker.abandon()
             if unpacker.size != archive.size:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.contracts import Buffer
@@ -21,6 +23,8 @@ CONTROL = "global/pg_control"
 _MOST_CONTROL = 64 << 10
 #: Written by the restore where tablespaces move; a few lines.
 MAP = "tablespace_map"
+#: Files that are written, and wait to be closed.
+_MOST_OPEN = 64
 #: What is never taken from an archive: these would make the new server take itself for another one.
 _NEVER = frozenset({"postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal"})
 
@@ -48,6 +52,9 @@ class Unpacker:
         self._owner = owner
         self._reader = TarReader(name)
         self._handle = -1
+        #: They start the writing out of files while the next ones are unpacked: see ``_close_behind``.
+        self._closers = ThreadPoolExecutor(2, thread_name_prefix="close")
+        self._closing: deque[Future[None]] = deque()
         self._left = 0
         self._sink: bytearray | None = None
         #: The content of pg_control and its mode, once it came by; it is not on disk yet.
@@ -74,9 +81,11 @@ class Unpacker:
         """The archive has ended."""
         self._reader.finish()
         self._close()
+        self._wait(0)
 
     def abandon(self) -> None:
-        """Close the file that is open, after an error. Idempotent."""
+        """Close what is open, after an error too. Idempotent."""
+        self._closers.shutdown()
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -131,12 +140,13 @@ class Unpacker:
     def _close(self) -> None:
         if self._handle >= 0:
             handle, self._handle = self._handle, -1
-            # Linux begins to write the file out and does not wait for it. Left alone, all of a cluster would be written
-            # only when it is fsynced at the end, with nothing else left to do.
-            if hasattr(os, "posix_fadvise"):
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
+            self._closing.append(self._closers.submit(_close_behind, handle))
+        self._wait(_MOST_OPEN)
+
+    def _wait(self, left: int) -> None:
+        """Until so many files at most are still to be closed. Raises what closing one of them raised."""
+        while len(self._closing) > left:
+            self._closing.popleft().result()
 
     def _make_folder(self, path: Path, mode: int) -> None:
         try:
@@ -156,3 +166,18 @@ class Unpacker:
         missing = [p for p in path.parents if p.is_relative_to(self._folder) and not p.exists()]
         for folder in reversed(missing):
             self._make_folder(folder, 0o700)
+
+
+def _close_behind(handle: int) -> None:
+    """Close a file, and have the kernel begin to write it out.
+
+    Left alone, that begins seconds later, and all of a cluster waits for the fsyncs at the end. An fsync here would be
+    a commit of the file system's journal for each file; those at the end share one. The call takes a while itself, so
+    it is made beside the unpacking.
+    """
+    try:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # advice: a file system may not take it
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)

@@ -112,13 +112,30 @@ class LocalStore:
             except FileExistsError:
                 if path.is_dir():
                     raise
+                self._make_durable(path)
                 raise ObjectConflict(f"{self.name} has an object {key} already") from None
             finally:
                 # After a rename it is gone already; after a link it is a second name of the same file.
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     temporary.unlink()
-            # The name itself is an entry of the folder, and durable only with it.
-            _fsync_folder(path.parent)
+            self._fsync_name(path)
+
+    def _make_durable(self, path: Path) -> None:
+        """For an object that was there already: whoever gave it its name may have failed, or died, before the fsync.
+
+        Who is told of a conflict compares, and may take the object for stored: it has to be.
+        """
+        self._settle(path.parent)
+        _fsync(path)
+        self._fsync_name(path)
+
+    def _fsync_name(self, path: Path) -> None:
+        """The name itself is an entry of the folder, and durable only with it."""
+        try:
+            _fsync(path.parent)
+        except OSError:
+            self._unsettle()  # a disk that fails here may have lost more than it says: the next put begins at the root
+            raise
 
     def _create(self, temporary: Path) -> int:
         """Open the new file, and make its folder if needed. A parallel delete may remove a folder that is empty."""
@@ -136,13 +153,13 @@ class LocalStore:
         self._settle(folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        _fsync_folder(folder.parent)
+        _fsync(folder.parent)
         _remove_stale(folder)
         with self._lock:
             self._settled.add(folder)
 
     def _unsettle(self) -> None:
-        """A folder was removed: look at all of them again."""
+        """A folder was removed, or an fsync has failed: look at all of them again."""
         with self._lock:
             self._settled.clear()
 
@@ -307,8 +324,9 @@ def _name_if_absent(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
-def _fsync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _fsync(path: Path) -> None:
+    """A file, or a folder: the names in it."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(file)
     finally:

@@ -18,11 +18,13 @@ import pytest
 
 from handlers.body import joined
 from infra.storage.local import LocalStore
-from pipeline.errors import ObjectMissing, StoreError
+from pipeline.errors import ObjectConflict, ObjectMissing, StoreError
 from pipeline.objects import MemoryBody
 
 ROOT = Path(__file__).parents[2]
 BODY = MemoryBody((b"x" * 1000,))
+
+seen_in_proc = pytest.mark.skipif(sys.platform != "linux", reason="what is fsynced is seen in /proc")
 
 #: Fills the store in argv[1] with objects of 64 KiB until that fails, makes room and goes on. Prints what happened.
 FILL = """
@@ -232,26 +234,86 @@ async def test_kill_9_in_the_middle_of_a_put_leaves_no_object(tmp_path: Path) ->
     assert like_it.exists(), "only the exact pattern is ours to remove"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what is fsynced is seen in /proc")
+class Syncs:
+    """What is fsynced below a folder, in order; ``failing`` is what the disk refuses to write."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        self.failing = ""
+        self._folder = folder
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self._noted)
+
+    def _noted(self, file: int) -> None:
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        name = str(path.relative_to(self._folder))
+        if name == self.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unnamed = path.name.startswith(".walship-")
+        assert not unnamed or os.fstat(file).st_nlink == 1, "the name came before the bytes"
+        self.seen.append("file" if unnamed else name)
+        self._fsync(file)
+
+
+@seen_in_proc
 async def test_each_put_syncs_file_and_folder_and_new_parents_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[str] = []
-    fsync = os.fsync
-
-    def noted(file: int) -> None:
-        path = Path(f"/proc/self/fd/{file}").readlink()
-        assert not (tmp_path / "wal/01/b").exists() or path.is_dir(), "the name came before the bytes"
-        synced.append("file" if path.is_file() else str(path.relative_to(tmp_path)))
-        fsync(file)
-
-    store = LocalStore(tmp_path)
-    monkeypatch.setattr(os, "fsync", noted)
+    store, syncs = LocalStore(tmp_path), Syncs(tmp_path, monkeypatch)
     await store.put("wal/01/a", BODY)
-    assert synced == [".", "wal", "file", "wal/01"]
-    synced.clear()
+    assert syncs.seen == [".", "wal", "file", "wal/01"]
+    syncs.seen.clear()
     await store.put("wal/01/b", BODY)
-    assert synced == ["file", "wal/01"]
+    assert syncs.seen == ["file", "wal/01"]
+
+
+@seen_in_proc
+async def test_a_name_that_could_not_be_made_durable_is_not_taken_for_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conflict means "it is stored": whoever is told so compares, and lets the original go."""
+    store, syncs = LocalStore(tmp_path), Syncs(tmp_path, monkeypatch)
+    syncs.failing = "wal/01"
+    for _ in range(2):
+        with pytest.raises(StoreError, match="Input/output error") as raised:
+            await store.put("wal/01/a", BODY)
+        assert not isinstance(raised.value, ObjectConflict)
+        assert raised.value.passing
+        assert (tmp_path / "wal/01/a").exists()
+    syncs.failing = ""
+    syncs.seen.clear()
+    with pytest.raises(ObjectConflict):
+        await store.put("wal/01/a", BODY)
+    assert syncs.seen == [".", "wal", "wal/01/a", "wal/01"], "the folders above are not trusted either"
+
+
+@seen_in_proc
+async def test_an_object_of_a_writer_that_died_is_made_durable_before_the_conflict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the link and the fsync of the folder, or of a folder above it."""
+    await LocalStore(tmp_path).put("wal/01/a", BODY)
+    store, syncs = LocalStore(tmp_path), Syncs(tmp_path, monkeypatch)
+    with pytest.raises(ObjectConflict):
+        await store.put("wal/01/a", BODY)
+    assert syncs.seen == [".", "wal", "wal/01/a", "wal/01"]
+
+
+@seen_in_proc
+async def test_who_loses_the_race_for_a_name_makes_it_durable_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look before the writing has found nothing, the link finds the name taken; its writer may be dead by now."""
+    link, syncs = os.link, Syncs(tmp_path, monkeypatch)
+
+    def too_late(source: Path, target: Path, **more: bool) -> None:
+        Path(target).write_bytes(b"x" * 1000)
+        link(source, target, **more)
+
+    monkeypatch.setattr(os, "link", too_late)
+    with pytest.raises(ObjectConflict):
+        await LocalStore(tmp_path).put("wal/01/a", BODY)
+    assert syncs.seen == [".", "wal", "file", "wal/01/a", "wal/01"]
 
 
 async def test_without_hard_links_creating_still_does_not_replace(

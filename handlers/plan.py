@@ -79,6 +79,7 @@ async def plan_restore(
         timeline_setting=timeline_setting(catalog, lineage),
         path=path,
         last_transaction=last,
+        end=ending.end if ending else None,
         notices=(*said, *remarks(catalog, lineage)),
     )
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.catalog import wal_key
 from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, ObjectMissing
-from pipeline.lineage import Lineage
+from pipeline.lineage import Lineage, Stretch
 from pipeline.wal import WalFile, WalKind
 
 #: No history of ten thousand timelines is longer.
@@ -21,11 +22,16 @@ _MOST_HISTORY = 1 << 20
 
 
 class WalServer:
-    """What of the stored WAL belongs to one lineage."""
+    """What of the stored WAL belongs to one lineage.
 
-    def __init__(self, fetch: Fetch, lineage: Lineage) -> None:
+    ``planned``: the segments that were stored when the restore was planned. "Absent" would end recovery in front of one
+    that has vanished since, and promote without what follows, so that is an error.
+    """
+
+    def __init__(self, fetch: Fetch, lineage: Lineage, planned: Sequence[Stretch] = ()) -> None:
         self._fetch = fetch
         self._lineage = lineage
+        self._planned = planned
 
     async def read(self, name: str) -> Buffer | None:
         """The file of that name, or None if it is absent everywhere or no part of the lineage.
@@ -52,6 +58,11 @@ class WalServer:
             if serve.cut is not None:
                 plain[serve.cut :] = bytes(size - serve.cut)
             return plain
+        if any(stretch.holds(file, size) for stretch in self._planned):
+            raise IntegrityError(
+                f"segment {file} was there when the restore was planned, and is gone",
+                hint="what deleted it (a lifecycle rule, a person) must not; restore again for a plan without it",
+            )
         return None
 
     async def _get(self, file: WalFile, most: int) -> bytearray | None:

@@ -28,7 +28,7 @@ from infra.storage import open_store
 from infra.storage.rooted import Rooted
 from pipeline.chain import Chain
 from pipeline.errors import ConfigError
-from pipeline.lineage import Leg, Lineage
+from pipeline.lineage import Leg, Lineage, Stretch
 from pipeline.wal import Lsn
 
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -42,6 +42,8 @@ class FetchContext:
     destinations: tuple[str, ...]
     system_id: str
     lineage: Lineage
+    #: The segments of the plan: one of them that is absent is an error.
+    planned: tuple[Stretch, ...]
     allow_unencrypted: bool
     #: ``RepositoryKeys.restore_keys()``.
     keys: bytes = field(repr=False)
@@ -55,6 +57,7 @@ class FetchContext:
         destinations: tuple[str, ...],
         system_id: str,
         lineage: Lineage,
+        planned: tuple[Stretch, ...],
         keys: RepositoryKeys,
         *,
         allow_unencrypted: bool = False,
@@ -68,7 +71,7 @@ class FetchContext:
                     credentials[f"{name}_FILE"] = str(Path(path).resolve())
                 elif value.get_secret_value():
                     credentials[name] = value.get_secret_value()
-        return cls(destinations, system_id, lineage, allow_unencrypted, keys.restore_keys(), credentials)
+        return cls(destinations, system_id, lineage, planned, allow_unencrypted, keys.restore_keys(), credentials)
 
     def encode(self) -> bytes:
         """The content of the file; secret."""
@@ -82,6 +85,7 @@ class FetchContext:
                     {"timeline": leg.timeline, "begin": str(leg.begin), "end": str(leg.end) if leg.end else None}
                     for leg in self.lineage.legs
                 ],
+                "planned": [[s.timeline, s.first, s.end] for s in self.planned],
                 "allow_unencrypted": self.allow_unencrypted,
                 "keys": self.keys.decode(),
                 "credentials": self.credentials,
@@ -104,6 +108,7 @@ class FetchContext:
                 tuple(members["destinations"]),
                 members["system_id"],
                 Lineage(legs, members["segment_size"]),
+                tuple(Stretch(timeline, first, end) for timeline, first, end in members["planned"]),
                 members["allow_unencrypted"],
                 members["keys"].encode(),
                 dict(members["credentials"]),
@@ -126,7 +131,7 @@ class FetchContext:
                 store = open_store(url, settings)
                 stack.push_async_callback(store.close)
                 stores.append(Rooted(store, self.system_id))
-            yield WalServer(Fetcher(stores, chain, self.system_id), self.lineage)
+            yield WalServer(Fetcher(stores, chain, self.system_id), self.lineage, self.planned)
 
     def _settings(self) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -31,7 +31,7 @@ from infra.settings import Settings
 from pipeline.contracts import Clock, Fetch, Store
 from pipeline.errors import RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan
-from pipeline.targets import Action, Target
+from pipeline.targets import Action, Target, TargetKind
 
 #: Replay keeps restored segments until its next restart point; about max_wal_size, whose default is 1 GB.
 _WAL_MARGIN = 1 << 30
@@ -144,6 +144,7 @@ async def restore(
         repository.urls,
         repository.system_id,
         plan.lineage,
+        plan.path.stretches,
         repository.keys,
         allow_unencrypted=repository.allow_unencrypted,
     )
@@ -178,6 +179,7 @@ async def _start(repository: Repository, plan: RestorePlan, place: Place, target
                 directory,
                 programs,
                 action=plan.stop.action,
+                reaches=plan.end if plan.stop.kind is TargetKind.LATEST else None,
                 log_file=place.log_file or directory.with_name(f"{directory.name}.log"),
                 options=place.options,
                 progress=watch.replay,
@@ -203,7 +205,7 @@ async def feeding(
     fetch: Fetch, plan: RestorePlan, directory: Path, *, owner: tuple[int, int] | None, say: Callable[[str], None]
 ) -> AsyncIterator[Feed]:
     """Serve WAL to the server on a restored directory for as long as the block lasts."""
-    server = WalServer(fetch, plan.lineage)
+    server = WalServer(fetch, plan.lineage, plan.path.stretches)
     feed = Feed(
         directory / FOLDER / FEED, server.read, plan.path.files(), plan.lineage.segment_size, owner=owner, notify=say
     )

@@ -54,6 +54,10 @@ class Stretch:
     #: The last of them is a ``.partial``.
     partial: bool = False
 
+    def holds(self, file: WalFile, segment_size: int) -> bool:
+        """Whether that segment is one of them."""
+        return file.timeline == self.timeline and self.first <= file.start(segment_size) // segment_size < self.end
+
 
 @dataclass(frozen=True, slots=True)
 class WalPath:

@@ -52,6 +52,8 @@ class RestorePlan:
     path: WalPath
     #: Time of the last commit or abort that is stored; None if there is none, or nobody had to know.
     last_transaction: datetime | None
+    #: The first byte that no complete stored record covers: a recovery to the latest has to reach it. None: unknown.
+    end: Lsn | None = None
     #: Sentences for people.
     notices: tuple[str, ...] = ()
 

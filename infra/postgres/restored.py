@@ -20,7 +20,7 @@ from infra.postgres.processes import run_as
 from infra.postgres.programs import Programs
 from pipeline.errors import RecoveryError, SourceError
 from pipeline.targets import Action
-from pipeline.wal import Lsn
+from pipeline.wal import Lsn, parse_history
 
 _PAUSE = 0.1
 #: Seconds that a server gets to stop when its restore is interrupted.
@@ -70,13 +70,15 @@ async def start_restored(
     *,
     action: Action,
     log_file: Path,
+    reaches: Lsn | None = None,
     options: Mapping[str, str] | None = None,
     progress: Callable[[Replay], None] = lambda _: None,
 ) -> Started:
     """Start the server and wait until it is promoted, paused or shut down at its target, as long as that takes.
 
-    ``options`` go on the server's command line. Raises RecoveryError with the server's own words when recovery ends in
-    an error; SourceError when the program cannot be started at all. When cancelled it stops the server first.
+    ``options`` go on the server's command line. ``reaches``: where recovery to the latest ends at the earliest. Raises
+    RecoveryError with the server's own words when recovery ends in an error, and when it ended before ``reaches``;
+    SourceError when the program cannot be started at all. When it raises, or is cancelled, it stops the server first.
     """
     follow = _Follower(log_file)
     process = await asyncio.to_thread(_launch, directory, programs, log_file, dict(options or {}))
@@ -93,6 +95,8 @@ async def start_restored(
             if action is Action.PROMOTE and follow.ready and not (directory / "recovery.signal").exists():
                 state = await asyncio.to_thread(control_state, directory, programs)
                 if state == "in production":
+                    if reaches is not None:
+                        await asyncio.to_thread(_check_reached, directory, reaches, log_file)
                     _SURVIVORS.append(process)
                     return _started(directory, process.pid, state, follow)
             await asyncio.sleep(_PAUSE)
@@ -150,6 +154,23 @@ async def _after_the_end(
         f"the restored server ended before it reached its target: {words}",
         hint=f"see {follow.path}; the directory holds half replayed data now: restore again with --force",
     )
+
+
+def _check_reached(directory: Path, reaches: Lsn, log_file: Path) -> None:
+    """PostgreSQL takes the first record that it cannot read for the end of the WAL, whatever is behind, and promotes.
+
+    Where that was stands in the history of the timeline that it began then, which is the newest.
+    """
+    ended: Lsn | None = None
+    if paths := sorted((directory / "pg_wal").glob("????????.history")):
+        ended = parse_history(paths[-1].name, paths[-1].read_bytes())[-1].lsn
+    if ended is None or ended < reaches:
+        raise RecoveryError(
+            f"recovery ended at LSN {ended or 'unknown'}, and the stored WAL goes on to LSN {reaches}: the server was"
+            " stopped again, for it lacks what lies between",
+            hint=f"{log_file} says why it went no further; a record there is damaged, in every copy that was read:"
+            " try --from another destination, with --force, or choose an earlier target",
+        )
 
 
 def _started(directory: Path, pid: int, state: str, follow: _Follower) -> Started:

@@ -259,6 +259,41 @@ async def test_a_damaged_segment_stops_recovery_and_is_named(start_server: Start
     assert (place.directory / "recovery.signal").exists(), "nothing was promoted"
 
 
+async def test_a_segment_that_vanishes_after_planning_stops_recovery(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(start_server, server_folder)
+    plan = await make_plan(bank.repository(), Target())
+    last = [*plan.path.files()][-1]
+    await bank.shelf.store.delete([wal_key(last)])
+    place = bank.place("vanished")
+    with pytest.raises(IntegrityError, match=f"segment {last} was there when the restore was planned, and is gone"):
+        await restore(bank.repository(), plan, place)
+    assert (place.directory / "recovery.signal").exists(), "nothing was promoted"
+
+
+async def test_recovery_that_ends_before_the_plan_does_is_an_error(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    """A segment was archived with a damaged record: stored as it was, so no checksum of ours can notice."""
+    bank = await small_history(start_server, server_folder)
+    *_, before_last, _ = (file for file in sorted(bank.shipped) if len(file) == 24)
+    content = bytearray((bank.archive / before_last).read_bytes())
+    content[200:300] = bytes(100)
+    file = WalFile.parse(before_last)
+    assert file is not None
+    await bank.shelf.store.delete([wal_key(file)])
+    await bank.shelf(wal_key(file), content)
+    plan = await make_plan(bank.repository(), Target())
+    place = bank.place("short")
+    with pytest.raises(
+        RecoveryError, match=f"recovery ended at LSN [0-9A-F/]+, .* goes on to LSN {plan.end}:"
+    ) as caught:
+        await restore(bank.repository(), plan, place)
+    assert "--force" in caught.value.hint
+    assert not (place.directory / "postmaster.pid").exists(), "it was stopped"
+
+
 @pytest.mark.parametrize("action", ["pause", "shutdown"])
 async def test_the_server_does_at_the_target_what_it_was_told(
     action: str, start_server: StartServer, server_folder: Path

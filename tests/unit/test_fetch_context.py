@@ -15,7 +15,7 @@ from infra.settings import Settings
 from infra.storage.local import LocalStore
 from pipeline.catalog import wal_key
 from pipeline.errors import ConfigError, IntegrityError
-from pipeline.lineage import Leg, Lineage
+from pipeline.lineage import Leg, Lineage, Stretch
 from pipeline.wal import Lsn, WalFile
 from tests.keys import NOW, SYSTEM_ID, chain, encrypting_keys
 
@@ -23,6 +23,8 @@ SIZE = 1 << 20
 OLD, NEW = (WalFile.segment(timeline, 3 * SIZE, SIZE) for timeline in (1, 2))
 FORK = Lsn(3 * SIZE + 1000)
 LINEAGE = Lineage((Leg(1, Lsn(0), FORK), Leg(2, FORK, None)), SIZE)
+#: Timeline 2's first segment was not there when the restore was planned.
+PLANNED = (Stretch(1, 2, 4),)
 
 
 async def stored(root: Path, name: str, plain: bytes, keys: RepositoryKeys) -> None:
@@ -38,7 +40,7 @@ async def context(tmp_path: Path) -> FetchContext:
     await stored(root, wal_key(OLD), b"\xaa" * SIZE, keys)
     await stored(root, "wal/00000002.history", b"1\t0/3003E8\twhy\n", keys)
     await stored(root, "wal/00000001000000000000000A", b"a name that nobody asks for", keys)
-    made = FetchContext.of(Settings(), (f"file://{root}",), SYSTEM_ID, LINEAGE, keys)
+    made = FetchContext.of(Settings(), (f"file://{root}",), SYSTEM_ID, LINEAGE, PLANNED, keys)
     path = tmp_path / "context.json"
     path.write_bytes(made.encode())
     assert FetchContext.read(path) == made
@@ -67,6 +69,16 @@ async def test_it_serves_what_belongs_to_the_plan(
     assert names(tmp_path) == ["RECOVERYXLOG", "context.json", "repository"]
 
 
+async def test_what_was_planned_and_is_gone_is_an_error_and_not_absent(context: FetchContext, tmp_path: Path) -> None:
+    """Absent would end recovery there and promote without all that follows."""
+    gone = WalFile.segment(1, 2 * SIZE, SIZE)
+    async with context.open() as server:
+        with pytest.raises(IntegrityError, match=f"segment {gone} was there when the restore was planned, and is gone"):
+            await deliver(server, gone.name, tmp_path / "x")
+        assert not await deliver(server, WalFile.segment(1, SIZE, SIZE).name, tmp_path / "x")
+        assert not await deliver(server, NEW.name, tmp_path / "x")
+
+
 async def test_an_object_of_a_key_it_does_not_know_is_an_error_and_not_absent(
     context: FetchContext, tmp_path: Path
 ) -> None:
@@ -85,14 +97,14 @@ def test_credentials_are_kept_only_for_buckets_and_files_by_their_path(
 ) -> None:
     settings = Settings(AWS_ACCESS_KEY_ID="id", AWS_SECRET_ACCESS_KEY="very secret")
     keys = encrypting_keys()
-    assert FetchContext.of(settings, ("file:///x",), SYSTEM_ID, LINEAGE, keys).credentials == {}
-    made = FetchContext.of(settings, ("s3://bucket/x",), SYSTEM_ID, LINEAGE, keys)
+    assert FetchContext.of(settings, ("file:///x",), SYSTEM_ID, LINEAGE, (), keys).credentials == {}
+    made = FetchContext.of(settings, ("s3://bucket/x",), SYSTEM_ID, LINEAGE, (), keys)
     assert made.credentials == {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "very secret"}
     assert "very secret" not in repr(made)
     secret = tmp_path / "secret"
     secret.write_text("from a file\n")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY_FILE", str(secret))
-    made = FetchContext.of(settings, ("s3://bucket/x",), SYSTEM_ID, LINEAGE, keys)
+    made = FetchContext.of(settings, ("s3://bucket/x",), SYSTEM_ID, LINEAGE, (), keys)
     assert made.credentials["AWS_SECRET_ACCESS_KEY_FILE"] == str(secret)
     assert b"very secret" not in made.encode()
     assert made._settings()["aws_secret_access_key"].get_secret_value() == "from a file"

@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeAlias
 
+from infra.sources.spool import UNREADABLE
 from pipeline.errors import IntegrityError, SourceError
 from pipeline.wal import WalFile, WalKind, parse_history
 from pipeline.walpages import check_segment, check_segment_by
@@ -111,7 +112,7 @@ class Judge:
                 hint="somebody has removed it from the spool; put it back, or restart walship to go on without it",
             ) from None
         except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+            raise SourceError(f"{path} cannot be read: {error.strerror}", hint=UNREADABLE) from None
         try:
             before = os.fstat(handle)
             content = _read_all(handle, before.st_size)

@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline.contracts import Clock
 from pipeline.errors import SourceError
 from pipeline.wal import WalFile
 
 LOCK = ".walship.lock"
 #: Where files go that are not what their names say, and block PostgreSQL under that name.
 REFUSED = "refused"
+#: ``holder`` takes the lock for a moment to look at it: so many seconds, in such steps, until a lock counts as taken.
+_PATIENCE, _STEP = 1.0, 0.05
+#: What to do about a spool, or a file in it, that we cannot read.
+UNREADABLE = "it must be there, and walship must run as the user that PostgreSQL runs as"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ def look_at_spool(folder: Path, now: datetime) -> SpoolState:
         refused = folder / REFUSED
         aside = len(list(refused.iterdir())) if refused.is_dir() else 0
     except OSError as error:
-        raise SourceError(f"the spool {folder} cannot be read: {error.strerror}") from None
+        raise SourceError(f"the spool {folder} cannot be read: {error.strerror}", hint=UNREADABLE) from None
     oldest = min((stat.st_mtime for stat in stats), default=None)
     age = max(0.0, now.astimezone(UTC).timestamp() - oldest) if oldest is not None else 0.0
     return SpoolState(len(stats), sum(s.st_size for s in stats), age, aside, room.f_bavail * room.f_frsize)
@@ -69,23 +74,27 @@ def check_spool(folder: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Be the one that ships this spool. SourceError that names the other one if there is one. Blocking, but short."""
+@contextlib.asynccontextmanager
+async def locked(folder: Path, clock: Clock) -> AsyncIterator[None]:
+    """Be the one that ships this spool. SourceError that names the other one if there is one, after a second."""
     check_spool(folder)
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise SourceError(f"{folder / LOCK} cannot be opened: {error.strerror}") from None
+        raise SourceError(
+            f"{folder / LOCK} cannot be opened: {error.strerror}",
+            hint="run walship as the user that PostgreSQL runs as, always; if another user made the file, remove it",
+        ) from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            other = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise SourceError(
-                f"the spool {folder} is shipped by process {other} already",
-                hint="one service ships one spool: stop the other one, or leave it to its work",
-            ) from None
+        deadline = clock.monotonic() + _PATIENCE
+        while not _taken(handle):
+            if clock.monotonic() >= deadline:
+                other = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise SourceError(
+                    f"the spool {folder} is shipped by process {other} already",
+                    hint="one service ships one spool: stop the other one, or leave it to its work",
+                )
+            await clock.sleep(_STEP)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -93,8 +102,16 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)  # frees the lock
 
 
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def holder(folder: Path) -> int | None:
-    """Process id of whoever ships the spool; None if nobody does. Blocking, but short."""
+    """Process id of whoever ships the spool; None if nobody does. Takes the lock for a moment: see ``locked``."""
     try:
         handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.sources.judge import Identity, identity_of
-from infra.sources.spool import LOCK, REFUSED
+from infra.sources.spool import LOCK, REFUSED, UNREADABLE
 from pipeline.errors import SourceError
 from pipeline.events import FileRefused
 from pipeline.wal import WalFile, WalKind
@@ -33,6 +33,8 @@ _NO_BACKUPS = (REFUSED, "lost+found")
 _ABANDONED = 3600.0
 #: Strangers that are told of one by one; a folder with more is somebody's home.
 _MOST_STRANGERS = 100
+#: What to do when something cannot be removed.
+_CLOSED = "walship must be allowed to write to the spool, and to what is in it"
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ class Sweep:
                 names = self._names(entries, now, skip, refused, seen, strangers)
                 found = heapq.nsmallest(most + 1, names, key=sort_key)
         except OSError as error:
-            raise SourceError(f"the spool {self._folder} cannot be read: {error.strerror}") from None
+            raise SourceError(f"the spool {self._folder} cannot be read: {error.strerror}", hint=UNREADABLE) from None
         seen.more = len(found) > most
         seen.names = found[:most]
         certain = strangers if at_once else strangers & self._suspects
@@ -169,7 +171,7 @@ def remove_file(path: Path, identity: Identity) -> bool:
     except OSError as error:
         raise SourceError(
             f"{path} is shipped but cannot be removed: {error.strerror}",
-            hint="walship must be allowed to write to the spool",
+            hint=_CLOSED,
         ) from None
     return True
 
@@ -188,7 +190,7 @@ def remove_backup(folder: Path) -> None:
         if hidden.exists():
             _empty(hidden)
     except OSError as error:
-        raise SourceError(f"{folder} is shipped but cannot be removed: {error.strerror}") from None
+        raise SourceError(f"{folder} is shipped but cannot be removed: {error.strerror}", hint=_CLOSED) from None
 
 
 def _empty(hidden: Path) -> None:

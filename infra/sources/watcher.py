@@ -137,15 +137,19 @@ class SpoolWatcher:
             self._taken.pop(Path(event.folder).name, None)
             return
         name = event.file.name
-        identity = self._taken.pop(name, None)
-        if identity is not None and not await asyncio.to_thread(remove_file, self._folder / name, identity):
+        if (identity := self._taken.get(name)) is None:
+            return
+        removed = await asyncio.to_thread(remove_file, self._folder / name, identity)
+        # Not before: when the removal has failed, the next call is to try it again.
+        self._taken.pop(name, None)
+        if not removed:
             self._enqueue(name)
 
     # -- what is there
 
     @asynccontextmanager
     async def _at_work(self) -> AsyncIterator[None]:
-        with locked(self._folder):
+        async with locked(self._folder, self._clock):
             try:
                 self._arrivals.start()
             except OSError as error:

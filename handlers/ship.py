@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 
 from handlers.body import collect
-from handlers.upload import Parcel, Uploader
+from handlers.outlet import Parcel
+from handlers.upload import Uploader
 from pipeline.catalog import wal_key
 from pipeline.chain import Chain
 from pipeline.contracts import Buffer, Clock, Shipped, Source
@@ -41,32 +42,45 @@ class Shipper:
 
     async def ship(self, name: str, plain: Buffer, *, backup: str = "") -> Shipped:
         """Store an object made here. See ``pipeline.contracts.Ship``."""
-        return await self._send(name, lambda: plain, Priority.PART, backup)
+        shipped = await self._send(name, lambda: plain, Priority.PART, backup)
+        if (owed := self._uploader.owed(name)) is not None:
+            await owed
+        return shipped
 
-    async def carry(self, source: Source, event: Event) -> None:
-        """Ship a file that a source has. Returns when it is durable at every required destination."""
+    async def carry(self, source: Source, event: Event) -> asyncio.Future[None] | None:
+        """Ship a file that a source has. A ``pipeline.dispatcher.Handle``."""
         if isinstance(event, BackupReady):
             raise TypeError("a base backup is not one object")
         priority = Priority.HISTORY if isinstance(event, HistoryReady) else Priority.WAL
-        await self._send(wal_key(event.file), lambda: source.read(event), priority, "")
+        name = wal_key(event.file)
+        await self._send(name, lambda: source.read(event), priority, "")
+        return self._uploader.owed(name)
 
     async def _send(self, name: str, read: Callable[[], Buffer], priority: Priority, backup: str) -> Shipped:
+        """Store it somewhere at least; impatient shippers: at every required destination."""
+        while self._patient:
+            # Nothing is read and encoded for nobody: an outage must not keep the processors busy.
+            await self._uploader.reachable()
+            async with self._gate.place(priority):
+                if self._uploader.is_reachable:
+                    return await self._encode_and_store(name, read, backup)
         async with self._gate.place(priority):
-            loop = asyncio.get_running_loop()
-            parcel = await loop.run_in_executor(self._workers, self._encode, name, read, backup)
-            try:
-                await self._uploader.store(parcel)
-            finally:
-                parcel.body.close()
-            shipped = Shipped(name, parcel.body.size, parcel.digest)
-            del parcel  # the bytes go now, not when the wait below ends
-        if not self._patient and (missing := self._uploader.missing(name)):
+            shipped = await self._encode_and_store(name, read, backup)
+        if missing := self._uploader.missing(name):
             raise StoreError(
                 f"{name} could not be stored at {', '.join(missing)}, which is required",
                 hint="see the message about that destination above; nothing was acknowledged",
             )
-        await self._uploader.settle(name)
         return shipped
+
+    async def _encode_and_store(self, name: str, read: Callable[[], Buffer], backup: str) -> Shipped:
+        loop = asyncio.get_running_loop()
+        parcel = await loop.run_in_executor(self._workers, self._encode, name, read, backup)
+        try:
+            await self._uploader.store(parcel)
+        finally:
+            parcel.body.close()
+        return Shipped(name, parcel.body.size, parcel.digest)
 
     def _encode(self, name: str, read: Callable[[], Buffer], backup: str) -> Parcel:
         """Read, compress, encrypt, checksum: one hop to a thread for all of it."""

@@ -5,7 +5,8 @@
 
 An object is encoded once; its bytes go to every destination and into every retry. A destination that fails is taken for
 down: nothing waits for its time-outs any more, and once it answers again, what it lacks is copied to it verbatim from a
-destination that has it. So a long outage costs names in memory, never bytes.
+destination that has it. So a long outage costs names in memory, never bytes, as long as any destination answers; while
+none does, nothing is read. What an earlier process left owing is found by comparing listings at the start.
 """
 
 from __future__ import annotations
@@ -13,100 +14,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from handlers.checksum import check_stored
+from handlers.outlet import Outlet, Parcel
 from pipeline.catalog import REPOSITORY, data_key_name
-from pipeline.contracts import Abilities, Body, Clock, Store
+from pipeline.contracts import Clock
 from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError
 from pipeline.events import DestinationCaughtUp, DestinationFailed, DestinationHampered, Notice, ObjectStored
-from pipeline.objects import Header
 
 #: Seconds between attempts to reach a destination that is down: first and longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """An encoded object on its way."""
-
-    header: Header
-    body: Body
-    #: SHA-256 trailer, as hex.
-    digest: str
-
-    @property
-    def name(self) -> str:
-        return self.header.name
-
-
-@dataclass(slots=True)
-class Outlet:
-    """A destination, and how it is doing."""
-
-    store: Store
-    required: bool = True
-    #: The object that holds the data key this process writes under; None when nothing is encrypted.
-    key_object: tuple[str, Body] | None = None
-    #: It failed, and has not taken anything since.
-    down: bool = False
-    #: Objects that are safe elsewhere and not here: name → resolved once it is here as well.
-    owed: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    #: Set while it is down or owed anything.
-    behind: asyncio.Event = field(default_factory=asyncio.Event)
-    #: What the store was found to be able to do; None until the first object is delivered.
-    abilities: Abilities | None = None
-    _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def name(self) -> str:
-        return self.store.name
-
-    async def deliver(self, parcel: Parcel) -> None:
-        """Create the object here. The same object being here already is success; other bytes are ObjectConflict."""
-        async with self._preparing:
-            if self.abilities is None:
-                self.abilities = await self._prepare()
-        try:
-            await self.store.put(parcel.name, parcel.body)
-        except ObjectConflict:
-            await self._compare(parcel)
-
-    async def _prepare(self) -> Abilities:
-        """Before the first object: does "only if absent" hold here, and is our data key here?
-
-        Some stores ignore the condition without a word. And a key goes before all that is encrypted under it, or a
-        crash would leave objects that nobody can read.
-        """
-        there = await self.store.get(REPOSITORY)
-        abilities = await self.store.probe(REPOSITORY, there)
-        if self.key_object is not None:
-            name, body = self.key_object
-            with suppress(ObjectConflict):  # its id is random: what is there under that name is this very key
-                await self.store.put(name, body)
-        return abilities
-
-    async def _compare(self, parcel: Parcel) -> None:
-        """Something of that name is here: an earlier attempt of ours, the same file shipped before, or a stranger."""
-        stored = await self.store.get(parcel.name)
-        try:
-            header, digest = await asyncio.to_thread(check_stored, parcel.name, stored.chunks())
-        except IntegrityError as error:
-            raise IntegrityError(
-                f"{error.fact}, at {self.name}; it was to be stored again",
-                hint="the source still has it: move the damaged object away, and it is shipped at the next attempt",
-            ) from None
-        finally:
-            stored.close()
-        mine = parcel.header
-        same = (header.name, header.system_id, header.plain_size) == (mine.name, mine.system_id, mine.plain_size)
-        if digest == parcel.digest or (same and header.fingerprint == mine.fingerprint):
-            return
-        raise ObjectConflict(
-            f"{parcel.name} is stored at {self.name} with other bytes (made {header.created or 'at an unknown time'})",
-            hint="two servers write to one repository, or this one was rolled back: find the other one; a clone needs"
-            " archive_mode=off, or a destination of its own. Nothing was overwritten, and nothing is acknowledged",
-        )
+#: So many objects that a destination refuses, one after the other, and it is left alone for a while.
+MOST_REFUSALS = 10
 
 
 class Uploader:
@@ -116,6 +36,8 @@ class Uploader:
         self.outlets = tuple(outlets)
         self._clock = clock
         self._notify = notify
+        self._up = asyncio.Event()
+        self._up.set()
 
     async def store(self, parcel: Parcel) -> frozenset[str]:
         """Offer the parcel to every destination at once; returns the names of those that now have it.
@@ -133,35 +55,54 @@ class Uploader:
             raise failed[self.outlets[0].name]
         for outlet in self.outlets:
             if outlet.name in failed:
-                outlet.owed.setdefault(parcel.name, asyncio.get_running_loop().create_future())
-                outlet.behind.set()
+                outlet.owe(parcel.name)
         return frozenset(outlet.name for outlet in self.outlets) - failed.keys()
 
-    async def settle(self, name: str) -> None:
-        """Wait until no required destination is owed the object."""
-        owed = [outlet.owed[name] for outlet in self.outlets if outlet.required and name in outlet.owed]
-        if owed:
-            await asyncio.gather(*map(asyncio.shield, owed))
+    def owed(self, name: str) -> asyncio.Future[None] | None:
+        """Resolved once no required destination is owed the object; None if none is.
+
+        Fails with StoreError when the copy that the others were to get it from is lost: it has to be shipped anew.
+        """
+        waiting = [outlet.owed[name] for outlet in self.outlets if outlet.required and name in outlet.owed]
+        if not waiting:
+            return None
+        # Its members are shared with others who wait, and belong to the outlet: nobody's cancellation may reach them.
+        together = asyncio.gather(*map(asyncio.shield, waiting))
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        together.add_done_callback(lambda done: _hand_on(done, future))
+        return future
 
     def missing(self, name: str) -> list[str]:
         """Names of the required destinations that are owed the object."""
         return [outlet.name for outlet in self.outlets if outlet.required and name in outlet.owed]
 
+    @property
+    def is_reachable(self) -> bool:
+        """Whether any destination is not known to be down."""
+        return self._up.is_set()
+
+    async def reachable(self) -> None:
+        """Wait until a destination is not known to be down."""
+        await self._up.wait()
+
     async def run(self) -> None:
-        """Bring destinations that were down up to date. Runs until cancelled."""
+        """Bring destinations up to date that were down, or lack what others have. Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._owe_differences())
             for outlet in self.outlets:
                 group.create_task(self._revive(outlet))
 
     async def _offer(self, outlet: Outlet, parcel: Parcel) -> WalshipError | None:
         if outlet.down:
             return StoreError(f"{outlet.name} is down", hint="it is tried again all the time", passing=True)
+        if outlet.lacks_parts_of(parcel.name):
+            return StoreError(f"{outlet.name} still lacks parts of {parcel.name}", hint="they are copied", passing=True)
         began = self._clock.monotonic()
         new = outlet.abilities is None
         try:
             await outlet.deliver(parcel)
         except (StoreError, IntegrityError) as error:
-            self._failed(outlet, parcel.name, error)
+            await self._failed(outlet, parcel.name, error)
             return error
         if new and outlet.abilities and not outlet.abilities.conditional_put:
             self._notify(DestinationHampered(outlet.name, outlet.abilities.remark))
@@ -169,12 +110,39 @@ class Uploader:
         self._notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, seconds))
         return None
 
-    def _failed(self, outlet: Outlet, name: str, error: WalshipError) -> None:
+    async def _failed(self, outlet: Outlet, name: str, error: WalshipError) -> None:
         """Tell, and take the destination for down unless it is only this one object that is wrong."""
         self._notify(DestinationFailed(outlet.name, name, error.fact, error.hint))
-        if not isinstance(error, ObjectConflict | IntegrityError):
-            outlet.down = True
+        if isinstance(error, ObjectConflict | IntegrityError):
+            return
+        if isinstance(error, StoreError) and not error.passing and name != REPOSITORY:
+            try:
+                await outlet.store.head(REPOSITORY)
+            except StoreError:
+                pass
+            else:
+                return  # it answers, and refuses this one: too large, a name it does not like
+        self._set_down(outlet, down=True)
+
+    def _set_down(self, outlet: Outlet, *, down: bool) -> None:
+        outlet.down = down
+        if down:
             outlet.behind.set()
+        if all(each.down for each in self.outlets):
+            self._up.clear()
+        else:
+            self._up.set()
+
+    async def _owe_differences(self) -> None:
+        """What an earlier process left undone: names at any destination minus names here are owed here."""
+        if len(self.outlets) < 2:
+            return
+        listings = await asyncio.gather(*map(_names, self.outlets))
+        everywhere = set().union(*(names for names in listings if names is not None))
+        for outlet, names in zip(self.outlets, listings, strict=True):
+            if names is not None:
+                for name in sorted(everywhere - names, key=copy_order):
+                    outlet.owe(name)
 
     async def _revive(self, outlet: Outlet) -> None:
         while True:
@@ -186,45 +154,56 @@ class Uploader:
                 await self._catch_up(outlet)
 
     async def _catch_up(self, outlet: Outlet) -> None:
-        """Copy what is owed. The destination counts as up as soon as it answers or takes anything again."""
+        """Copy what is owed. The destination counts as up as soon as it answers."""
         try:
             await outlet.store.head(REPOSITORY)
         except StoreError as error:
-            self._failed(outlet, REPOSITORY, error)
+            await self._failed(outlet, REPOSITORY, error)
             return
-        outlet.down = False  # fresh objects go straight to it again, while older ones are still being copied
-        for name in list(outlet.owed):
+        # Fresh objects go straight to it again, while older ones are still being copied.
+        self._set_down(outlet, down=False)
+        refused = 0
+        for name in sorted(outlet.owed, key=copy_order):
+            if outlet.lacks_parts_of(name):
+                continue
             try:
                 await self._copy(name, outlet)
             except (StoreError, IntegrityError) as error:
-                self._failed(outlet, name, error)
-                if outlet.down:
+                await self._failed(outlet, name, error)
+                refused += 1
+                if outlet.down or refused == MOST_REFUSALS:
                     return
-            else:
-                outlet.owed.pop(name).set_result(None)
-        if not outlet.owed:
+        if not outlet.owed and not outlet.down:
             outlet.behind.clear()
             self._notify(DestinationCaughtUp(outlet.name))
 
     async def _copy(self, name: str, outlet: Outlet) -> None:
         """Verbatim, from the first other destination that has the object whole."""
-        failure: WalshipError = IntegrityError(f"{name} is owed to {outlet.name}, and no other destination answers")
-        for other in self.outlets:
-            if other is outlet or name in other.owed or other.down:
+        others = [other for other in self.outlets if other is not outlet and name not in other.owed]
+        failures: list[WalshipError] = []
+        for other in others:
+            if other.down:
                 continue
             try:
                 body = await other.store.get(name)
                 header, digest = await asyncio.to_thread(check_stored, name, body.chunks())
             except (StoreError, IntegrityError) as error:
-                failure = IntegrityError(error.fact, hint=error.hint)  # its own trouble is not the receiver's
+                failures.append(error)
                 continue
             try:
                 await self._copy_key(header.key, other, outlet)
                 await outlet.deliver(Parcel(header, body, digest))
             finally:
                 body.close()
+            outlet.owed.pop(name).set_result(None)
             return
-        raise failure
+        if len(failures) == len(others) and all(isinstance(e, ObjectMissing | IntegrityError) for e in failures):
+            # Nobody can give it any more. Whoever has it at its source ships it anew.
+            outlet.owed.pop(name).set_exception(StoreError(f"{name} is lost where it was stored", passing=True))
+        raise IntegrityError(
+            f"{name} is owed to {outlet.name}, and no other destination can give it"
+            + (f": {failures[0].fact}" if failures else "")
+        )
 
     async def _copy_key(self, key_id: str, source: Outlet, target: Outlet) -> None:
         """The object may have been made by an earlier process, under a data key that the target has not seen."""
@@ -237,3 +216,34 @@ class Uploader:
             body = await source.store.get(name)
             with suppress(ObjectConflict):
                 await target.store.put(name, body)
+
+
+async def _names(outlet: Outlet) -> set[str] | None:
+    """What a copy of the repository consists of at this destination; None if it does not answer."""
+    names: set[str] = set()
+    try:
+        for prefix in ("keys/", "wal/", "base/"):
+            names.update([entry.key async for entry in outlet.store.list(prefix) if not entry.key.endswith("/")])
+    except StoreError:
+        return None  # found out, and told, when something is stored there
+    complete = {name.rpartition("/")[0] for name in names if name.endswith("/backup_info")}
+    # Parts of a backup that never became one are nobody's loss.
+    return {name for name in names if not name.startswith("base/") or "/".join(name.split("/")[:2]) in complete}
+
+
+def copy_order(name: str) -> tuple[int, str]:
+    """Keys first, so that nothing lies there unreadable; backup_info last, so that no backup is listed that is none."""
+    if name.startswith("keys/"):
+        return 0, name
+    return (2 if name.endswith("/backup_info") else 1), name
+
+
+def _hand_on(done: asyncio.Future[list[None]], future: asyncio.Future[None]) -> None:
+    if future.done():
+        return
+    if done.cancelled():
+        future.cancel()
+    elif (error := done.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(None)

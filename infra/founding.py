@@ -73,21 +73,21 @@ async def _found_keys(
     stores: Sequence[Store], system_id: str, settings: Settings, clock: Clock, *, anywhere: bool
 ) -> None:
     """One ring for all destinations: the one that is there, or a new one if encryption is on and nothing is there."""
-    encrypted = settings.backup_encryption_enabled or settings.wal_encrypted
+    wanted = Policy(wal=settings.wal_encrypted, base=settings.backup_encryption_enabled)
     rings = [await _keys_at(store) for store in stores]
     first = next((i for i, keys in enumerate(rings) if any(k.startswith("keys/ring-") for k in keys)), None)
     if first is None:
-        if not encrypted:
+        if not (wanted.wal or wanted.base):
             return
         if anywhere:
             raise ConfigError(
                 "encryption is on, and the repository was made without it",
                 hint="use another destination (or prefix) for an encrypted repository, or switch encryption off",
             )
-        policy = Policy(wal=settings.wal_encrypted, base=settings.backup_encryption_enabled)
-        await create_ring(stores[0], system_id, settings.passphrase, policy, clock)
+        await create_ring(stores[0], system_id, settings.passphrase, wanted, clock)
         first, rings[0] = 0, await _keys_at(stores[0])
-    await open_keyring(stores[first], system_id, settings.passphrase, clock=clock)
+    # Settings that a writer would refuse are refused now, not at the first segment.
+    await open_keyring(stores[first], system_id, settings.passphrase, clock=clock, wanted=wanted)
     for index, store in enumerate(stores):
         for name in sorted(rings[first] - rings[index]):
             await _copy(name, stores[first], store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ async def serve(settings: Settings) -> None:
     spool = spool_of(settings)
     pause = 1.0
     while True:
+        began = time.monotonic()
         try:
             async with open_site(settings, writer=True) as site, open_shipping(site) as shipping:
                 await _ship_for_ever(spool, site, shipping)
@@ -55,6 +57,8 @@ async def serve(settings: Settings) -> None:
             if error is None or not _can_pass(error, spool):
                 raise
             log.warning("waiting", error=error.fact, hint=error.hint, retry_in=pause)
+        if time.monotonic() - began > LONGEST_PAUSE:
+            pause = 1.0  # it ran for a while: a new trouble, not the old one
         await asyncio.sleep(pause)
         pause = min(LONGEST_PAUSE, pause * 2)
 
@@ -111,6 +115,11 @@ async def push(settings: Settings, notify: Callable[[Notice], None]) -> int:
         watcher = _watcher(spool, site, once=True)
         dispatcher = Dispatcher(_handler(site, shipping.command), clock=site.clock, notify=count, patience=none_left)
         await dispatcher.run(watcher)
+        for outlet in shipping.uploader.outlets:
+            if outlet.owed:
+                log.warning(
+                    "owed", destination=outlet.name, objects=len(outlet.owed), hint="`walship run` copies them there"
+                )
         if watcher.refused:
             raise SourceError(
                 f"{len(watcher.refused)} files in {spool} were refused and are not shipped: {watcher.refused[0]}",
@@ -131,11 +140,11 @@ def _watcher(spool: Path, site: Site, *, once: bool) -> SpoolWatcher:
 
 
 def _handler(site: Site, shipper: Shipper) -> Handle:
-    async def handle(source: Source, event: Event) -> None:
-        if isinstance(event, BackupReady):
-            await _take_dropped(site, shipper, Path(event.folder))
-        else:
-            await shipper.carry(source, event)
+    async def handle(source: Source, event: Event) -> asyncio.Future[None] | None:
+        if not isinstance(event, BackupReady):
+            return await shipper.carry(source, event)
+        await _take_dropped(site, shipper, Path(event.folder))
+        return None
 
     return handle
 
@@ -173,11 +182,8 @@ async def alongside(site: Site, shipping: Shipping, tell: Callable[[str], None])
         yield
         return
     tell(f"no service is running: shipping what arrives in {spool} meanwhile")
-    work = asyncio.create_task(_ship_for_ever(spool, site, shipping))
-    try:
+    # In one group: where the spool cannot be shipped, the WAL that the command waits for will never be safe.
+    async with asyncio.TaskGroup() as group:
+        work = group.create_task(_ship_for_ever(spool, site, shipping))
         yield
-    finally:
         work.cancel()
-        await asyncio.wait([work])
-        if not work.cancelled() and (error := work.exception()):
-            tell(f"shipping the spool ended: {foreseen(error) or error}")

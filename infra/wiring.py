@@ -11,8 +11,9 @@ from handlers.checksum import Checksum
 from handlers.compress import Compress
 from handlers.encrypt import Encrypt
 from handlers.fetch import Fetcher
+from handlers.outlet import Outlet
 from handlers.ship import Shipper
-from handlers.upload import Outlet, Uploader
+from handlers.upload import Uploader
 from infra.clock import SystemClock
 from infra.keys import Policy, RepositoryKeys, open_keyring
 from infra.monitoring.log import log_notice
@@ -24,7 +25,7 @@ from pipeline.catalog import kind_of
 from pipeline.chain import Chain
 from pipeline.contracts import Clock, Store
 from pipeline.dispatcher import Gate
-from pipeline.errors import ConfigError, StoreError, WalshipError
+from pipeline.errors import ConfigError, IntegrityError, StoreError, WalshipError
 from pipeline.events import Notice
 
 #: Objects held in memory at a time. With the base of the interpreter it makes the bound of DESIGN section 3:
@@ -155,7 +156,7 @@ async def _open_keys(
                 allow_unencrypted=allow_unencrypted,
                 clock=clock,
             )
-        except (StoreError, ConfigError) as error:
+        except (StoreError, ConfigError, IntegrityError) as error:
             failures.append(error)
             continue
         if not writer:

@@ -1,10 +1,12 @@
 """Carries events from the sources to their handler, the freshest data first, and acknowledges them in order.
 
-The rule that everything rests on: ``Source.done`` is called only when the handler has returned, and the handler returns
-only when every required destination has confirmed the object. Uploads may overtake one another; acknowledgements of one
-lane (one timeline of one source) never do, so what a source forgets is always a contiguous beginning.
+The rule that everything rests on: ``Source.done`` is called only when every required destination has confirmed the
+object, which is when the handler returns, or when the future that it returned is resolved. Uploads may overtake one
+another; acknowledgements of one lane (one timeline of one source) never do, so what a source forgets is always a
+contiguous beginning.
 
-Bounds: at most ``window`` events are known and not yet acknowledged per source; a source that has more waits.
+Bounds, per source: at most ``window`` events are stored nowhere yet, each with a task of its own; at most
+``MOST_NAMES`` are not acknowledged, which costs their names. A source that has more waits.
 Cancellation: nothing new is taken, what is under way gets ``grace`` seconds to finish, the rest stays with its source.
 """
 
@@ -20,22 +22,31 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pipeline.contracts import Clock, Source
-from pipeline.errors import WalshipError
+from pipeline.errors import IntegrityError, ObjectConflict, WalshipError
 from pipeline.events import Acknowledged, Event, EventFailed, Notice, SegmentReady
 
-#: Brings one event to safety. Returns when it is durable at every required destination.
-Handle = Callable[[Source, Event], Awaitable[None]]
+#: Brings one event to safety. None: it is durable at every required destination. A future: it is durable somewhere, and
+#: the future is resolved once it is where it has to be, or fails when it has to be handled anew.
+Handle = Callable[[Source, Event], Awaitable["asyncio.Future[None] | None"]]
 
-#: Given how often an event has failed: seconds until it is tried again, or None to give it up.
-Patience = Callable[[int], float | None]
+#: Given an error and how often the event has failed: seconds until it is tried again, or None to give it up.
+Patience = Callable[[WalshipError, int], float | None]
+
+#: Events per source that may be known and not acknowledged.
+MOST_NAMES = 200_000
+
+#: Seconds until something is tried again that only a person can mend: it is not worth encoding it twice a minute.
+FOR_PEOPLE = 300.0
 
 
-def endless(attempt: int) -> float | None:
-    """For a service: try again for ever, from one second apart to half a minute."""
+def endless(error: WalshipError, attempt: int) -> float | None:
+    """For a service: try again for ever, from one second apart to half a minute, or to what people need."""
+    if isinstance(error, ObjectConflict | IntegrityError):
+        return FOR_PEOPLE
     return min(30.0, 2.0 ** min(attempt - 1, 5))
 
 
-def none_left(attempt: int) -> float | None:  # noqa: ARG001  the signature is Patience's
+def none_left(error: WalshipError, attempt: int) -> float | None:  # noqa: ARG001  the signature is Patience's
     """For a command that a person waits for: one failure is final."""
     return None
 
@@ -83,6 +94,10 @@ class Gate:
 @dataclass(slots=True)
 class _Entry:
     event: Event
+    source: Source
+    lane: _Lane
+    #: Released with the acknowledgement.
+    names: asyncio.Semaphore
     safe: bool = False
 
 
@@ -116,6 +131,9 @@ class Dispatcher:
         self._grace = grace
         self._lanes: dict[tuple[str, str], _Lane] = {}
         self._failures: list[WalshipError] = []
+        #: Tasks of events that are under way, and what is durable somewhere and waited for.
+        self._carriers: set[asyncio.Task[None]] = set()
+        self._owed: set[asyncio.Future[None]] = set()
 
     async def run(self, *sources: Source) -> None:
         """Carry all that the sources announce.
@@ -123,46 +141,85 @@ class Dispatcher:
         Returns when every source has ended and all is acknowledged. Where patience ran out, raises the first failure
         after everything else was carried; what failed is not acknowledged, nor is what lies behind it in its lane.
         """
-        carriers: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as group:
-            pumps = [group.create_task(self._pump(source, group, carriers)) for source in sources]
+            pumps = [group.create_task(self._pump(source, group)) for source in sources]
             try:
                 await asyncio.gather(*pumps)
-                while carriers:
-                    await asyncio.wait(carriers)
+                while self._carriers or self._owed:
+                    await asyncio.wait(self._carriers | self._owed, return_when=asyncio.FIRST_COMPLETED)
             except asyncio.CancelledError:
                 for pump in pumps:
                     pump.cancel()
-                if carriers:
-                    await asyncio.wait(carriers, timeout=self._grace)
+                if self._carriers:
+                    await asyncio.wait(self._carriers, timeout=self._grace)
                 raise
         if self._failures:
             raise self._failures[0]
 
-    async def _pump(self, source: Source, group: asyncio.TaskGroup, carriers: set[asyncio.Task[None]]) -> None:
-        room = asyncio.Semaphore(self._window)
+    async def _pump(self, source: Source, group: asyncio.TaskGroup) -> None:
+        room, names = asyncio.Semaphore(self._window), asyncio.Semaphore(MOST_NAMES)
         async for event in source.events():
+            await names.acquire()
             await room.acquire()
-            entry = _Entry(event)
             name = (source.name, _lane_of(event))
             lane = self._lanes.setdefault(name, _Lane(name))
+            entry = _Entry(event, source, lane, names)
             lane.entries.append(entry)
-            task = group.create_task(self._carry(source, entry, lane))
-            carriers.add(task)
-            task.add_done_callback(carriers.discard)
-            task.add_done_callback(lambda _: room.release())
+            self._start(group, entry, room)
 
-    async def _carry(self, source: Source, entry: _Entry, lane: _Lane) -> None:
-        if not await self._persist(entry.event, lambda: self._handle(source, entry.event)):
+    def _start(self, group: asyncio.TaskGroup, entry: _Entry, room: asyncio.Semaphore) -> None:
+        task = group.create_task(self._carry(group, entry, room))
+        self._carriers.add(task)
+        task.add_done_callback(self._carriers.discard)
+
+    async def _carry(self, group: asyncio.TaskGroup, entry: _Entry, room: asyncio.Semaphore) -> None:
+        """Handle the event; acknowledge it, or leave that to the future for what is durable somewhere."""
+        owed: list[asyncio.Future[None] | None] = []
+
+        async def once() -> None:
+            owed.append(await self._handle(entry.source, entry.event))
+
+        try:
+            handled = await self._persist(entry.event, once)
+        finally:
+            room.release()
+        if not handled:
             return
+        future = owed[-1]
+        if future is None:
+            await self._acknowledge(entry)
+            return
+        self._owed.add(future)
+        future.add_done_callback(lambda done: self._settled(done, group, entry, room))
+
+    def _settled(
+        self, owed: asyncio.Future[None], group: asyncio.TaskGroup, entry: _Entry, room: asyncio.Semaphore
+    ) -> None:
+        """What was waited for is there, or has to be handled anew. Called by the event loop."""
+        self._owed.discard(owed)
+        if owed.cancelled():
+            return  # we are stopping
+        work = self._acknowledge(entry) if owed.exception() is None else self._again(group, entry, room)
+        task = group.create_task(work)
+        self._carriers.add(task)
+        task.add_done_callback(self._carriers.discard)
+
+    async def _again(self, group: asyncio.TaskGroup, entry: _Entry, room: asyncio.Semaphore) -> None:
+        await room.acquire()
+        await self._carry(group, entry, room)
+
+    async def _acknowledge(self, entry: _Entry) -> None:
+        """Tell the source of this event, and of those behind it that waited for it."""
         entry.safe = True
+        lane = entry.lane
         async with lane.turn:
             while lane.entries and lane.entries[0].safe:
-                event = lane.entries[0].event
-                if not await self._persist(event, partial(source.done, event)):
+                head = lane.entries[0]
+                if not await self._persist(head.event, partial(head.source.done, head.event)):
                     return
                 lane.entries.popleft()
-                self._notify(Acknowledged(event))
+                head.names.release()
+                self._notify(Acknowledged(head.event))
             if not lane.entries:
                 self._lanes.pop(lane.name, None)
 
@@ -173,7 +230,7 @@ class Dispatcher:
                 await attempt_once()
             except WalshipError as error:
                 self._notify(EventFailed(event, error.fact, error.hint))
-                delay = self._patience(attempt)
+                delay = self._patience(error, attempt)
                 if delay is None:
                     self._failures.append(error)
                     break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import json
 import signal
@@ -17,6 +16,9 @@ from infra.settings import Settings, load
 
 P = ParamSpec("P")
 
+#: Exit code of a verb that SIGTERM has stopped: 128 + 15.
+TERMINATED = 143
+
 #: For every verb that prints a result.
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON.")
 
@@ -26,17 +28,23 @@ cluster_option = click.option(
 
 
 def asynchronous(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run the verb in an event loop. SIGTERM and SIGINT cancel it, so that it stops cleanly, whatever it does."""
+    """Run the verb in an event loop. SIGTERM and SIGINT cancel it, so that it stops cleanly, whatever it does.
+
+    A verb that was stopped has not done its work: SystemExit 143 (or KeyboardInterrupt), as a shell reports it.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         log.configure()
-        asyncio.run(_until_signalled(function(*args, **kwargs)))
+        if asyncio.run(until_signalled(function(*args, **kwargs))):
+            say("walship: stopped by SIGTERM before it was done")
+            raise SystemExit(TERMINATED)
 
     return run
 
 
-async def _until_signalled(work: Coroutine[Any, Any, None]) -> None:
+async def until_signalled(work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work, or as much of it as there is time for. True if SIGTERM ended it, KeyboardInterrupt for SIGINT."""
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     received: list[int] = []
@@ -54,10 +62,11 @@ async def _until_signalled(work: Coroutine[Any, Any, None]) -> None:
             raise
         if received[0] == signal.SIGINT:
             raise KeyboardInterrupt from None
+        return True
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):
-                loop.remove_signal_handler(number)
+            loop.remove_signal_handler(number)
+    return False
 
 
 def settings() -> Settings:

@@ -88,15 +88,16 @@ def test_a_store_that_is_killed_and_comes_back_gets_all_that_it_missed(tmp_path:
         shutil.rmtree(folder)
 
 
-def test_a_backup_that_is_killed_is_none_and_the_next_one_is_whole(rig: Rig) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_backup_that_is_killed_is_none_and_the_next_one_is_whole(rig: Rig, number: int, code: int) -> None:
     rig.server.start()
     rig.run("init")
     rig.sql("create table t as select n, md5(n::text) from generate_series(1, 300000) n")
     command = [sys.executable, "-m", "infra.cli", "backup"]
     killed = subprocess.Popen(command, env=rig.environment(), cwd=rig.folder, stderr=subprocess.DEVNULL)
     rig.wait(lambda: any((rig.folder / "local").glob("*/base/*/data/*/*")), "the backup has begun")
-    killed.kill()
-    killed.wait()
+    killed.send_signal(number)
+    assert killed.wait(60) == code, "what was stopped is not done"
     assert rig.json("list")["backups"] == []
     taken = rig.json("backup")
     (backup,) = rig.json("list")["backups"]

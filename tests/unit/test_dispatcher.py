@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from pipeline.dispatcher import Dispatcher, Gate, endless, none_left
-from pipeline.errors import SourceError, StoreError
+from pipeline.errors import ObjectConflict, SourceError, StoreError
 from pipeline.events import Acknowledged, Event, EventFailed, HistoryReady, Notice, SegmentReady
 from pipeline.wal import WalFile
 from tests.clock import FastClock
@@ -183,6 +183,59 @@ async def test_cancelled_it_gives_up_what_does_not_finish_in_time() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     assert source.finished == []
+
+
+async def test_what_is_durable_somewhere_holds_no_place_and_is_acknowledged_in_its_turn() -> None:
+    """One required destination is down for long: the other one gets everything, window or not."""
+    owed: list[asyncio.Future[None]] = []
+
+    async def handle(_: ListSource, __: Event) -> asyncio.Future[None]:
+        owed.append(asyncio.get_running_loop().create_future())
+        return owed[-1]
+
+    source = ListSource([segment(n) for n in range(50)])
+    task = asyncio.create_task(dispatcher(handle, window=4).run(source))
+    async with asyncio.timeout(5):
+        while len(owed) < 50:
+            await asyncio.sleep(0)
+    assert source.finished == []
+    for future in reversed(owed):
+        future.set_result(None)
+        await asyncio.sleep(0)
+    await task
+    assert source.finished == [segment(n) for n in range(50)]
+
+
+async def test_what_was_durable_somewhere_and_is_lost_there_is_handled_anew() -> None:
+    handled = 0
+
+    async def handle(_: ListSource, __: Event) -> asyncio.Future[None] | None:
+        nonlocal handled
+        handled += 1
+        if handled > 1:
+            return None
+        lost = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lost.set_exception, StoreError("lost", passing=True))
+        return lost
+
+    source = ListSource([segment(1)])
+    await dispatcher(handle).run(source)
+    assert (handled, source.finished) == (2, [segment(1)])
+
+
+async def test_what_only_a_person_can_mend_is_not_tried_all_the_time() -> None:
+    clock = FastClock()
+    attempts = 0
+
+    async def handle(_: ListSource, __: Event) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise ObjectConflict("other bytes")
+
+    carrier = Dispatcher(handle, clock=clock, notify=lambda _: None)  # type: ignore[arg-type]  # its source is ours
+    await carrier.run(ListSource([segment(1)]))
+    assert clock.passed >= 600
 
 
 async def test_the_gate_lets_the_most_urgent_in_first_and_loses_no_place() -> None:

@@ -14,8 +14,9 @@ from handlers.body import joined
 from handlers.checksum import Checksum
 from handlers.compress import Compress
 from handlers.encrypt import Encrypt
+from handlers.outlet import Outlet
 from handlers.ship import Shipper
-from handlers.upload import Outlet, Uploader
+from handlers.upload import Uploader
 from infra.keys import Policy, RepositoryKeys, create_ring, open_keyring
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import REPOSITORY
@@ -39,11 +40,14 @@ class Switchable(MemoryStore):
         super().__init__(name)
         self.away = False
         self.lose_answer = False
+        self.refuses = ""
         self.puts: list[str] = []
 
     async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
         if self.away:
             raise StoreError(f"{self.name} does not answer", passing=True)
+        if key == self.refuses:
+            raise StoreError(f"{self.name} does not like {key}")
         self.puts.append(key)
         await super().put(key, body, replace=replace, keep_until=keep_until)
         if self.lose_answer:
@@ -200,7 +204,7 @@ async def test_a_damaged_object_in_the_way_is_not_taken_for_the_same() -> None:
             await it.shipper.ship(NAME, b"one")
 
 
-async def test_what_is_owed_is_never_copied_from_a_damaged_object() -> None:
+async def test_a_copy_that_is_lost_is_shipped_anew_and_never_copied_damaged() -> None:
     async with bench() as it:
         it.b.away = True
         task = asyncio.create_task(it.shipper.ship(NAME, b"one"))
@@ -209,21 +213,69 @@ async def test_what_is_owed_is_never_copied_from_a_damaged_object() -> None:
         bad = good[:-40] + bytes([good[-40] ^ 1]) + good[-39:]
         await MemoryStore.put(it.a, NAME, MemoryBody([bad]), replace=True)
         it.b.away = False
-        await until(lambda: sum(isinstance(n, DestinationFailed) for n in it.notices) > 3)
+        with pytest.raises(StoreError, match="is lost where it was stored"):
+            await task
         assert it.b.names() == set()
+        await it.a.delete([NAME])
+        await it.shipper.ship(NAME, b"one")
+        assert it.a.content(NAME) == it.b.content(NAME)
+
+
+async def test_while_no_destination_is_up_nothing_is_read_or_encoded() -> None:
+    async with bench() as it:
+        it.a.away = it.b.away = True
+        with pytest.raises(StoreError):
+            await it.shipper.ship(NAME, b"one")
+        it.chain.encode = None  # type: ignore[assignment,method-assign]  # whoever encodes now fails
+        task = asyncio.create_task(it.shipper.ship(OTHER, b"two"))
+        await until(lambda: sum(isinstance(n, DestinationFailed) for n in it.notices) > 6)
         assert not task.done()
-        await MemoryStore.put(it.a, NAME, MemoryBody([good]), replace=True)
-        await task
-        assert it.b.content(NAME) == good
+        task.cancel()
+
+
+async def test_a_backup_is_not_listed_where_parts_of_it_are_still_owed() -> None:
+    part, info = "base/base_1/data/base/00000001", "base/base_1/backup_info"
+    async with bench(b_required=False) as it:
+        it.b.away = True
+        await it.shipper.ship(part, b"part")
+        it.b.away = False
+        it.uploader.outlets[1].down = False  # it is up again, and the part has not been copied yet
+        await it.shipper.ship(info, b"info")
+        assert info not in it.b._objects
+        await until(lambda: info in it.b._objects)
+        assert it.b.puts.index(part) < it.b.puts.index(info)
+
+
+async def test_what_an_earlier_process_left_owing_is_found_and_copied() -> None:
+    async with bench() as it:
+        await it.shipper.ship(NAME, b"one")
+        for name in ("base/whole/data/base/00000001", "base/whole/backup_info", "base/torso/data/base/00000001"):
+            await it.shipper.ship(name, b"content")
+            await it.b.delete([name])
+        await it.b.delete([NAME])
+        again = Uploader([Outlet(it.a), Outlet(it.b)], clock=FastClock(), notify=it.notices.append)
+        task = asyncio.create_task(again.run())
+        await until(lambda: "base/whole/backup_info" in it.b._objects)
+        task.cancel()
+        assert it.b.content(NAME) == it.a.content(NAME)
+        assert "base/torso/data/base/00000001" not in it.b._objects, "a backup that never was one is not copied"
+
+
+async def test_an_object_that_is_refused_for_good_does_not_take_the_destination_down() -> None:
+    async with bench(b_required=False) as it:
+        it.b.refuses = NAME
+        await it.shipper.ship(NAME, b"one")
+        assert not it.uploader.outlets[1].down
+        await it.shipper.ship(OTHER, b"two")
+        assert it.b.names() == {OTHER}
 
 
 async def test_the_data_key_is_stored_before_anything_encrypted_under_it() -> None:
     async with bench(encrypted=True) as it:
         await it.shipper.ship(NAME, b"one")
         for store in (it.a, it.b):
-            key, name = store.puts[-2:]
-            assert key.startswith("keys/data-")
-            assert name == NAME
+            (key,) = (name for name in store.puts if name.startswith("keys/data-"))
+            assert store.puts.index(key) < store.puts.index(NAME)
         header, plain = it.chain.decode(Expected(NAME, SYSTEM), MemoryBody([joined(await it.b.get(NAME))]).chunks())
         assert (header.cipher, bytes(plain)) == ("aes-256-gcm", b"one")
 
@@ -231,7 +283,7 @@ async def test_the_data_key_is_stored_before_anything_encrypted_under_it() -> No
 async def test_an_older_object_takes_its_data_key_along() -> None:
     async with bench(encrypted=True) as it:
         await it.shipper.ship(NAME, b"one")
-        old_key = it.b.puts[-2]
+        (old_key,) = (name for name in it.b.puts if name.startswith("keys/data-"))
         await it.b.delete([NAME, old_key])  # as if b had been away when an earlier process shipped it
         it.b.away = True
         task = asyncio.create_task(it.shipper.ship(NAME, b"one"))

@@ -20,6 +20,8 @@ Codec = Literal["zstd", "lz4", "gzip", "none"]
 #: Settings that may be given as ``<NAME>_FILE`` instead: a file that holds the value (Docker and Kubernetes secrets).
 SECRETS = ("POSTGRES_PASSWORD", "BACKUP_ENCRYPTION_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
+_ENV_FILE = Path(".env")
+
 
 def _env(name: str, **more: Any) -> Any:
     return Field(validation_alias=AliasChoices(name), **more)
@@ -29,7 +31,7 @@ class Settings(BaseSettings):
     """All that a user can set. Names on the right are the environment's."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", extra="ignore", case_sensitive=True, env_ignore_empty=True
+        env_file=_ENV_FILE, env_file_encoding="utf-8", extra="ignore", case_sensitive=True, env_ignore_empty=True
     )
 
     postgres_host: str = _env("POSTGRES_HOST", default="localhost")
@@ -95,13 +97,28 @@ class Settings(BaseSettings):
 
 def load(env_file: Path | None = None) -> Settings:
     """Read the environment (and ``.env``). Raises ConfigError that names each wrong setting and never its value."""
-    _refuse_unknown()
+    _refuse_unknown(env_file)
     try:
-        secrets: dict[str, Any] = _from_files()
-        return Settings(_env_file=env_file or ".env", **secrets)
+        secrets: dict[str, Any] = {name: _content(name, path) for name, path in secret_files(env_file).items()}
+        return Settings(_env_file=env_file or _ENV_FILE, **secrets)
     except ValidationError as error:
         wrong = "; ".join(_sentence(dict(e)) for e in error.errors())
         raise ConfigError(wrong, hint="each setting is explained in .env.example") from None
+
+
+def secret_files(env_file: Path | None = None) -> dict[str, Path]:
+    """Name of a secret that was given as ``<NAME>_FILE`` → absolute path of its file; the file is not opened.
+
+    Raises ConfigError if the secret itself is given as well, wherever either of them stands.
+    """
+    given = _given(env_file)
+    files: dict[str, Path] = {}
+    for name in SECRETS:
+        if path := given.get(f"{name}_FILE"):
+            if given.get(name):
+                raise ConfigError(f"{name} and {name}_FILE are both set", hint="keep one of them")
+            files[name] = Path(path).absolute()
+    return files
 
 
 def known_names() -> frozenset[str]:
@@ -113,34 +130,36 @@ def known_names() -> frozenset[str]:
     return frozenset(names)
 
 
-def _refuse_unknown() -> None:
-    import difflib
-
+def _given(env_file: Path | None) -> dict[str, str]:
+    """All names that are set, in the environment or the file; the environment wins unless it is empty there."""
     from dotenv import dotenv_values
 
+    written = {name: value or "" for name, value in dotenv_values(env_file or _ENV_FILE).items()}
+    return written | {name: value for name, value in os.environ.items() if value or name not in written}
+
+
+def _refuse_unknown(env_file: Path | None) -> None:
+    import difflib
+
     known = known_names()
-    given = set(os.environ) | set(dotenv_values(".env"))
-    for name in sorted(given):
+    for name in sorted(_given(env_file)):
         if name.startswith("WALSHIP_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "each setting is explained in .env.example"
             raise ConfigError(f"there is no setting {name}", hint=hint)
 
 
-def _from_files() -> dict[str, str]:
-    """Secrets whose value stands in a file; both forms at once contradict each other."""
-    values: dict[str, str] = {}
-    for name in SECRETS:
-        path = os.environ.get(f"{name}_FILE")
-        if not path:
-            continue
-        if os.environ.get(name):
-            raise ConfigError(f"{name} and {name}_FILE are both set", hint="keep one of them")
-        try:
-            values[name] = Path(path).read_text("utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}_FILE: {path} cannot be read: {error}") from None
-    return values
+def _content(name: str, path: Path) -> str:
+    try:
+        return path.read_text("utf-8").rstrip("\r\n")
+    except OSError as error:
+        reason = error.strerror
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    raise ConfigError(
+        f"{name}_FILE: {path} cannot be read: {reason}",
+        hint=f"it must hold {name} and nothing else, readable for the user that runs walship",
+    )
 
 
 def _sentence(error: dict[str, Any]) -> str:

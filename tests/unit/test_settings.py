@@ -1,0 +1,100 @@
+"""Where settings come from: the environment, ``.env``, and files that hold secrets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from infra.settings import SECRETS, Settings, known_names, load, secret_files
+from pipeline.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, and an environment without settings."""
+    for name in known_names():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def give(place: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if place == "environment":
+        monkeypatch.setenv(name, value)
+    else:
+        with Path(".env").open("a", encoding="utf-8") as file:
+            file.write(f"{name}={value}\n")
+
+
+def secret_of(settings: Settings, name: str) -> str:
+    secret = getattr(settings, name.lower())
+    assert isinstance(secret, SecretStr)
+    return secret.get_secret_value()
+
+
+@pytest.mark.parametrize("place", ["environment", ".env"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_read_from_its_file(name: str, place: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "secret").write_text("correct horse\n", "utf-8")
+    give(place, f"{name}_FILE", "secret", monkeypatch)
+    assert secret_of(load(), name) == "correct horse"
+    assert secret_files() == {name: home / "secret"}
+
+
+@pytest.mark.parametrize("place", ["environment", ".env"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_read_itself(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(place, name, "battery staple", monkeypatch)
+    give(place, f"{name}_FILE", "", monkeypatch)  # as in an example that was uncommented and not filled in
+    assert secret_of(load(), name) == "battery staple"
+    assert secret_files() == {}
+
+
+@pytest.mark.parametrize("places", [(a, b) for a in ("environment", ".env") for b in ("environment", ".env")])
+@pytest.mark.parametrize("name", SECRETS)
+def test_both_forms_at_once_contradict_each_other(
+    name: str, places: tuple[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "secret").write_text("correct horse", "utf-8")
+    give(places[0], name, "battery staple", monkeypatch)
+    give(places[1], f"{name}_FILE", str(home / "secret"), monkeypatch)
+    with pytest.raises(ConfigError, match=f"{name} and {name}_FILE are both set") as raised:
+        load()
+    assert raised.value.hint == "keep one of them"
+
+
+def test_the_environment_wins_over_the_file_unless_it_is_empty(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "old").write_text("old", "utf-8")
+    (home / "new").write_text("new", "utf-8")
+    give(".env", "POSTGRES_PASSWORD_FILE", "old", monkeypatch)
+    monkeypatch.setenv("POSTGRES_PASSWORD_FILE", "")
+    assert secret_of(load(), "POSTGRES_PASSWORD") == "old"
+    monkeypatch.setenv("POSTGRES_PASSWORD_FILE", "new")
+    assert secret_of(load(), "POSTGRES_PASSWORD") == "new"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "No such file or directory"), (b"correct \xff horse", "it is not UTF-8 text")]
+)
+def test_a_file_that_cannot_be_read_is_named_and_not_shown(content: bytes | None, said: str, home: Path) -> None:
+    if content is not None:
+        (home / "secret").write_bytes(content)
+    Path(".env").write_text("AWS_ACCESS_KEY_ID_FILE=secret\n", "utf-8")
+    with pytest.raises(ConfigError) as raised:
+        load()
+    assert raised.value.fact == f"AWS_ACCESS_KEY_ID_FILE: {home / 'secret'} cannot be read: {said}"
+    assert "readable for the user that runs walship" in raised.value.hint
+
+
+def test_another_file_can_stand_for_dotenv(home: Path) -> None:
+    """And then ``.env`` counts for nothing, unknown names included."""
+    (home / ".env").write_text("WALSHIP_SPOLDIR=/x\nPOSTGRES_PORT=1\n", "utf-8")
+    (home / "other").write_text("POSTGRES_PASSWORD_FILE=secret\n", "utf-8")
+    (home / "secret").write_text("correct horse", "utf-8")
+    settings = load(home / "other")
+    assert (settings.postgres_port, secret_of(settings, "POSTGRES_PASSWORD")) == (5432, "correct horse")
+    with pytest.raises(ConfigError, match="there is no setting WALSHIP_SPOLDIR") as raised:
+        load()
+    assert raised.value.hint == "did you mean WALSHIP_SPOOL_DIR?"

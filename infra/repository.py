@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+
+import structlog
 
 from handlers.body import joined
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Store
-from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
-from pipeline.objects import MemoryBody
+from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, StoreError, WalshipError
+from pipeline.objects import MemoryBody, check_members, strict_json
 from pipeline.wal import SEGMENT_SIZES
 
+log = structlog.get_logger()
+
 FORMAT = 1
+#: Bytes; ours has two hundred.
+_MOST = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,11 @@ class RepositoryFacts:
         return MemoryBody([json.dumps(asdict(self), indent=1).encode() + b"\n"])
 
 
+_MEMBERS: dict[str, type] = {
+    f.name: int if f.name in ("server_major", "segment_size", "format") else str for f in fields(RepositoryFacts)
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Destination:
     """A place that holds repositories."""
@@ -54,18 +65,26 @@ class Destination:
 async def read_facts(store: Store, system_id: str) -> RepositoryFacts:
     """``repository.json`` of one cluster. ObjectMissing if it is not there, IntegrityError if it makes no sense."""
     key = f"{system_id}/{REPOSITORY}"
-    content = joined(await store.get(key))
+    body = await store.get(key)
     try:
-        facts = RepositoryFacts(**json.loads(content))
-        sensible = facts.system_id == system_id and facts.segment_size in SEGMENT_SIZES
-    except (ValueError, TypeError) as error:
-        raise IntegrityError(f"{key} at {store.name} cannot be read: {error}") from None
-    if facts.format != FORMAT:
+        if body.size > _MOST:
+            raise IntegrityError(f"{key} at {store.name} is {body.size} bytes; a repository.json has at most {_MOST}")
+        content = joined(body)
+    finally:
+        body.close()
+    try:
+        members = strict_json(content)
+        if isinstance(members, dict) and type(members.get("format")) is int and members["format"] != FORMAT:
+            raise IntegrityError(
+                f"the repository at {store.name} is of format {members['format']}; this walship knows format {FORMAT}",
+                hint="use the walship version that wrote it, or a newer one",
+            )
+        facts = RepositoryFacts(**check_members(members, _MEMBERS))
+    except ValueError as error:
         raise IntegrityError(
-            f"the repository at {store.name} is of format {facts.format}; this walship knows format {FORMAT}",
-            hint="use the walship version that wrote it, or a newer one",
-        )
-    if not sensible:
+            f"{key} at {store.name} cannot be read: {error}", hint="copy it back from another destination"
+        ) from None
+    if facts.system_id != system_id or facts.segment_size not in SEGMENT_SIZES or facts.server_major < 1:
         raise IntegrityError(f"{key} at {store.name} contradicts itself: {facts}")
     return facts
 
@@ -86,28 +105,40 @@ async def clusters(store: Store) -> list[str]:
 
 
 async def find(destinations: Sequence[Destination], cluster: str = "") -> RepositoryFacts:
-    """The one repository that is there, or the one that was asked for, from the first destination that answers.
+    """The one repository that is there, or the one that was asked for, from the first destination that has it whole.
 
-    ConfigError if there is none or several to choose from; the last StoreError if no destination answers.
+    A destination that fails or holds a damaged ``repository.json`` is passed over, with a warning if another serves.
+    ConfigError if there is none or several to choose from; the last StoreError or IntegrityError if none can be read.
     """
-    failure: StoreError | None = None
+    failures: list[tuple[Destination, StoreError | IntegrityError]] = []
     seen: set[str] = set()
     for destination in destinations:
         try:
             here = [cluster] if cluster else await clusters(destination.root)
             seen.update(here)
             if len(here) == 1:
-                return await read_facts(destination.root, here[0])
+                facts = await read_facts(destination.root, here[0])
+                break
         except ObjectMissing:
             seen.discard(cluster)
-        except StoreError as error:
-            failure = error
+        except (StoreError, IntegrityError) as error:
+            failures.append((destination, error))
+    else:
+        raise _none_found(destinations, cluster, seen, [error for _, error in failures])
+    for passed_over, failure in failures:
+        log.warning("repository", destination=passed_over.name, error=failure.fact, hint=failure.hint)
+    return facts
+
+
+def _none_found(
+    destinations: Sequence[Destination], cluster: str, seen: set[str], failures: Sequence[WalshipError]
+) -> WalshipError:
     if len(seen) > 1:
-        raise ConfigError(
+        return ConfigError(
             f"the destinations hold {len(seen)} clusters: {', '.join(sorted(seen))}", hint="choose one with --cluster"
         )
-    if failure is not None:
-        raise failure
+    if failures:
+        return failures[-1]
     names = ", ".join(d.name for d in destinations)
     what = f"cluster {cluster}" if cluster else "any cluster"
-    raise ConfigError(f"there is no repository of {what} at {names}", hint="`walship init` makes it")
+    return ConfigError(f"there is no repository of {what} at {names}", hint="`walship init` makes it")

@@ -7,13 +7,14 @@ is authenticated as a whole: a part of another backup, or an older part of the s
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 
 from pipeline.errors import IntegrityError
-from pipeline.objects import strict_json
-from pipeline.wal import Lsn
+from pipeline.objects import check_members, strict_json
+from pipeline.wal import SEGMENT_SIZES, Lsn
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,22 +132,78 @@ class BackupInfo:
 
     @classmethod
     def decode(cls, name: str, content: bytes | bytearray) -> BackupInfo:
-        """The opposite of ``encode``. ``name`` is for messages. Raises IntegrityError."""
+        """The opposite of ``encode``. ``name`` is for messages. Raises IntegrityError for what ``encode`` cannot write.
+
+        Everything is checked that others rely on without a second look: whoever may write to the store of a repository
+        that is not encrypted can write this.
+        """
         try:
-            members: dict[str, Any] = strict_json(bytes(content))
-            return cls(
-                **{
-                    **members,
-                    "start_lsn": Lsn.parse(members["start_lsn"]),
-                    "stop_lsn": Lsn.parse(members["stop_lsn"]),
-                    "started": datetime.fromisoformat(members["started"]),
-                    "stopped": datetime.fromisoformat(members["stopped"]),
-                    "tablespaces": tuple(Tablespace(**t) for t in members["tablespaces"]),
-                    "archives": tuple(
-                        ArchiveInfo(a["name"], a["size"], tuple(a["parts"])) for a in members["archives"]
-                    ),
-                    "index": tuple(members["index"]),
-                }
-            )
-        except (ValueError, TypeError, KeyError) as error:
+            members = check_members(strict_json(bytes(content)), _INFO)
+            members |= {moment: _moment(moment, members[moment]) for moment in ("started", "stopped")}
+            members |= {lsn: Lsn.parse(members[lsn]) for lsn in ("start_lsn", "stop_lsn")}
+            members["tablespaces"] = tuple(Tablespace(**check_members(t, _TABLESPACE)) for t in members["tablespaces"])
+            members["archives"] = tuple(_archive(archive) for archive in members["archives"])
+            members["index"] = _digests("index", members["index"])
+            info = cls(**members)
+            _check(info)
+        except ValueError as error:
             raise IntegrityError(f"{name} is no backup_info that this walship can read: {error}") from None
+        return info
+
+
+_STRINGS = ("name", "id", "kind", "system_id", "start_lsn", "stop_lsn", "started", "stopped", "manifest", "label")
+_NUMBERS = ("server_version", "segment_size", "timeline", "stored_size")
+_INFO: dict[str, type] = {
+    **dict.fromkeys(_STRINGS, str),
+    **dict.fromkeys(_NUMBERS, int),
+    **dict.fromkeys(("tablespaces", "archives", "index"), list),
+}
+_TABLESPACE: dict[str, type] = {"oid": int, "location": str}
+_ARCHIVE: dict[str, type] = {"name": str, "size": int, "parts": list}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_ID = re.compile(r"[0-9a-f]{32}")
+_SYSTEM_ID = re.compile(r"[0-9]{1,20}")
+#: What an oid and a timeline are in PostgreSQL: 32 bits, and never 0.
+_UNSIGNED = range(1, 1 << 32)
+
+
+def _archive(found: Any) -> ArchiveInfo:
+    members = check_members(found, _ARCHIVE)
+    return ArchiveInfo(members["name"], members["size"], _digests(f"archive {members['name']}", members["parts"]))
+
+
+def _digests(what: str, found: list[Any]) -> tuple[str, ...]:
+    if not all(isinstance(digest, str) and _DIGEST.fullmatch(digest) for digest in found):
+        raise ValueError(f"{what} lists what is no SHA-256")
+    return tuple(found)
+
+
+def _moment(member: str, text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(f"{member} has no time zone")
+    return moment
+
+
+def _check(info: BackupInfo) -> None:
+    """Raises ValueError for values that no backup has."""
+    oids = [tablespace.oid for tablespace in info.tablespaces]
+    archives = [archive.name for archive in info.archives]
+    for wrong, fact in (
+        (info.kind != "full", f"it is of the kind {info.kind!r}"),
+        (not _ID.fullmatch(info.id), f"the id is {info.id!r}"),
+        (not _SYSTEM_ID.fullmatch(info.system_id), f"the system identifier is {info.system_id!r}"),
+        (info.server_version < 1, f"the server is of version {info.server_version}"),
+        (info.segment_size not in SEGMENT_SIZES, f"a segment of {info.segment_size} bytes does not exist"),
+        (info.timeline not in _UNSIGNED, f"timeline {info.timeline} does not exist"),
+        (info.stop_lsn < info.start_lsn, f"it ends at {info.stop_lsn}, before its start at {info.start_lsn}"),
+        (info.stored_size < 0 or any(a.size < 0 for a in info.archives), "a size is negative"),
+        (info.manifest and not _DIGEST.fullmatch(info.manifest), "the manifest's digest is no SHA-256"),
+        (not all(oid in _UNSIGNED for oid in oids), "the oid of a tablespace does not exist"),
+        (len(set(oids)) < len(oids), "a tablespace is listed twice"),
+        (len(set(archives)) < len(archives), "an archive is listed twice"),
+        # Names of archives become parts of paths.
+        (not {"base", *map(str, oids)}.issuperset(archives), "an archive is neither base nor a tablespace's"),
+    ):
+        if wrong:
+            raise ValueError(fact)

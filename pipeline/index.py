@@ -7,11 +7,13 @@ links have none: the archive itself says all of them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from pipeline.catalog import PART_SIZE
 from pipeline.errors import IntegrityError
+from pipeline.objects import check_members, strict_json
 from pipeline.tar import Entry, EntryKind
 
 
@@ -42,16 +44,20 @@ class Slice:
     def decode(cls, name: str, line: bytes | bytearray) -> Slice:
         """The opposite of ``encode``; ``name`` is that of the index object, for messages. Raises IntegrityError."""
         try:
-            found = cls(**json.loads(line))
-            for member in _MEMBERS:
-                if type(getattr(found, member)) is not (str if member in ("archive", "path") else int):
-                    raise TypeError(f"{member} has the wrong type")
-        except (ValueError, TypeError) as error:
+            found = cls(**check_members(strict_json(bytes(line)), _MEMBERS))
+            if found.archive != "base" and not _OID.fullmatch(found.archive):
+                raise ValueError("archive is neither base nor an oid")
+            if min(found.offset, found.length, found.part_offset, found.part - 1) < 0:
+                raise ValueError("a number is too small")
+            if found.offset + found.length > found.size or found.part_offset + found.length > PART_SIZE:
+                raise ValueError("it leads out of the file or of the part")
+        except ValueError as error:
             raise IntegrityError(f"{name} has a line that cannot be read: {error}") from None
         return found
 
 
-_MEMBERS = tuple(field.name for field in fields(Slice))
+_MEMBERS: dict[str, type] = {f.name: str if f.name in ("archive", "path") else int for f in fields(Slice)}
+_OID = re.compile(r"[1-9][0-9]{0,9}")
 #: Made once: a backup may have a million lines.
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 

@@ -129,18 +129,22 @@ def strict_json(text: bytes) -> Any:
 def read_members(what: str, text: bytes, kinds: Mapping[str, type]) -> dict[str, Any]:
     """A JSON object that has exactly the members ``kinds``, each of that type. Raises IntegrityError about ``what``."""
     try:
-        members = strict_json(text)
-        if not isinstance(members, dict):
-            raise ValueError("it is not an object")  # noqa: TRY004  # what was read is wrong, not what was called
-        if members.keys() != kinds.keys():
-            odd = sorted(members.keys() ^ kinds.keys())
-            raise ValueError(f"unknown or missing members: {', '.join(odd)[:200]}")
-        for member, kind in kinds.items():
-            if type(members[member]) is not kind:
-                raise ValueError(f"{member} is not {kind.__name__}")
+        return check_members(strict_json(text), kinds)
     except ValueError as error:
         raise IntegrityError(f"{what} cannot be read: {error}") from None
-    return members
+
+
+def check_members(found: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """``found``, if it is a JSON object with exactly the members ``kinds``, each of that type. Raises ValueError."""
+    if not isinstance(found, dict):
+        raise ValueError("it is not an object")  # noqa: TRY004  # what was read is wrong, not what was called
+    if found.keys() != kinds.keys():
+        odd = sorted(found.keys() ^ kinds.keys())
+        raise ValueError(f"unknown or missing members: {', '.join(odd)[:200]}")
+    for member, kind in kinds.items():
+        if type(found[member]) is not kind:
+            raise ValueError(f"{member} is not {kind.__name__}")
+    return found
 
 
 def _parse(name: str, raw: bytes) -> Header:

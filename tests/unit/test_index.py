@@ -50,8 +50,13 @@ LINE = b'{"archive":"base","path":"a","size":3,"offset":0,"part":1,"part_offset"
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[]", b'{"archive":"base"}', LINE.replace(b'"base"', b"1"), LINE.replace(b":3,", b":true,")],
-)
+    [
+        b"", b"{", b"[]", b'{"archive":"base"}', LINE.replace(b'"base"', b"1"), LINE.replace(b":3,", b":true,"),
+        LINE.replace(b'"part":1', b'"part":0'), LINE.replace(b":512", b":-1"), LINE.replace(b":512", b":16777214"),
+        LINE.replace(b'"base"', b'"../1"'), LINE.replace(b'"offset":0', b'"offset":1'),
+        LINE.replace(b'"path":"a"', b'"path":"b","path":"a"'),
+    ],
+)  # fmt: skip
 def test_a_line_that_is_none_is_an_integrity_error(line: bytes) -> None:
     with pytest.raises(IntegrityError, match="index has a line that cannot be read"):
         Slice.decode("index", line)

@@ -1,8 +1,8 @@
 """The folders that a restore writes into: what may be there, whose they are, whether there is room. Blocking.
 
 Everything is looked at before anything is changed. A data directory is emptied only when asked to, only when it can be
-told to be one, and never when a server runs on it. What an interrupted restore left behind is recognised by its marker
-and may always be replaced.
+told to be one, and never when a server may be running on it. What an interrupted restore left behind is recognised by
+its marker and may be replaced.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from pipeline.backup import BackupInfo, Tablespace
@@ -61,7 +62,7 @@ def look(
     ours = _leftover(directory)
     full = []
     if _holds_something(directory):
-        _check_not_running(directory)
+        _check_not_running(directory, ours=ours is not None)
         if ours is None:
             _check_may_empty(directory, force=force)
         full.append(directory)
@@ -179,21 +180,64 @@ def _holds_something(folder: Path) -> bool:
         raise RecoveryError(f"{folder} cannot be looked at: {error.strerror}") from None
 
 
-def _check_not_running(directory: Path) -> None:
+class _Owner(Enum):
+    """What is known of the server that a postmaster.pid speaks of."""
+
+    RUNS = "runs"
+    DEAD = "dead"
+    UNKNOWN = "unknown"
+
+
+def _check_not_running(directory: Path, *, ours: bool) -> None:
+    """Refuse a directory whose server runs, or whose server is not proven dead.
+
+    A process number proves no death: the server may run in another container, or on another machine that shares the
+    mount, and then its number is nobody here, or somebody else, or (1, in a container) ourselves. What proves it is
+    what PostgreSQL itself goes by: the small System V shared memory segment that every server keeps attached, and that
+    outlives a killed one. If the very segment that postmaster.pid names is here, made by the process it names, and
+    nobody is attached to it, the server ran here and is dead. After a reboot the segment is gone: a person has to say
+    so then. Only where an interrupted restore of ours left its marker no server can have been started.
+    """
     try:
-        first = (directory / "postmaster.pid").read_text("latin-1").split("\n", 1)[0].strip()
+        lines = (directory / "postmaster.pid").read_text("latin-1").split("\n")
     except FileNotFoundError:
         return
-    pid = abs(int(first)) if first.lstrip("-").isdigit() else 0
-    if pid and _is_server(pid):
+    pid = abs(int(lines[0])) if lines[0].strip().lstrip("-").isdecimal() else 0
+    owner = _attached(pid, lines)
+    if owner is _Owner.UNKNOWN and pid and _is_server(pid):
+        owner = _Owner.RUNS
+    if owner is _Owner.RUNS:
         raise RecoveryError(
             f"{directory} belongs to a running server, process {pid}",
             hint="stop it first, or restore into another folder",
         )
+    if owner is _Owner.UNKNOWN and not ours:
+        raise RecoveryError(
+            f"{directory} has a postmaster.pid, and the server that it names (process {pid}) may be running elsewhere",
+            hint="in another container, or on another machine that shares the folder; if it is certain that no server"
+            f" runs on it, remove {directory}/postmaster.pid",
+        )
+
+
+def _attached(pid: int, lines: Sequence[str]) -> _Owner:
+    """Whether anyone holds the shared memory segment that line 7 of postmaster.pid names by key and id."""
+    try:
+        key, number = (int(word) & 0xFFFFFFFF for word in lines[6].split())
+        table = Path("/proc/sysvipc/shm").read_text("ascii").splitlines()[1:]
+    except (OSError, ValueError, IndexError):
+        return _Owner.UNKNOWN
+    for line in table:
+        # key shmid perms size cpid lpid nattch …
+        fields = [int(word) for word in line.split()]
+        if (fields[0] & 0xFFFFFFFF, fields[1]) == (key, number):
+            if fields[6]:
+                return _Owner.RUNS
+            return _Owner.DEAD if fields[4] == pid else _Owner.UNKNOWN
+    return _Owner.UNKNOWN
 
 
 def _is_server(pid: int) -> bool:
-    """Whether that process lives, and is not known to be something else."""
+    """Whether that process lives, and is not known to be something else. False proves nothing."""
     if pid in {os.getpid(), os.getppid()}:
         return False
     try:

@@ -17,7 +17,7 @@ from infra.postgres.processes import give, run_as
 from infra.postgres.recovery_files import NEUTRAL, inherited, parse_conf, quoted
 from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.wal_script import FOLDER, SCRIPT, script
-from infra.restore import FETCH_WAL, Place, Repository, Watch, make_plan, restore
+from infra.restore import FETCH_WAL, Place, Repository, Watch, check_place, make_plan, restore
 from infra.storage.local import LocalStore
 from pipeline.catalog import wal_key
 from pipeline.errors import IntegrityError, RecoveryError
@@ -397,6 +397,31 @@ async def test_a_server_that_cannot_recover_says_why_and_can_be_replaced(
     restored = await restore(bank.repository(), plan, replace(place, force=True))
     with stopped_after(restored.server):
         assert rows(place) == [1, 2, 3]
+
+
+async def test_a_killed_server_is_told_from_one_that_runs(start_server: StartServer, server_folder: Path) -> None:
+    """By its shared memory, as PostgreSQL does; its process number is the same before and after."""
+    bank = await small_history(start_server, server_folder)
+    plan = await make_plan(bank.repository(), Target())
+    other = new_server(NEWEST, server_folder, name="other", segment_mb=1)
+    place = replace(bank.place("unused"), directory=other.data_dir, force=True)
+    with other:
+        other.start()
+        pid_file = other.data_dir / "postmaster.pid"
+        lines = pid_file.read_text().split("\n")
+        # As it looks from a container of its own that shares the memory only: the number is nobody.
+        for number in (lines[0], "999999999"):
+            pid_file.write_text("\n".join([number, *lines[1:]]))
+            with pytest.raises(RecoveryError, match=f"belongs to a running server, process {number}"):
+                await check_place(plan, place)
+        pid_file.write_text("\n".join(lines))
+        other.kill9()
+        assert pid_file.exists()
+        pid_file.write_text("\n".join(["999999999", *lines[1:]]))
+        with pytest.raises(RecoveryError, match="may be running elsewhere"):
+            await check_place(plan, place)
+        pid_file.write_text("\n".join(lines))
+        assert (await check_place(plan, place)).full == (other.data_dir,)
 
 
 async def test_an_interrupted_start_leaves_no_server(start_server: StartServer, server_folder: Path) -> None:

@@ -69,11 +69,11 @@ async def store(
     for name, data in archives.items():
         digests = []
         for number, start in enumerate(range(0, len(data), part), 1):
-            shipped = await shelf(part_key("b", name, number), data[start : start + part], backup="i" * 32)
+            shipped = await shelf(part_key("b", name, number), data[start : start + part], backup="b" * 32)
             digests.append(shipped.digest)
         infos.append(ArchiveInfo(name, len(data), tuple(digests)))
     return BackupInfo(
-        "b", "i" * 32, "full", "7", 170000, 1 << 20, 1, Lsn(40), Lsn(80), MOMENT, MOMENT, spaces, tuple(infos), (), "",
+        "b", "b" * 32, "full", "7", 170000, 1 << 20, 1, Lsn(40), Lsn(80), MOMENT, MOMENT, spaces, tuple(infos), (), "",
         0,
     )  # fmt: skip
 
@@ -177,7 +177,7 @@ async def test_parts_that_were_exchanged_lost_or_cut(tmp_path: Path) -> None:
     second = await shelf.store.get(part_key("b", "base", 2))
     # The same name and the same backup, but not the part that was listed.
     await shelf.store.delete([part_key("b", "base", 2)])
-    await shelf(part_key("b", "base", 2), bytes(50_000), backup="i" * 32)
+    await shelf(part_key("b", "base", 2), bytes(50_000), backup="b" * 32)
     with pytest.raises(IntegrityError, match="is not the one that the backup_info of b lists"):
         await lay(shelf, info, see(info, tmp_path / "exchanged"))
     await shelf.store.delete([part_key("b", "base", 2)])
@@ -294,10 +294,20 @@ async def test_force_replaces_a_data_directory_but_never_a_running_server(tmp_pa
     finally:
         server.kill()
         server.wait()
-    # The same number, and nobody there: a crash left the file.
+    # A number that is nobody here, or ourselves, may be a server's in another container or on another machine.
+    for pid in (server.pid, os.getpid(), os.getppid()):
+        (directory / "postmaster.pid").write_text(f"{pid}\n{directory}\n1\n5432\n\n\n  1234  99999999\nready\n")
+        with pytest.raises(RecoveryError, match=f"process {pid}\\) may be running elsewhere") as caught:
+            see(info, directory, force=True)
+        assert f"remove {directory}/postmaster.pid" in caught.value.hint
+    assert (directory / "later").exists()
+    # Where our own interrupted restore left its marker, no server was ever started.
+    (directory / MARKER).write_text('{"tablespaces": []}')
+    see(info, directory)
+    (directory / MARKER).unlink()
+    (directory / "postmaster.pid").unlink()
     await lay(shelf, info, see(info, directory, force=True))
     assert not (directory / "later").exists()
-    assert not (directory / "postmaster.pid").exists()
 
 
 async def test_a_disk_that_is_too_small(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ one ends (on Linux: by a signal that the kernel sends).
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import random
@@ -169,13 +170,21 @@ class Seaweed:
     def _wait(self) -> None:
         deadline = time.monotonic() + _START
         question = self._question()
-        while not _says_yes(question):
+        while not (_says_yes(question) and self._has_volumes()):
             assert self._process is not None
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 lines = self.log.read_text("utf-8", "replace").splitlines()[-5:]
                 raise StoreError(f"SeaweedFS did not start: {' / '.join(lines)}", hint=f"its log is {self.log}")
             time.sleep(0.05)
+
+    def _has_volumes(self) -> bool:
+        """Whether the master has heard of the volumes. Until then, up to 5 s after a start, S3 answers 500."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._ports[1]}/dir/status", timeout=5) as answer:
+                return bool(json.load(answer)["Topology"]["DataCenters"])
+        except OSError:
+            return False
 
     def _question(self) -> str:
         """A signed URL that is answered well once the bucket can be used."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from handlers.base_backup import WalSafe
 from infra.wiring import Site
@@ -62,14 +62,27 @@ async def wait_for_wal(
         await clock.sleep(PAUSE)
 
 
-def wal_safe(site: Site, tell: Callable[[str], None]) -> WalSafe:
-    """How a backup waits for its WAL: until every required destination lists it."""
+def wal_safe(
+    site: Site, tell: Callable[[str], None], *, ship_history: Callable[[int], Awaitable[None]] | None = None
+) -> WalSafe:
+    """How a backup waits for its WAL: until every required destination lists it.
+
+    ``ship_history`` stores the history of a timeline, which PostgreSQL archives only if it archived already when the
+    timeline began: a restored server did not. Without it, the history has to come as all WAL does.
+    """
 
     async def wait(start: Lsn, stop: Lsn, timeline: int) -> None:
-        files = segments_between(timeline, start, stop, site.facts.segment_size)
+        async def arrived(files: Iterable[WalFile]) -> None:
+            await wait_for_wal(
+                site.required_stores, files, clock=site.clock, timeout=site.settings.wal_timeout, tell=tell
+            )
+
+        # A history that is there before any WAL of its timeline would make "latest" follow a timeline without bytes.
+        await arrived(segments_between(timeline, start, stop, site.facts.segment_size))
         if timeline > 1:
-            files.append(WalFile(timeline, 0, 0, WalKind.HISTORY, history_name(timeline)))
-        await wait_for_wal(site.required_stores, files, clock=site.clock, timeout=site.settings.wal_timeout, tell=tell)
+            if ship_history is not None:
+                await ship_history(timeline)
+            await arrived([WalFile(timeline, 0, 0, WalKind.HISTORY, history_name(timeline))])
 
     return wait
 

@@ -81,6 +81,22 @@ class ReplicationConnection:
         """The value of a setting: ``16MB``."""
         return (await self.rows(f"SHOW {setting}"))[0][0] or ""
 
+    async def timeline_history(self, timeline: int) -> bytes:
+        """The history file of a timeline that the server is on or came from, as the bytes that it would archive.
+
+        SourceError if it has none (58P01), as timeline 1 never has.
+        """
+        await self.send(f"TIMELINE_HISTORY {timeline:d}")
+        content: bytes | None = None
+        while (result := await self.result()) is not None:
+            if result.ntuples:
+                content = result.get_value(0, 1)  # raw: the reason in it may be of any encoding
+        if content is None:
+            raise SourceError(
+                f"PostgreSQL did not send the history of timeline {timeline}", hint="see the server's log"
+            )
+        return content
+
     async def rows(self, command: str) -> list[Row]:
         """Run a command that answers with rows, or with none. All of its result sets, joined."""
         await self.send(command)

@@ -326,3 +326,8 @@ async def test_a_standby_can_be_backed_up_and_promoted(
             assert (await switch_wal(control, segment_size=facts.segment_size)).timeline == 2
         info, _ = await back_up(standby)
         assert info.timeline == 2
+        async with await ReplicationConnection.open(settings_for(standby)) as replication:
+            with pytest.raises(SourceError, match="58P01"):  # timeline 1 has none
+                await replication.timeline_history(1)
+            content = await replication.timeline_history(2)
+        assert content == (copy / "pg_wal" / "00000002.history").read_bytes()

@@ -29,6 +29,8 @@ NEUTRAL: Mapping[str, str] = {
     "primary_slot_name": "",
     "recovery_end_command": "",
     "archive_cleanup_command": "",
+    # The old server's own process id would be overwritten there, and removed in the end.
+    "external_pid_file": "",
     # It would delay each commit of the replay.
     "recovery_min_apply_delay": "0",
     # off with a target shuts the server down.
@@ -44,6 +46,13 @@ _TARGETS = (
 #: Their values may hold passwords.
 _QUIET = frozenset({"primary_conninfo", "archive_command", "recovery_end_command", "archive_cleanup_command"})
 _DEFAULTS = {"archive_mode": "off", "recovery_min_apply_delay": "0", "hot_standby": "on"}
+#: It beats -D, wherever the server was told to look, and has no effect in postgresql.auto.conf: a start of the restored
+#: directory would start the ORIGINAL one. So its lines are commented out.
+_DATA_DIRECTORY = re.compile(rb"^(?=[ \t]*data_directory\b)", re.IGNORECASE | re.MULTILINE)
+#: They are left alone: what they name is only read, and a pg_hba.conf in the directory itself may still be initdb's,
+#: which trusts everybody.
+_ELSEWHERE = ("hba_file", "ident_file")
+_INCLUDES = ("include", "include_if_exists", "include_dir")
 _REMOVED = ("standby.signal", "recovery.signal", "postmaster.pid", "postmaster.opts")
 _LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(?:=|\s)\s*('(?:[^'\\]|''|\\.)*'|[^\s#']*)")
 
@@ -119,8 +128,19 @@ def write_recovery_files(
     lines = [f"{name} = {quoted(value)}\n" for name, value in settings.items()]
     end = b"" if not before or before.endswith(b"\n") else b"\n"
     _write(conf, before + end + b"# walship restore\n" + "".join(lines).encode(), 0o600, owner)
+    _disarm(directory / "postgresql.conf", owner)
     _write(directory / "recovery.signal", b"", 0o600, owner)
     return neutralised
+
+
+def _disarm(conf: Path, owner: tuple[int, int] | None) -> None:
+    """Comment data_directory out, if it is there."""
+    if not conf.is_file():
+        return
+    before = conf.read_bytes()
+    after = _DATA_DIRECTORY.sub(b"# walship restore: ", before)
+    if after != before:
+        _write(conf, after, conf.stat().st_mode & 0o777, owner)
 
 
 def inherited(directory: Path) -> tuple[Neutralised, ...]:
@@ -130,7 +150,7 @@ def inherited(directory: Path) -> tuple[Neutralised, ...]:
         path = directory / name
         if path.is_file():
             found |= parse_conf(path.read_text("utf-8", "replace"))
-    dangerous = (*NEUTRAL, *_TARGETS)
+    dangerous = (*NEUTRAL, *_TARGETS, "data_directory")
     return tuple(
         Neutralised(name, "" if name in _QUIET else found[name])
         for name in dangerous
@@ -161,15 +181,33 @@ def quoted(value: str) -> str:
 
 def notices(neutralised: Sequence[Neutralised], directory: Path) -> tuple[str, ...]:
     """What people have to know of a directory that was made ready to recover."""
-    said = []
-    if neutralised:
-        said.append(f"switched off in {directory}/postgresql.auto.conf: {', '.join(map(str, neutralised))}")
+    said = [
+        f"commented out in {directory}/postgresql.conf: {setting}"
+        for setting in neutralised
+        if setting.name == "data_directory"
+    ]
+    if off := [setting for setting in neutralised if setting.name != "data_directory"]:
+        said.append(f"switched off in {directory}/postgresql.auto.conf: {', '.join(map(str, off))}")
     if any(n.name in ("archive_mode", "archive_command", "archive_library") for n in neutralised):
         said.append(
             "the restored server archives nothing; once it replaces the old one, which must never run again, turn that"
             " on with ALTER SYSTEM RESET archive_mode, archive_command and archive_library each, and restart it"
         )
-    if not (directory / "postgresql.conf").is_file():
+    said.append(
+        "settings on the server's command line (in a service unit, a compose file) win over all that is written here:"
+        " start it without archive_mode, archive_command, archive_library and data_directory there"
+    )
+    conf = directory / "postgresql.conf"
+    if conf.is_file():
+        settings = parse_conf(conf.read_text("utf-8", "replace"))
+        if others := [f"{name} {settings[name]}" for name in _INCLUDES if settings.get(name)]:
+            said.append(
+                f"{conf} has {', '.join(others)}: what those files set was not looked at; a data_directory there starts"
+                " the old directory in place of this one, unless the command line names this one"
+            )
+        if others := [f"{name} ({settings[name]})" for name in _ELSEWHERE if settings.get(name)]:
+            said.append(f"{conf} still names the old server's {', '.join(others)}")
+    else:
         said.append(
             "the backup holds no postgresql.conf (Debian keeps it below /etc/postgresql): put one there before the"
             " start, with max_connections and its like not below the old server's"

@@ -117,6 +117,8 @@ def control_state(directory: Path, programs: Programs) -> str:
 
 def _launch(directory: Path, programs: Programs, log_file: Path, options: dict[str, str]) -> subprocess.Popen[bytes]:
     own = {
+        # In an inherited postgresql.conf, or a file that it includes, it beats -D and starts the original directory.
+        "data_directory": str(directory),
         # Whatever the restored configuration says: its words come to our log, and in English.
         "logging_collector": "off",
         "log_destination": "stderr",

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tarfile
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from pipeline.objects import MemoryBody
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target
 from pipeline.wal import WalFile
+from tests.clock import FastClock
 from tests.integration.test_restore import ask, rows, stopped_after
 from tests.restoring import Bank, archiving
 from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, new_server, server_folder, start_server
@@ -170,6 +172,29 @@ async def test_what_a_restored_server_inherits_is_switched_off(
     assert "primary_conninfo" in said, "its password is not shown"
     assert "recovery_target_name (was 'of an earlier restore')" in said
     assert any("ALTER SYSTEM RESET archive_mode" in notice for notice in restored.notices)
+
+
+async def test_the_restored_directory_is_started_and_not_the_one_its_configuration_names(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(start_server, server_folder)
+    original, other_pid = bank.server.data_dir, server_folder / "other.pid"
+    included = server_folder / "included.conf"
+    included.write_text(f"data_directory = '{original}'\n")
+    bank.server.configure({"data_directory": str(original), "external_pid_file": str(other_pid)})
+    with (original / "postgresql.conf").open("a") as conf:
+        conf.write(f"include '{included}'\n")
+    await bank.back_up(FastClock(datetime.now(UTC) + timedelta(seconds=5)))
+    bank.server.query("insert into t values (4)")
+    await bank.ship_wal()
+    bank.server.stop()  # or its lock would refuse the second server
+    place = bank.place("clone")
+    restored = await restore(bank.repository(), await make_plan(bank.repository(), Target()), place)
+    with stopped_after(restored.server):
+        assert ask(place, "show data_directory") == [(str(place.directory),)]
+        assert rows(place) == [1, 2, 3, 4]
+        assert not other_pid.exists()
+    assert "data_directory" not in parse_conf((place.directory / "postgresql.conf").read_text())
 
 
 async def test_our_files_get_into_no_backup(start_server: StartServer, server_folder: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from infra.postgres.recovery_files import parse_conf
 from infra.settings import Settings, known_names
 
 _HOME = Path(__file__).resolve().parents[2]
@@ -42,14 +44,23 @@ def test_walships_settings_exist_and_agree(
         assert environment[secret] == services["s3"]["environment"][secret]
 
 
-def test_the_server_archives_into_the_spool_that_walship_reads(services: dict[str, Any]) -> None:
-    options = _options(services["postgres"])
+def test_the_server_archives_into_the_spool_that_walship_reads(services: dict[str, Any], tmp_path: Path) -> None:
+    for volume in services["postgres"]["volumes"]:
+        if ":/docker-entrypoint-initdb.d/" in volume:
+            subprocess.run(["/bin/sh", _HOME / volume.split(":")[0]], env={"PGDATA": str(tmp_path)}, check=True)
+    options = parse_conf((tmp_path / "postgresql.conf").read_text("utf-8"))
+    assert options["archive_mode"] == "on"
     assert options["archive_library"] == "basic_archive"
     assert "archive_command" not in options  # both at once silently stop archiving
     folder = options["basic_archive.archive_directory"]
     assert folder == services["walship"]["environment"]["WALSHIP_SPOOL_DIR"]
     for name in ("postgres", "walship", "volumes"):
         assert f"spool:{folder}" in services[name]["volumes"]
+
+
+def test_a_restored_volume_does_not_archive_into_the_spool(services: dict[str, Any]) -> None:
+    """Options on the command line win over the postgresql.auto.conf in which a restore switches archiving off."""
+    assert "command" not in services["postgres"]
 
 
 def test_the_bucket_and_port_are_those_of_the_destination(services: dict[str, Any]) -> None:

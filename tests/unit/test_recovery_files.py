@@ -94,6 +94,25 @@ def test_what_was_inherited_is_told_without_secrets(tmp_path: Path) -> None:
     assert "no postgresql.conf" in " ".join(notices((), tmp_path / "elsewhere"))
 
 
+def test_a_data_directory_of_its_own_is_taken_from_the_configuration(tmp_path: Path) -> None:
+    """It beats -D: a start by hand would start the original."""
+    conf = tmp_path / "postgresql.conf"
+    conf.write_text(
+        "port = 1\n  Data_Directory = '/old'\ninclude_dir 'conf.d'\n#data_directory='x'\nhba_file = '/etc/hba'\n"
+        "data_directory '/older'"
+    )
+    conf.chmod(0o640)
+    found = write_recovery_files(tmp_path, {}, segment_size=SIZE, fetch=("x",), context=b"", owner=None)
+    assert [str(n) for n in found] == ["data_directory (was '/older')"]
+    assert parse_conf(conf.read_text()) == {"port": "1", "include_dir": "conf.d", "hba_file": "/etc/hba"}
+    assert conf.stat().st_mode & 0o777 == 0o640
+    said = notices(found, tmp_path)
+    assert said[0] == f"commented out in {conf}: data_directory (was '/older')"
+    assert any("include_dir conf.d: what those files set was not looked at" in line for line in said)
+    assert any("still names the old server's hba_file (/etc/hba)" in line for line in said)
+    assert any("command line" in line for line in notices((), tmp_path))
+
+
 def test_the_words_of_the_restore_come_last(tmp_path: Path) -> None:
     conf = tmp_path / "postgresql.auto.conf"
     conf.write_text("archive_mode = on")

@@ -7,17 +7,21 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from handlers.fetch import Fetcher
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts
 from infra.sources.spool import SpoolState, holder, look_at_spool
 from infra.wiring import Site
-from pipeline.catalog import Listing, info_key
-from pipeline.contracts import Store
-from pipeline.errors import ObjectMissing, SourceError, StoreError
-from pipeline.wal import Lsn
+from pipeline.backup import BackupInfo
+from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
+from pipeline.contracts import Fetch, Store
+from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, SourceError, StoreError
+from pipeline.wal import Lsn, WalFile, parse_history
 
 #: Waiting longer than this in the spool is no longer a passing queue.
 SLOW = timedelta(minutes=2)
+#: Most bytes that the description of a backup may have, and a history file.
+_MOST_INFO, _MOST_HISTORY = 256 << 20, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,18 @@ class DestinationStatus:
     error: str = ""
     #: The newest finished segment there, on the server's timeline.
     last_segment: str = ""
-    #: All finished WAL before this position is there; None if nothing is.
+    #: Up to here the WAL is there without a hole, from the newest backup on (or from the first segment, if there is no
+    #: backup); None if there is no WAL.
     durable_lsn: str | None = None
+    #: The first segment that is missing there although later ones are stored; empty if none is.
+    missing: str = ""
     #: Bytes written by the server and not yet there; None if the server or the destination does not answer.
     lag_bytes: int | None = None
     #: Segments missing between stored ones.
     holes: int = 0
     last_backup: str = ""
+    #: What could not be read there, one sentence each.
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,10 @@ class Status:
     #: Empty if the server answered.
     server_error: str
     current_lsn: str | None
+    #: None if there is no spool, or it cannot be read.
     spool: SpoolState | None
+    #: Empty if the spool could be read.
+    spool_error: str
     #: Process id of the service that ships the spool; None if there is none.
     service: int | None
     destinations: tuple[DestinationStatus, ...]
@@ -68,7 +80,12 @@ async def read_status(site: Site) -> Status:
     now = site.clock.now()
     server, server_error = await _server(site)
     spool_dir = site.settings.spool_dir
-    spool = look_at_spool(spool_dir, now) if spool_dir else None
+    spool, spool_error = None, ""
+    if spool_dir:
+        try:
+            spool = look_at_spool(spool_dir, now)
+        except SourceError as error:
+            spool_error = error.fact
     destinations = []
     for destination, store in zip(site.destinations, site.stores, strict=True):
         destinations.append(await _destination(store, site, server, required=destination.required))
@@ -78,6 +95,7 @@ async def read_status(site: Site) -> Status:
         server_error=server_error,
         current_lsn=str(server.wal_lsn) if server else None,
         spool=spool,
+        spool_error=spool_error,
         service=holder(spool_dir) if spool_dir else None,
         destinations=tuple(destinations),
     )
@@ -97,39 +115,76 @@ async def _server(site: Site) -> tuple[ServerFacts | None, str]:
 
 async def _destination(store: Store, site: Site, server: ServerFacts | None, *, required: bool) -> DestinationStatus:
     listing = Listing(site.facts.system_id)
-    backups = []
+    fetch = Fetcher([store], site.chain, site.facts.system_id)
+    names = []
     try:
         async for entry in store.list("wal/"):
             listing.add(entry.key)
         async for entry in store.list("base/", shallow=True):
             name = entry.key.removeprefix("base/").rstrip("/")
-            if await _has_backup(store, name):
-                backups.append(name)
+            if backup_of(info_key(name)):
+                names.append(name)
+        backup = await _newest_backup(names, fetch, listing)
+        await _read_histories(fetch, listing)
     except StoreError as error:
         return DestinationStatus(store.name, required, error=error.fact)
     catalog = listing.catalog(site.facts.segment_size)
-    timeline = server.timeline if server else catalog.newest_timeline
+    timeline = server.timeline if server and server.timeline in catalog.timelines else catalog.newest_timeline
     runs = catalog.segments.get(timeline)
-    durable = Lsn((runs.last + 1) * site.facts.segment_size) if runs else None
-    lag = max(0, server.wal_lsn - durable) if server and durable is not None else None
+    durable, missing = unbroken(catalog, timeline, backup)
     return DestinationStatus(
         store.name,
         required,
         last_segment=catalog.file(timeline, runs.last).name if runs else "",
         durable_lsn=str(durable) if durable is not None else None,
-        lag_bytes=lag,
+        missing=missing.name if missing else "",
+        lag_bytes=max(0, server.wal_lsn - durable) if server and durable is not None else None,
         holes=sum(hole.count for hole in catalog.holes()),
-        last_backup=max(backups, default=""),
+        last_backup=backup.name if backup else "",
+        problems=catalog.problems,
     )
 
 
-async def _has_backup(store: Store, name: str) -> bool:
-    """A folder proves nothing: a backup is there when its backup_info is."""
-    try:
-        await store.head(info_key(name))
-    except ObjectMissing:
-        return False
-    return True
+def unbroken(catalog: Catalog, timeline: int, backup: BackupInfo | None) -> tuple[Lsn | None, WalFile | None]:
+    """How far the WAL that leads to ``timeline`` goes without a hole, and the segment that is missing there, if any.
+
+    It begins with the backup, if that is one that the timeline descends from; else with the timeline's first segment.
+    """
+    if backup is not None:
+        try:
+            lineage = catalog.lineage(timeline)
+        except RecoveryError:
+            lineage = None
+        if lineage and lineage.holds(backup.timeline, backup.start_lsn):
+            path = catalog.wal_path(lineage, backup.start_lsn)
+            return path.end, path.missing
+    runs = catalog.segments.get(timeline)
+    if not runs:
+        return None, None
+    end = runs.reach(runs.ranges[0][0])
+    return Lsn(end * catalog.segment_size), catalog.file(timeline, end) if end <= runs.last else None
+
+
+async def _newest_backup(names: list[str], fetch: Fetch, listing: Listing) -> BackupInfo | None:
+    """A folder proves nothing: a backup is there when its backup_info is. Only the newest is read: they can be big."""
+    for name in sorted(names, reverse=True):
+        try:
+            fetched = await fetch(info_key(name), backup=None, most=_MOST_INFO)
+            return checked_info(info_key(name), name, fetched.plain)
+        except ObjectMissing:
+            continue  # being taken, or never finished
+        except IntegrityError as error:
+            listing.problem(f"backup {name} cannot be used: {error.fact}")
+    return None
+
+
+async def _read_histories(fetch: Fetch, listing: Listing) -> None:
+    for file in sorted(listing.history_files):
+        try:
+            fetched = await fetch(wal_key(file), most=_MOST_HISTORY)
+            listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
+        except IntegrityError as error:
+            listing.problem(f"the history of timeline {file.timeline} cannot be read: {error.fact}")
 
 
 def _reasons(status: Status, server: ServerFacts | None, segment_size: int) -> Iterator[str]:
@@ -138,6 +193,8 @@ def _reasons(status: Status, server: ServerFacts | None, segment_size: int) -> I
         yield f"server: {status.server_error}"
     if server and server.archiver.failing:
         yield f"server: archiving fails since {server.archiver.last_failed_wal}"
+    if status.spool_error:
+        yield f"spool: {status.spool_error}"
     if status.spool is not None:
         if status.service is None:
             yield "no service ships the spool (`walship run`)"
@@ -154,6 +211,9 @@ def _reasons_of(place: DestinationStatus, segment_size: int) -> Iterator[str]:
     if place.error:
         yield place.error
         return
+    yield from place.problems
+    if place.missing:
+        yield f"{place.missing} is missing: what lies behind it cannot be reached"
     if place.holes:
         yield f"{place.holes} segments are missing between stored ones"
     if place.durable_lsn is None:

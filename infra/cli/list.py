@@ -84,6 +84,7 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
             for w in catalog.windows()
         ],
         "holes": [{"first": h.first.name, "last": h.last.name, "segments": h.count} for h in catalog.holes()],
+        "unknown": {"objects": catalog.unknown, "examples": list(catalog.examples)},
         "problems": list(catalog.problems),
     }
 
@@ -105,4 +106,6 @@ def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) ->
                 lines.append(f"  restorable on timeline {window.timeline}: {show(backup.stopped)} to {until}{end}")
                 lines.append(f"    LSN {window.start} to {window.end}")
     lines += [f"hole: {h.count} segments are missing, {h.first} to {h.last}" for h in catalog.holes()]
+    if catalog.unknown:
+        lines.append(f"not walship's: {catalog.unknown} objects below wal/, for example {', '.join(catalog.examples)}")
     return lines

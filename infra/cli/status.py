@@ -31,6 +31,8 @@ def _lines(status: Status) -> list[str]:
     lines.append(f"server   {status.server_error or f'WAL written to {status.current_lsn}'}")
     service = f"process {status.service}" if status.service else "not running"
     lines.append(f"service  {service}")
+    if status.spool_error:
+        lines.append(f"spool    {status.spool_error}")
     if status.spool is not None:
         lines.append(
             f"spool    {status.spool.files} files wait ({human(status.spool.bytes)}),"
@@ -42,6 +44,7 @@ def _lines(status: Status) -> list[str]:
             lines.append(f"  {place.error}")
             continue
         lag = "unknown" if place.lag_bytes is None else human(place.lag_bytes)
-        lines.append(f"  last segment {place.last_segment or 'none'}, behind by {lag}")
+        hole = f", {place.missing} is missing" if place.missing else ""
+        lines.append(f"  last segment {place.last_segment or 'none'}{hole}; behind by {lag}")
         lines.append(f"  last backup  {place.last_backup or 'none'}")
     return lines

@@ -1,0 +1,177 @@
+"""What ``status`` says of destinations and of the spool: holes, damage, and what does not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from handlers.fetch import Fetcher, read_catalog
+from infra.cli.list import _lines, _result
+from infra.postgres.control import Archiver, Role, ServerFacts
+from infra.repository import Destination, RepositoryFacts
+from infra.settings import Settings
+from infra.status import DestinationStatus, _destination, read_status
+from infra.storage.memory import MemoryStore
+from infra.wiring import Site
+from pipeline.backup import ArchiveInfo, BackupInfo
+from pipeline.catalog import info_key, wal_key
+from pipeline.contracts import Store
+from pipeline.errors import StoreError
+from pipeline.objects import MemoryBody
+from pipeline.wal import Lsn, WalFile
+from tests.clock import FastClock
+from tests.keys import SYSTEM_ID, plain_keys
+from tests.parts import Shelf
+from tests.stores import Faulty
+
+SIZE = 1 << 20
+NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
+#: A server that has written half of the segment 9.
+SERVER = ServerFacts(
+    version_num=170011, system_identifier=SYSTEM_ID, segment_size=SIZE, timeline=1, in_recovery=False,
+    wal_lsn=Lsn(9 * SIZE + SIZE // 2), wal_level="replica", archive_mode="on", archive_command="",
+    archive_library="basic_archive", archive_directory="/spool", archive_timeout=60, max_wal_senders=10,
+    data_directory=None, server_encoding="UTF8", fsync=True, full_page_writes=True, synchronous_standby_names="",
+    synchronous_commit="on",
+    role=Role("walship", superuser=False, replication=True, monitor=True, missing_functions=()),
+    archiver=Archiver(9, "", None, 0, "", None),
+)  # fmt: skip
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf(SYSTEM_ID)
+
+
+async def archive(shelf: Shelf, numbers: Iterable[int], timeline: int = 1) -> None:
+    for number in numbers:
+        await shelf(wal_key(WalFile.segment(timeline, number * SIZE, SIZE)), b"WAL")
+
+
+async def back_up(shelf: Shelf, number: int, name: str = "base_20260114_120000") -> str:
+    """A backup that begins in the middle of that segment."""
+    start = Lsn(number * SIZE + SIZE // 2)
+    info = BackupInfo(
+        name=name, id="b" * 32, kind="full", system_id=SYSTEM_ID, server_version=170011, segment_size=SIZE, timeline=1,
+        start_lsn=start, stop_lsn=Lsn(start + 1000), started=NOON, stopped=NOON, tablespaces=(),
+        archives=(ArchiveInfo("base", 1000, ("a" * 64,)),), index=(), manifest="", stored_size=100,
+    )  # fmt: skip
+    await shelf(info_key(name), info.encode(), backup=info.id)
+    return name
+
+
+def site_of(shelf: Shelf, store: Store, *, server: str = "/nowhere", spool: Path | None = None) -> Site:
+    settings = Settings(_env_file=None, POSTGRES_HOST=server, WALSHIP_SPOOL_DIR=spool)
+    facts = RepositoryFacts(SYSTEM_ID, 17, SIZE, NOON.isoformat())
+    return Site(
+        settings, facts, (Destination(store, required=True),), (store,), plain_keys(), shelf.chain,
+        Fetcher([store], shelf.chain, SYSTEM_ID), FastClock(), lambda _: None,
+    )  # fmt: skip
+
+
+async def look(shelf: Shelf, store: Store | None = None) -> DestinationStatus:
+    store = store or shelf.store
+    return await _destination(store, site_of(shelf, store), SERVER, required=True)
+
+
+async def test_without_holes_the_lag_is_what_the_server_has_not_finished(shelf: Shelf) -> None:
+    await archive(shelf, range(3, 9))
+    backup = await back_up(shelf, 3)
+    found = await look(shelf)
+    assert (found.durable_lsn, found.lag_bytes, found.missing) == (str(Lsn(9 * SIZE)), SIZE // 2, "")
+    assert (found.last_segment, found.last_backup) == ("000000010000000000000008", backup)
+
+
+async def test_what_lies_behind_a_hole_counts_as_not_there(shelf: Shelf) -> None:
+    await archive(shelf, (3, 4, 5, 7, 8))
+    await back_up(shelf, 3)
+    found = await look(shelf)
+    assert (found.durable_lsn, found.lag_bytes) == (str(Lsn(6 * SIZE)), 3 * SIZE + SIZE // 2)
+    assert (found.missing, found.holes) == ("000000010000000000000006", 1)
+    assert found.last_segment == "000000010000000000000008"
+
+
+async def test_a_hole_before_the_newest_backup_does_not_count(shelf: Shelf) -> None:
+    await archive(shelf, (3, 4, 5, 7, 8))
+    await back_up(shelf, 3)
+    newest = await back_up(shelf, 7, "base_20260114_130000")
+    # Being taken: its backup_info comes last.
+    await shelf("base/base_20260114_140000/data/base/00000001", b"x")
+    found = await look(shelf)
+    assert (found.durable_lsn, found.missing, found.last_backup) == (str(Lsn(9 * SIZE)), "", newest)
+    assert found.holes == 1
+
+
+async def test_the_first_segment_of_the_newest_backup_is_missing(shelf: Shelf) -> None:
+    await archive(shelf, (3, 5, 6, 7, 8))
+    await back_up(shelf, 4)
+    found = await look(shelf)
+    assert (found.durable_lsn, found.missing) == (str(Lsn(4 * SIZE)), "000000010000000000000004")
+
+
+async def test_without_a_backup_the_first_segment_is_where_it_begins(shelf: Shelf) -> None:
+    await archive(shelf, (3, 4, 8))
+    found = await look(shelf)
+    assert (found.durable_lsn, found.missing) == (str(Lsn(5 * SIZE)), "000000010000000000000005")
+    empty = await look(shelf, MemoryStore())
+    assert (empty.durable_lsn, empty.lag_bytes, empty.missing, empty.last_segment) == (None, None, "", "")
+
+
+async def test_the_way_goes_over_a_fork(shelf: Shelf) -> None:
+    """The backup is on timeline 1, the server on timeline 2, which left it in the middle of the segment 6."""
+    await archive(shelf, range(3, 9))
+    await archive(shelf, (6, 7), timeline=2)
+    await back_up(shelf, 3)
+    await shelf("wal/00000002.history", f"1\t{Lsn(6 * SIZE + 100)}\tno recovery target specified\n".encode())
+    site = site_of(shelf, shelf.store)
+    (found,) = (await read_status(site)).destinations
+    assert (found.durable_lsn, found.last_segment) == (str(Lsn(8 * SIZE)), "000000020000000000000007")
+
+
+async def test_a_damaged_description_is_told_and_the_next_backup_counts(shelf: Shelf) -> None:
+    await archive(shelf, range(3, 9))
+    older = await back_up(shelf, 3)
+    await shelf.store.put(info_key("base_20260114_130000"), MemoryBody([b"garbage"]))
+    site = site_of(shelf, shelf.store)
+    status = await read_status(site)
+    assert status.destinations[0].last_backup == older
+    assert any("backup base_20260114_130000 cannot be used" in reason for reason in status.reasons)
+
+
+async def test_what_does_not_answer_is_part_of_the_status(shelf: Shelf, tmp_path: Path) -> None:
+    store = Faulty(shelf.store, down={"list": StoreError("the store is away", passing=True)})
+    spool = tmp_path / "gone"
+    status = await read_status(site_of(shelf, store, server=str(tmp_path), spool=spool))
+    assert not status.healthy
+    assert status.spool is None
+    server, spooled, stored = status.reasons
+    assert server.startswith("server: PostgreSQL at ")
+    assert spooled == f"spool: the spool {spool} cannot be read: No such file or directory"
+    assert stored == "memory: the store is away"
+    assert status.result()["spool_error"] == spooled.removeprefix("spool: ")
+
+
+async def test_a_hole_is_a_reason_not_to_be_well(shelf: Shelf) -> None:
+    await archive(shelf, (3, 5))
+    status = await read_status(site_of(shelf, shelf.store))
+    reason = "memory: 000000010000000000000004 is missing: what lies behind it cannot be reached"
+    assert reason in status.reasons
+
+
+async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:
+    await archive(shelf, (3,))
+    catalog = await read_catalog(
+        [shelf.store], Fetcher([shelf.store], shelf.chain, SYSTEM_ID), SYSTEM_ID, segment_size=SIZE
+    )
+    assert not any("not walship's" in line for line in _lines(catalog, {}))
+    for name in ("wal/readme.txt", "wal/0000000100000000/000000010000000000000003.bak"):
+        await shelf.store.put(name, MemoryBody([b"x"]))
+    catalog = await read_catalog(
+        [shelf.store], Fetcher([shelf.store], shelf.chain, SYSTEM_ID), SYSTEM_ID, segment_size=SIZE
+    )
+    examples = ["wal/0000000100000000/000000010000000000000003.bak", "wal/readme.txt"]
+    assert _lines(catalog, {})[-1] == f"not walship's: 2 objects below wal/, for example {', '.join(examples)}"
+    assert _result(catalog, {})["unknown"] == {"objects": 2, "examples": examples}

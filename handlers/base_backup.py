@@ -166,13 +166,16 @@ class _Backup:
             self._tell(message.archive)
         elif isinstance(message, BackupStarted):
             self._started = message
-            self._began = self._clock.now()
-            # A second backup in the same second has the same name and another id: its first part is a conflict.
-            self.name = f"base_{self._began:%Y%m%d_%H%M%S}"
+            now = self._clock.now()
+            self._began = min(message.at or now, now)
+            # A second backup in the same second has the same name and another id: its first part is a conflict. So the
+            # name tells when we began: a second attempt at a backup made long ago must not meet what the first left.
+            self.name = f"base_{now:%Y%m%d_%H%M%S}"
         else:
             await self._end_archive()
             self._stopped = message
-            self._ended = self._clock.now()
+            now = self._clock.now()
+            self._ended = min(message.at or now, now)
 
     async def finish(self, wal_safe: WalSafe) -> BackupInfo:
         """Manifest, WAL, backup_info: in this order, each only when what comes before it is safe."""

@@ -35,6 +35,8 @@ class BackupStarted:
     tablespaces: tuple[Tablespace, ...]
     #: The server's estimate of all archives in bytes, 0 if unknown.
     estimate: int = 0
+    #: When it began, if that was not just now.
+    at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ class BackupStopped:
 
     stop_lsn: Lsn
     timeline: int
+    #: When it ended, if that was not just now. Never earlier than it did: a recovery target between the two would
+    #: choose a backup that does not reach back to it.
+    at: datetime | None = None
 
 
 #: What a base backup stream yields, in this order: started, (archive began, data …) …, manifest data …, stopped.

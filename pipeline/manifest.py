@@ -6,25 +6,54 @@ Source: PostgreSQL documentation, "Backup Manifest Format". The manifest ends in
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from typing import Any
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from pipeline.errors import IntegrityError
+from pipeline.objects import check_members, strict_json
 from pipeline.wal import Lsn
 
-_VERSION = re.compile(rb'"PostgreSQL-Backup-Manifest-Version":\s*(\d+)')
-_SYSTEM = re.compile(rb'"System-Identifier":\s*(\d+)')
+_VERSION = re.compile(rb'"PostgreSQL-Backup-Manifest-Version":\s*(\d{1,9})\b')
+_SYSTEM = re.compile(rb'"System-Identifier":\s*(\d{1,20})\b')
 #: The last two members stand at the end, behind a list of files that may have a million lines.
 _END = re.compile(rb'"WAL-Ranges":\s*(\[.*?\]),\s*"Manifest-Checksum":\s*"([0-9a-f]{64})"\}\s*$', re.DOTALL)
 _TAIL = 64 * 1024
+_MODIFIED = re.compile(rb'"Last-Modified": "(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) GMT"')
+_RANGE: dict[str, type] = {"Timeline": int, "Start-LSN": str, "End-LSN": str}
 
 
-def check_manifest(content: bytes | bytearray, *, system_id: str, start: Lsn, stop: Lsn, timeline: int) -> None:
-    """The manifest is whole, and belongs to this cluster and this backup. Raises IntegrityError.
+@dataclass(frozen=True, slots=True)
+class WalRange:
+    """WAL of one timeline that is needed."""
 
-    ``timeline`` is that of the stop position. Version 1 (before PostgreSQL 17) does not tell the cluster.
-    """
+    timeline: int
+    start: Lsn
+    end: Lsn
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a whole manifest says of its backup."""
+
+    #: Decimal digits; empty in version 1 (before PostgreSQL 17), which does not tell the cluster.
+    system_id: str
+    #: One for each timeline that the backup saw; never empty.
+    ranges: tuple[WalRange, ...]
+
+    @property
+    def first(self) -> WalRange:
+        """The range that the backup began in."""
+        return min(self.ranges, key=lambda r: r.start)
+
+    @property
+    def last(self) -> WalRange:
+        """The range that the backup ended in."""
+        return max(self.ranges, key=lambda r: r.end)
+
+
+def read_manifest(content: bytes | bytearray) -> Manifest:
+    """The manifest, if it is whole: it ends in order and matches its own checksum. Raises IntegrityError."""
     front = bytes(content[:512])
     version = _VERSION.search(front)
     end = _END.search(bytes(content[-_TAIL:]))
@@ -34,18 +63,37 @@ def check_manifest(content: bytes | bytearray, *, system_id: str, start: Lsn, st
     if hashlib.sha256(memoryview(content)[:last_line]).hexdigest() != end[2].decode():
         raise IntegrityError("the backup_manifest does not match its own checksum")
     system = _SYSTEM.search(front)
-    if int(version[1]) >= 2 and (system is None or system[1].decode() != system_id):
-        found = system[1].decode() if system else "no cluster"
-        raise IntegrityError(f"the backup_manifest belongs to {found}, the backup to {system_id}")
-    ranges: list[dict[str, Any]] = json.loads(end[1])
-    if not any(entry.get("Timeline") == timeline and _lsn(entry, "End-LSN") == stop for entry in ranges):
+    if int(version[1]) >= 2 and system is None:
+        raise IntegrityError(f"the backup_manifest is of version {int(version[1])} and does not tell its cluster")
+    try:
+        ranges = tuple(
+            WalRange(entry["Timeline"], Lsn.parse(entry["Start-LSN"]), Lsn.parse(entry["End-LSN"]))
+            for entry in (check_members(found, _RANGE) for found in strict_json(end[1]))
+        )
+        if not ranges:
+            raise ValueError("there is none")
+    except ValueError as error:
+        raise IntegrityError(f"the WAL-Ranges of the backup_manifest cannot be read: {error}") from None
+    return Manifest(system[1].decode() if system else "", ranges)
+
+
+def check_manifest(content: bytes | bytearray, *, system_id: str, start: Lsn, stop: Lsn, timeline: int) -> None:
+    """The manifest is whole, and belongs to this cluster and this backup. Raises IntegrityError.
+
+    ``timeline`` is that of the stop position.
+    """
+    manifest = read_manifest(content)
+    if manifest.system_id not in ("", system_id):
+        raise IntegrityError(f"the backup_manifest belongs to {manifest.system_id}, the backup to {system_id}")
+    if not any(r.timeline == timeline and r.end == stop for r in manifest.ranges):
         raise IntegrityError(f"the backup_manifest does not end at {stop} of timeline {timeline}, where the backup did")
-    if not any(_lsn(entry, "Start-LSN") == start for entry in ranges):
+    if not any(r.start == start for r in manifest.ranges):
         raise IntegrityError(f"the backup_manifest does not begin at {start}, where the backup did")
 
 
-def _lsn(entry: dict[str, Any], member: str) -> Lsn | None:
-    try:
-        return Lsn.parse(str(entry.get(member)))
-    except ValueError:
-        return None
+def last_modified(content: bytes | bytearray) -> datetime | None:
+    """When the youngest file of the backup was changed, by the server's clock; None if no file tells."""
+    newest = max(
+        (match[1] for match in _MODIFIED.finditer(content)), default=None
+    )  # written so that text sorts as time
+    return datetime.fromisoformat(newest.decode()).replace(tzinfo=UTC) if newest else None

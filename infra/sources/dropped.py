@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import json
 import re
 import sys
 import tarfile
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import lz4.frame  # type: ignore[import-untyped]  # has neither stubs nor a py.typed
 
@@ -33,6 +33,9 @@ from pipeline.backup import (
     Tablespace,
 )
 from pipeline.errors import IntegrityError, SourceError
+from pipeline.manifest import Manifest, last_modified, read_manifest
+from pipeline.objects import MAX_PLAIN
+from pipeline.tar import TarReader
 from pipeline.wal import Lsn, WalFile, WalKind, parse_history
 from pipeline.walpages import LONG_HEADER, PageHeader, check_segment, read_first_page
 
@@ -44,9 +47,7 @@ else:
 _CHUNK = 1 << 20
 #: What the readers raise for bytes that are not theirs; RuntimeError is lz4's.
 _DAMAGED = (OSError, EOFError, zlib.error, zstd.ZstdError, RuntimeError)
-_TAIL = 64 << 10
-_SYSTEM = re.compile(rb'"System-Identifier":\s*(\d+)')
-_RANGES = re.compile(rb'"WAL-Ranges":\s*(\[.*?\]),\s*"Manifest-Checksum"', re.DOTALL)
+_UNREADABLE = (*_DAMAGED, tarfile.TarError, IntegrityError)
 _FIRST_FILES = ("backup_label", "tablespace_map")
 
 
@@ -65,6 +66,9 @@ class DroppedBackup:
     start_timeline: int
     stop_lsn: Lsn
     stop_timeline: int
+    #: When it began and ended; None if that cannot be told.
+    started: datetime | None
+    stopped: datetime | None
     tablespaces: tuple[Tablespace, ...]
     #: The LABEL line of backup_label.
     label: str
@@ -73,25 +77,31 @@ class DroppedBackup:
 
 
 def open_dropped(folder: Path, *, system_id: str, segment_size: int) -> DroppedBackup:
-    """Look at the backup in ``folder``. Blocking. Raises SourceError if it is incomplete or of another cluster.
+    """Look at the backup in ``folder``. Blocking. Raises SourceError if it is incomplete, damaged or another cluster's.
 
-    Reads the manifest's ends and the first files of the archives; of a backup without WAL, all headers of base.tar.
+    Reads all of it: what is wrong only at the end would else be found when nearly all of it is shipped, again at each
+    attempt.
     """
     try:
         return _open(folder, system_id, segment_size)
-    except (*_DAMAGED, tarfile.TarError, IntegrityError) as error:
-        words = error.fact if isinstance(error, IntegrityError) else str(error)
-        raise SourceError(
-            f"the base backup in {folder} cannot be read: {words}",
-            hint="it may be damaged; take it again, or use walship backup",
-        ) from None
+    except _UNREADABLE as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> SourceError:
+    words = error.fact if isinstance(error, IntegrityError) else str(error)
+    return SourceError(
+        f"the base backup in {folder} cannot be read: {words}",
+        hint="it may be damaged; take it again, or use walship backup",
+    )
 
 
 def _open(folder: Path, system_id: str, segment_size: int) -> DroppedBackup:
     archives = _archives(folder)
     if "base" not in archives:
         raise SourceError(f"the base backup in {folder} has no base.tar", hint="pg_basebackup -Ft writes one")
-    found_id, ranges = _read_manifest(folder / MANIFEST)
+    manifest, modified = _read_manifest(folder / MANIFEST)
+    found_id = manifest.system_id
     page = _first_wal_page(archives.get("pg_wal"))
     if not found_id:
         found_id = str(page.system_id) if page else _control_system_id(archives["base"])
@@ -100,7 +110,7 @@ def _open(folder: Path, system_id: str, segment_size: int) -> DroppedBackup:
             f"the base backup in {folder} belongs to the cluster {found_id}, not to {system_id}",
             hint="move it to the spool of its own cluster",
         )
-    texts = _first_files(archives["base"])
+    texts, started = _first_files(archives["base"])
     tablespaces = _parse_map(texts.get("tablespace_map", b""))
     missing = [str(t.oid) for t in tablespaces if str(t.oid) not in archives]
     if missing:
@@ -108,18 +118,20 @@ def _open(folder: Path, system_id: str, segment_size: int) -> DroppedBackup:
             f"the base backup in {folder} lacks the archive of tablespace {', '.join(missing)}",
             hint="keep all files that pg_basebackup wrote together",
         )
-    start = min(ranges, key=lambda r: Lsn.parse(r["Start-LSN"]))
-    stop = max(ranges, key=lambda r: Lsn.parse(r["End-LSN"]))
+    for path in archives.values():
+        _check_archive(path)
     label = re.search(rb"^LABEL: (.*)$", texts.get("backup_label", b""), re.MULTILINE)
     return DroppedBackup(
         folder=folder,
         system_id=found_id,
         major=page.major if page else 0,
         segment_size=page.segment_size if page else segment_size,
-        start_lsn=Lsn.parse(start["Start-LSN"]),
-        start_timeline=int(start["Timeline"]),
-        stop_lsn=Lsn.parse(stop["End-LSN"]),
-        stop_timeline=int(stop["Timeline"]),
+        start_lsn=manifest.first.start,
+        start_timeline=manifest.first.timeline,
+        stop_lsn=manifest.last.end,
+        stop_timeline=manifest.last.timeline,
+        started=started,
+        stopped=_stopped_at(folder, archives.values(), [m for m in (started, modified) if m]),
         tablespaces=tablespaces,
         label=label[1].decode("utf-8", "replace") if label else "",
         archives={name: archives[name] for name in [*(str(t.oid) for t in tablespaces), "base"]},
@@ -128,33 +140,36 @@ def _open(folder: Path, system_id: str, segment_size: int) -> DroppedBackup:
 
 async def dropped_messages(backup: DroppedBackup) -> AsyncIterator[BackupMessage]:
     """The backup as the messages of a stream, uncompressed. Each step reads in a thread. Raises SourceError."""
-    yield BackupStarted(backup.start_lsn, backup.start_timeline, backup.tablespaces)
+    yield BackupStarted(backup.start_lsn, backup.start_timeline, backup.tablespaces, at=backup.started)
     for name, path in backup.archives.items():
         yield ArchiveBegan(name)
         async for piece in _pieces(path):
             yield ArchiveData(piece)
     async for piece in _pieces(backup.folder / MANIFEST):
         yield ManifestData(piece)
-    yield BackupStopped(backup.stop_lsn, backup.stop_timeline)
+    yield BackupStopped(backup.stop_lsn, backup.stop_timeline, at=backup.stopped)
 
 
 def dropped_wal(backup: DroppedBackup) -> Iterator[tuple[WalFile, bytes]]:
     """The finished segments and history files of pg_wal.tar, in the archive's order; what is not whole is left out.
 
-    Blocking; a segment is held in memory while it is looked at.
+    Blocking; a segment is held in memory while it is looked at. Raises SourceError.
     """
     path = _archives(backup.folder).get("pg_wal")
     if path is None:
         return
-    with _opened(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            file = WalFile.parse(member.name)
-            content = archive.extractfile(member)
-            if file is None or content is None or member.size > backup.segment_size:
-                continue
-            data = content.read()
-            if _is_whole(file, data, backup):
-                yield file, data
+    try:
+        with _opened(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            for member in archive:
+                file = WalFile.parse(member.name)
+                content = archive.extractfile(member)
+                if file is None or content is None or member.size > backup.segment_size:
+                    continue
+                data = content.read()
+                if _is_whole(file, data, backup):
+                    yield file, data
+    except _UNREADABLE as error:
+        raise _unreadable(backup.folder, error) from None
 
 
 def _is_whole(file: WalFile, data: bytes, backup: DroppedBackup) -> bool:
@@ -198,26 +213,37 @@ def _opened(path: Path) -> IO[bytes]:
             return path.open("rb")
 
 
-def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """System identifier (empty before version 17) and WAL ranges. The list of files between them may be very long."""
-    with path.open("rb") as manifest:
-        front = manifest.read(512)
-        size = manifest.seek(0, 2)
-        manifest.seek(max(0, size - _TAIL))
-        end = manifest.read()
-    ranges = _RANGES.search(end)
-    if ranges is None:
-        raise IntegrityError(f"{path} is cut, or no backup_manifest")
-    system = _SYSTEM.search(front)
-    try:
-        parsed = json.loads(ranges[1])
-        for entry in parsed:
-            Lsn.parse(entry["Start-LSN"]), Lsn.parse(entry["End-LSN"]), int(entry["Timeline"])
-        if not parsed:
-            raise ValueError("there is no range")
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} has no WAL-Ranges that can be read: {error}") from None
-    return (system[1].decode() if system else ""), parsed
+def _read_manifest(path: Path) -> tuple[Manifest, datetime | None]:
+    """What it says, and the change of the youngest file in it."""
+    size = path.stat().st_size
+    if size > MAX_PLAIN:
+        raise IntegrityError(f"{path} is {size} bytes; an object holds at most {MAX_PLAIN}")
+    content = path.read_bytes()
+    return read_manifest(content), last_modified(content)
+
+
+def _check_archive(path: Path) -> None:
+    """It can be read to its end, and is a tar as PostgreSQL writes it. Raises IntegrityError, or one of _DAMAGED."""
+    tar = TarReader(path.name)
+    with _opened(path) as stream:
+        while piece := stream.read(_CHUNK):
+            for _ in tar.feed(piece):
+                pass
+    tar.finish()
+
+
+def _stopped_at(folder: Path, archives: Iterable[Path], earliest: list[datetime]) -> datetime | None:
+    """When the backup had ended: the server sends the manifest last, and pg_basebackup then closes what is still open.
+
+    None, which stands for now, if that lies before what the server says: then the clocks differ, or a copy has put
+    other times on the files.
+    """
+    written = max(map(_mtime, (folder / MANIFEST, *archives)))
+    return None if any(written < moment for moment in earliest) else written
+
+
+def _mtime(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
 def _first_wal_page(path: Path | None) -> PageHeader | None:
@@ -233,16 +259,23 @@ def _first_wal_page(path: Path | None) -> PageHeader | None:
     return None
 
 
-def _first_files(base: Path) -> dict[str, bytes]:
-    """backup_label and tablespace_map, which the server puts in front of everything else."""
+def _first_files(base: Path) -> tuple[dict[str, bytes], datetime | None]:
+    """backup_label and tablespace_map, which the server puts in front of everything else; and when it began to.
+
+    The label's own START TIME stands in the server's time zone, by an abbreviation that several zones share. But its
+    tar header has the seconds since 1970 at which the server sent it, right after that (``basebackup.c``).
+    """
     texts: dict[str, bytes] = {}
+    started = None
     with _opened(base) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             if member.name not in _FIRST_FILES:
                 break
             content = archive.extractfile(member)
             texts[member.name] = content.read() if content else b""
-    return texts
+            if member.name == "backup_label":
+                started = datetime.fromtimestamp(member.mtime, UTC)
+    return texts, started
 
 
 def _control_system_id(base: Path) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
 import re
 import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -350,15 +353,24 @@ def test_a_broken_dropped_backup_names_what_is_wrong(server_folder: Path, start_
     server.run("pg_basebackup", "-Ft", "-D", str(folder), "-d", server.dsn(), "-c", "fast")
     whole = (folder / "backup_manifest").read_bytes()
     (folder / "backup_manifest").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match="is cut, or no backup_manifest"):
+    with pytest.raises(SourceError, match="bytes is cut, or none"):
+        open_dropped(folder, system_id=cluster, segment_size=MB)
+    (folder / "backup_manifest").write_bytes(whole.replace(b'"Size": 3', b'"Size": 4', 1))
+    with pytest.raises(SourceError, match="does not match its own checksum"):
         open_dropped(folder, system_id=cluster, segment_size=MB)
     # Without a word of the cluster in the manifest, as before 17: by its WAL, and without WAL by pg_control.
-    (folder / "backup_manifest").write_bytes(re.sub(rb'"System-Identifier": \d+,\n', b"", whole))
+    older = re.sub(rb'Version": 2,\n"System-Identifier": \d+,\n', b'Version": 1,\n', whole)
+    (folder / "backup_manifest").write_bytes(signed(older))
     assert open_dropped(folder, system_id=cluster, segment_size=MB).system_id == cluster
     (folder / "pg_wal.tar").unlink()
     assert open_dropped(folder, system_id=cluster, segment_size=MB).system_id == cluster
     with pytest.raises(SourceError, match=f"belongs to the cluster {cluster}, not to 5"):
         open_dropped(folder, system_id="5", segment_size=MB)
+    (folder / "backup_manifest").write_bytes(whole)
+    for position in (-1024, -2000):  # without its end; within the last file
+        with pytest.raises(SourceError, match=r"the archive base\.tar is cut after"):
+            cut_and_look(folder, "base.tar", position, cluster)
+    (folder / "backup_manifest").write_bytes(signed(older))
     with tarfile.open(folder / "base.tar", "w"):
         pass
     with pytest.raises(SourceError, match="holds no global/pg_control"):
@@ -366,6 +378,57 @@ def test_a_broken_dropped_backup_names_what_is_wrong(server_folder: Path, start_
     (folder / "base.tar").unlink()
     with pytest.raises(SourceError, match=r"has no base\.tar"):
         open_dropped(folder, system_id=cluster, segment_size=MB)
+
+
+def signed(manifest: bytes) -> bytes:
+    """A changed manifest, with a checksum that fits again."""
+    lines = manifest[: manifest.rindex(b'"Manifest-Checksum"')]
+    return lines + b'"Manifest-Checksum": "' + hashlib.sha256(lines).hexdigest().encode() + b'"}\n'
+
+
+def cut_and_look(folder: Path, name: str, position: int, cluster: str) -> None:
+    whole = (folder / name).read_bytes()
+    try:
+        (folder / name).write_bytes(whole[:position])
+        open_dropped(folder, system_id=cluster, segment_size=MB)
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("method", ["gzip", "lz4", "zstd"])
+def test_an_archive_that_is_cut_is_found_before_anything_is_shipped(
+    server_folder: Path, start_server: StartServer, method: str
+) -> None:
+    server = start_server(segment_mb=1, settings={"wal_level": "replica"})
+    folder, cluster = server_folder / "monday", system_id(server)
+    server.run("pg_basebackup", "-Ft", "-D", str(folder), "-d", server.dsn(), "-c", "fast", "-Z", f"client-{method}")
+    assert open_dropped(folder, system_id=cluster, segment_size=MB).system_id == cluster
+    for path in folder.glob("*.tar*"):
+        with pytest.raises(SourceError, match=r"the base backup in .* cannot be read: "):
+            cut_and_look(folder, path.name, path.stat().st_size * 9 // 10, cluster)
+
+
+def test_a_dropped_backup_is_dated_when_it_was_taken(server_folder: Path, start_server: StartServer) -> None:
+    """By the server's clock where it can be, and never as if it had ended earlier than it did."""
+    # A zone whose abbreviation means several: the START TIME in the label must not be what is read.
+    server = start_server(segment_mb=1, settings={"wal_level": "replica", "log_timezone": "Asia/Kolkata"})
+    folder, cluster = server_folder / "monday", system_id(server)
+    before = datetime.now(UTC).replace(microsecond=0)
+    server.run("pg_basebackup", "-Ft", "-D", str(folder), "-d", server.dsn(), "-c", "fast", "-z")
+    after = datetime.now(UTC)
+    backup = open_dropped(folder, system_id=cluster, segment_size=MB)
+    assert backup.started
+    assert backup.stopped
+    assert before <= backup.started <= backup.stopped <= after
+    # A copy that was made later, file by file: the latest counts.
+    late = (folder / "base.tar.gz").stat().st_mtime + 50
+    os.utime(folder / "base.tar.gz", (late, late))
+    again = open_dropped(folder, system_id=cluster, segment_size=MB)
+    assert again.started == backup.started
+    assert again.stopped == datetime.fromtimestamp(late, UTC)
+    for path in folder.iterdir():
+        os.utime(path, (1_000_000, 1_000_000))
+    assert open_dropped(folder, system_id=cluster, segment_size=MB).stopped is None, "the clock of the reader, then"
 
 
 def test_the_template_of_this_file_reads_real_pages(start_server: StartServer) -> None:

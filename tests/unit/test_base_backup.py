@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -233,3 +233,18 @@ async def test_cancelling_stops_the_stream_and_all_that_is_under_way() -> None:
         await task
     assert closed.is_set()
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_backup_that_was_made_earlier_keeps_its_times_and_gets_a_name_of_its_own() -> None:
+    """The first attempt at it may have left parts below the name of that time, with another id."""
+    took = datetime(2025, 12, 24, 18, tzinfo=UTC)
+    messages = backup({"base": tar({"x": b"1"})})
+    messages[0] = BackupStarted(START, 1, (), at=took)
+    messages[-1] = BackupStopped(STOP, 1, at=took + timedelta(hours=1))
+    clock = FastClock()
+    info = await take(play(messages), ship=Shelf(), cluster=CLUSTER, wal_safe=safe, clock=clock)
+    assert (info.started, info.stopped) == (took, took + timedelta(hours=1))
+    assert info.name == f"base_{clock.now():%Y%m%d_%H%M%S}"
+    messages[-1] = BackupStopped(STOP, 1, at=datetime(2999, 1, 1, tzinfo=UTC))
+    info = await take(play(messages), ship=Shelf(), cluster=CLUSTER, wal_safe=safe, clock=clock)
+    assert info.stopped == clock.now(), "a clock that is ahead dates no backup in the future"

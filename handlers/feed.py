@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.contracts import Buffer
-from pipeline.errors import WalshipError
+from pipeline.errors import RecoveryError, WalshipError
 from pipeline.wal import WalFile, WalKind
 
 FOLDERS = ("want", "ready", "absent", "failed", "stage")
@@ -104,7 +104,10 @@ class Feed:
         self._root = -1
 
     async def serve(self) -> None:
-        """Answer until cancelled. Errors of single files are answered as failed, told, and kept in ``failures``."""
+        """Answer until cancelled. Errors of single files are answered as failed, told, and kept in ``failures``.
+
+        Where not even that can be answered (a full disk) it ends, told and kept in the same way.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
@@ -114,6 +117,16 @@ class Feed:
                             self._working.add(name)
                     self._read_ahead(group)
                     await asyncio.sleep(_PAUSE)
+        except BaseExceptionGroup as group:
+            broken, others = group.split(OSError)
+            if others is not None or broken is None:
+                raise
+            ended = RecoveryError(
+                f"WAL can no longer be handed to the server through {self._folder}: {_first(broken)}",
+                hint="from now on the server fetches it by itself, if its user can run walship",
+            )
+            self.failures.append(ended)
+            self._notify(ended.fact)
         finally:
             # However it ends: nobody may wait for an answer that will not come.
             _remove("pid", self._root)
@@ -144,13 +157,17 @@ class Feed:
 
     async def _answer(self, name: str) -> None:
         """Serve a file that the script waits for."""
+        want = self._folders["want"]
         try:
             file = WalFile.parse(name)
             if file is not None and file.kind is WalKind.SEGMENT:
                 self._skip_to(name)
             if name in self._listed("ready"):
+                _remove(name, want)
                 return
             content = await self._read(name)
+            # Before the answer can be seen: what is asked for behind it is a new request, and not ours to remove.
+            _remove(name, want)
             if content is None:
                 await self._put("absent", name, b"")
             else:
@@ -159,9 +176,9 @@ class Feed:
         except (WalshipError, OSError) as error:
             self.failures.append(error)
             self._notify(f"{name} cannot be given to the server: {error}")
+            _remove(name, want)
             await self._put("failed", name, b"")
         finally:
-            _remove(name, self._folders["want"])
             self._working.discard(name)
 
     def _skip_to(self, name: str) -> None:
@@ -205,6 +222,12 @@ class Feed:
 def _remove(name: str, folder: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
+
+
+def _first(group: BaseExceptionGroup[OSError]) -> OSError:
+    """An error that is in there, however deep."""
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 def _start_time() -> str:

@@ -15,9 +15,12 @@ import pytest
 
 from handlers.feed import Feed
 from infra.postgres.wal_script import FEED, FOLDER, RESTORE_COMMAND, SCRIPT, script
-from pipeline.contracts import Buffer
-from pipeline.errors import StoreError
+from infra.restore import feeding as serving
+from pipeline.contracts import Buffer, Fetched
+from pipeline.errors import ObjectMissing, RecoveryError, StoreError
+from pipeline.targets import Target
 from pipeline.wal import WalFile
+from tests.unit.test_recovery_files import plan
 
 SIZE = 1 << 20
 SEGMENT = "000000010000000000000003"
@@ -189,6 +192,55 @@ async def test_a_failing_store_stops_recovery_and_says_why(data: Path) -> None:
         assert await ask_feed(data, segment(99).name) == 200
         assert "the store is on fire" in said[0]
         assert len(feed.failures) == 1
+
+
+async def test_a_request_that_follows_an_answer_at_once_is_not_lost(data: Path) -> None:
+    (data / FOLDER).mkdir()
+    home = data / FOLDER / FEED
+    answers: list[str] = []
+
+    class Hasty(Feed):
+        """The script takes the answer and asks again before the feed has drawn breath."""
+
+        async def _put(self, folder: str, name: str, content: Buffer) -> None:
+            await super()._put(folder, name, content)
+            answers.append(folder)
+            if len(answers) == 1:
+                (home / folder / name).unlink()
+                (home / "want" / name).touch()
+
+    feed = Hasty(home, Shelf().read, [], SIZE)
+    feed.open()
+    (home / "want" / segment(20).name).touch()
+    task = asyncio.create_task(feed.serve())
+    try:
+        async with asyncio.timeout(20):
+            while len(answers) < 2:
+                await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        feed.close()
+    assert answers == ["absent", "absent"]
+
+
+async def test_a_feed_that_cannot_write_any_more_says_so_and_leaves_it_to_fetch_wal(data: Path) -> None:
+    lay(data, "exit 44")
+
+    async def nothing(name: str, *, backup: str | None = "", most: int = 0) -> Fetched:
+        raise ObjectMissing(f"{name} is missing ({backup}, {most})")
+
+    said: list[str] = []
+    async with serving(nothing, plan(Target()), data, owner=None, say=said.append) as feed:
+        (data / FOLDER / FEED / "stage").rmdir()
+        assert await ask_feed(data, SEGMENT) == 1, "what fetch-wal says"
+        async with asyncio.timeout(20):
+            while not said:
+                await asyncio.sleep(0.01)
+    assert isinstance(feed.failures[-1], RecoveryError)
+    assert "WAL can no longer be handed to the server" in said[-1]
+    assert not (data / FOLDER / FEED / "pid").exists()
 
 
 def test_whoever_waits_for_a_feed_that_dies_asks_fetch_wal(data: Path) -> None:

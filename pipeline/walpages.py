@@ -44,7 +44,6 @@ IS_OVERWRITE_CONTRECORD = 0x08
 
 _SHORT = struct.Struct("<HHIQI4x")
 _LONG = struct.Struct("<HHIQI4xQII")
-_RECORD = struct.Struct("<IIQBB2xI")
 _U32 = struct.Struct("<I")
 
 #: Gives ``(offset, length)`` bytes of a file; may give fewer at its end.

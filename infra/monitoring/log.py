@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -17,13 +18,12 @@ from pipeline.events import (
     EventFailed,
     FileRefused,
     Notice,
-    ObjectStored,
     WatchingHampered,
 )
 
 
-def configure(*, debug: bool = False) -> None:
-    """Set up logging for this process."""
+def configure() -> None:
+    """Set up logging for this process: everything from INFO on."""
     renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
@@ -31,24 +31,16 @@ def configure(*, debug: bool = False) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(10 if debug else 20),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
 
 
 def log_notice(notice: Notice) -> None:
-    """What the pipeline tells its listeners, as log lines."""
+    """What the pipeline tells its listeners, as log lines; but for ObjectStored, of which a backup has thousands."""
     log = structlog.get_logger()
     match notice:
-        case ObjectStored():
-            log.debug(
-                "object_stored",
-                destination=notice.destination,
-                object=notice.name,
-                bytes=notice.size,
-                seconds=round(notice.seconds, 3),
-            )
         case DestinationFailed():
             log.error(
                 "destination_failed",

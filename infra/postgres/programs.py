@@ -10,7 +10,6 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.postgres.processes import run_as
 from pipeline.errors import SourceError
 
 #: Folders of the distributions' packages, newest naming first: Debian, Red Hat, Homebrew, the PostgreSQL Mac packages.
@@ -116,28 +115,6 @@ def embedded() -> Programs | None:
     if spec is None or spec.origin is None:
         return None
     return look_at(Path(spec.origin).parent / "pginstall" / "bin")
-
-
-def within_reach(programs: Programs, folder: Path) -> Programs:
-    """The same programs where the server's user can run them: as they are, or as a copy in ``folder`` (about 60 MB).
-
-    As root the server runs as another user, who reaches nothing below a home folder that is closed to others; a
-    virtual environment in there is the usual case. ``folder`` must be open to that user and outlive the server.
-    """
-    who = run_as()
-    postgres = programs.bin_dir / "postgres"
-    try:
-        subprocess.run(  # noqa: S603 - the program that was found
-            [postgres, "--version"], env=programs.environment(), capture_output=True, timeout=30, check=True, cwd="/",
-            **who,
-        )  # fmt: skip
-    except PermissionError:
-        copy = folder / "postgresql"
-        shutil.copytree(programs.bin_dir.parent, copy, symlinks=True)
-        return Programs(copy / "bin", programs.major, programs.version)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SourceError(f"{postgres} cannot be run: {error}", hint="reinstall that PostgreSQL") from None
-    return programs
 
 
 def _places(major: int | None) -> list[Path]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from infra.postgres.processes import run_as
-from infra.postgres.programs import Programs, embedded, environment_for, find, look_at, within_reach
+from infra.postgres.programs import embedded, environment_for, find, look_at
 from pipeline.errors import SourceError
 from tests.servers import NEWEST, SERVER_VERSIONS, programs, server_folder
 
@@ -74,15 +71,3 @@ def test_the_embedded_server_is_found_where_it_is_installed() -> None:
         pytest.skip("the demo extra is not installed")
     assert found.major == 18
     assert Path(found.path("initdb")).is_file()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts servers as another user")
-def test_programs_in_a_closed_folder_are_copied_to_an_open_one(tmp_path: Path, server_folder: Path) -> None:
-    open_ones = find(NEWEST, bin_dir=programs(NEWEST))
-    assert within_reach(open_ones, server_folder) == open_ones
-    closed = tmp_path / "home"
-    closed.mkdir(mode=0o700)
-    shutil.copytree(programs(NEWEST).parent, closed / "pg", symlinks=True)
-    copied = within_reach(Programs(closed / "pg" / "bin", 18, "18.6"), server_folder)
-    assert copied.bin_dir == server_folder / "postgresql" / "bin"
-    subprocess.run([copied.path("postgres"), "--version"], env=copied.environment(), check=True, cwd="/", **run_as())

@@ -128,7 +128,7 @@ async def read_catalog(
             fetched = await fetch(wal_key(file), most=_MOST_HISTORY)
             listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
         except (IntegrityError, StoreError) as error:
-            listing.problem(f"the history of timeline {file.timeline} cannot be read: {error.fact}")
+            listing.unreadable_history(file.timeline, error.fact)
     size = listing.segment_size or segment_size or await _measured(listing, fetch)
     catalog = listing.catalog(size or SEGMENT_SIZES[4])
     for problem in catalog.problems:

@@ -161,6 +161,8 @@ class Catalog:
     #: ``.partial`` segments by timeline.
     partials: dict[int, Runs] = field(default_factory=dict)
     histories: dict[int, tuple[Fork, ...]] = field(default_factory=dict)
+    #: Timelines whose stored history could not be read, and why: what they descend from is not known, not "nothing".
+    unreadable: dict[int, str] = field(default_factory=dict)
     #: ``.backup`` label files.
     labels: int = 0
     #: Names that no walship of this format makes, and a few of them.
@@ -180,15 +182,16 @@ class Catalog:
     @property
     def newest_timeline(self) -> int:
         """The greatest timeline of which anything is stored, like PostgreSQL's ``latest``; 1 if nothing is."""
-        return max([1, *self.segments, *self.histories, *(b.timeline for b in self.backups)])
+        return max([1, *self.segments, *self.histories, *self.unreadable, *(b.timeline for b in self.backups)])
 
     @property
     def timelines(self) -> tuple[int, ...]:
         """All timelines of which anything is stored."""
-        return tuple(sorted({*self.segments, *self.partials, *self.histories, *(b.timeline for b in self.backups)}))
+        backups = (b.timeline for b in self.backups)
+        return tuple(sorted({*self.segments, *self.partials, *self.histories, *self.unreadable, *backups}))
 
     def lineage(self, timeline: int) -> Lineage:
-        """The timeline with its ancestors. Raises RecoveryError when its history is not stored, or makes no sense.
+        """The timeline with its ancestors. Raises RecoveryError when its history cannot be read, or makes no sense.
 
         Timeline 1 has no history. A cluster that was already on a later timeline when archiving began may have none
         stored either: then the lineage consists of that timeline alone, which serves for its own backups.
@@ -197,6 +200,12 @@ class Catalog:
             known = ", ".join(map(str, self.timelines)) or "none"
             raise RecoveryError(
                 f"nothing of timeline {timeline} is stored", hint=f"timelines in the repository: {known}"
+            )
+        if timeline in self.unreadable:
+            others = ", ".join(str(t) for t in self.timelines if t not in self.unreadable) or "none"
+            raise RecoveryError(
+                f"the history of timeline {timeline} is stored and cannot be read: {self.unreadable[timeline]}",
+                hint=f"try again, or follow another one with --timeline: {others}",
             )
         legs: list[Leg] = []
         begin = Lsn(0)
@@ -219,21 +228,44 @@ class Catalog:
         wanted = self.known_end(lineage) if end is None else end
         return lineage.path(self.has_segment, self.has_partial, start, wanted)
 
+    def heirs(self, backup: BackupInfo) -> tuple[Lineage, ...]:
+        """What the backup can be followed on: its own timeline and the newest one that descends from it, if another.
+
+        Timelines whose history makes no sense are left out.
+        """
+        found: list[Lineage] = []
+        for timeline in self.timelines:
+            try:
+                lineage = self.lineage(timeline)
+            except RecoveryError:
+                continue
+            if lineage.holds(backup.timeline, backup.stop_lsn):
+                found.append(lineage)
+        return tuple(dict.fromkeys([n for n in found if n.timeline == backup.timeline] + found[-1:]))
+
     def windows(self) -> tuple[Window, ...]:
         """How far each backup reaches on its own timeline and on the newest one that descends from it."""
         found: list[Window] = []
-        lineages: list[Lineage] = []
-        for timeline in self.timelines:
-            try:
-                lineages.append(self.lineage(timeline))
-            except RecoveryError:
-                continue
         for backup in self.backups:
-            heirs = [n for n in lineages if n.holds(backup.timeline, backup.stop_lsn)]
-            for lineage in dict.fromkeys([n for n in heirs if n.timeline == backup.timeline] + heirs[-1:]):
+            for lineage in self.heirs(backup):
                 path = self.wal_path(lineage, backup.start_lsn)
                 if path.end >= backup.stop_lsn:
                     found.append(Window(backup, lineage.timeline, backup.stop_lsn, path.end, path.missing))
+        return tuple(found)
+
+    def holes_on(self, lineage: Lineage, start: Lsn) -> tuple[Hole, ...]:
+        """Every gap that recovery from ``start`` along the lineage would come to, if it could pass the ones before."""
+        size, end = self.segment_size, self.known_end(lineage)
+        found: list[Hole] = []
+        while (missing := self.wal_path(lineage, start).missing) is not None:
+            first = missing.start(size) // size
+            behind = next((n for n, _ in self.segments.get(missing.timeline, _EMPTY).ranges if n > first), None)
+            bounds = [leg.begin // size for leg in lineage.legs if leg.begin // size > first]
+            stop = max(first + 1, min([-(-end // size), *bounds, *([] if behind is None else [behind])]))
+            found.append(Hole(missing, self.file(missing.timeline, stop - 1), stop - first))
+            start = Lsn(stop * size)
+            if start >= end:
+                break
         return tuple(found)
 
     def holes(self) -> tuple[Hole, ...]:
@@ -282,6 +314,7 @@ class Listing:
         self._unknown: set[str] = set()
         self._backups: dict[str, BackupInfo] = {}
         self._histories: dict[int, tuple[Fork, ...]] = {}
+        self._unreadable: dict[int, str] = {}
         self._problems: list[str] = []
         #: Timelines whose history file was listed.
         self.history_files: set[WalFile] = set()
@@ -311,6 +344,10 @@ class Listing:
     def add_history(self, timeline: int, forks: tuple[Fork, ...]) -> None:
         self._histories[timeline] = forks
 
+    def unreadable_history(self, timeline: int, reason: str) -> None:
+        self._unreadable[timeline] = reason
+        self.problem(f"the history of timeline {timeline} cannot be read: {reason}")
+
     def problem(self, fact: str) -> None:
         """Something that people have to know, and that the rest of the repository does not suffer from."""
         self._problems.append(fact)
@@ -339,6 +376,7 @@ class Listing:
             segments=self._runs(self._segments, segment_size, unknown, ""),
             partials=self._runs(self._partials, segment_size, unknown, ".partial"),
             histories=dict(self._histories),
+            unreadable=dict(self._unreadable),
             labels=len(self._labels),
             unknown=len(unknown),
             examples=tuple(sorted(unknown)[:5]),

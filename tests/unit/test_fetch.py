@@ -12,8 +12,10 @@ from infra.storage.memory import MemoryStore
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import info_key, part_key, wal_key
 from pipeline.contracts import Store
-from pipeline.errors import IntegrityError, ObjectMissing, StoreError
+from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, StoreError
 from pipeline.objects import MemoryBody
+from pipeline.recovery import candidates
+from pipeline.targets import Target
 from pipeline.wal import Lsn, WalFile
 from tests.parts import Shelf
 from tests.stores import Faulty
@@ -111,6 +113,23 @@ async def test_a_catalog_is_what_any_destination_has(shelf: Shelf) -> None:
     assert len(catalog.problems) == 2
     assert "backup base_20260114_130000 cannot be used" in catalog.problems[0]
     assert "history of timeline 3" in catalog.problems[1]
+
+
+async def test_a_history_that_cannot_be_read_is_not_taken_for_none(shelf: Shelf) -> None:
+    """Planned without it, timeline 2 would have no ancestors, or the restore would follow timeline 1."""
+    await backed_up(shelf)
+    history = "wal/00000002.history"
+    await shelf(history, b"1\t0/500000\twhy\n")
+    damaged = await copy(shelf, MemoryStore("damaged"), flip=history)
+    down = Faulty(shelf.store, fail={("get", 2): StoreError("the store does not answer", passing=True)})
+    for store, reason in ((damaged, "damaged: "), (down, "the store does not answer")):
+        catalog = await read_catalog([store], fetcher(shelf, store), shelf.system_id)
+        assert catalog.newest_timeline == 2
+        with pytest.raises(RecoveryError, match=f"timeline 2 is stored and cannot be read: {reason}") as caught:
+            candidates(catalog, Target(), None)
+        assert caught.value.hint.endswith("with --timeline: 1")
+        assert candidates(catalog, Target(timeline=1), None)[0].timeline == 1
+        assert [window.timeline for window in catalog.windows()] == [1]
 
 
 async def test_a_backup_info_of_another_backup_is_noticed(shelf: Shelf) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -147,14 +148,33 @@ def test_a_backup_whose_wal_never_comes_is_none(rig: Rig) -> None:
 
 def test_a_bucket_that_is_missing_or_refuses(rig: Rig, seaweed: Seaweed) -> None:
     names = archive_some(rig)
-    for changed, said in (
-        ({"WALSHIP_DESTINATIONS": seaweed.url("p", bucket="no-such-bucket")}, "no-such-bucket"),
-        ({"WALSHIP_DESTINATIONS": seaweed.url("p"), "AWS_SECRET_ACCESS_KEY": "wrong"}, "hint:"),
-        ({"WALSHIP_DESTINATIONS": f"s3://walship/p?endpoint=http://127.0.0.1:{free_port()}"}, "127.0.0.1"),
+    nowhere = free_port()
+    for changed, fact, hint in (
+        (
+            {"WALSHIP_DESTINATIONS": seaweed.url("p", bucket="no-such-bucket")},
+            "s3://no-such-bucket at",
+            "create the bucket, or correct the destination",
+        ),
+        (
+            {"WALSHIP_DESTINATIONS": seaweed.url("p"), "AWS_SECRET_ACCESS_KEY": "wrong"},
+            "the secret key does not match the access key (SignatureDoesNotMatch)",
+            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
+        (
+            {"WALSHIP_DESTINATIONS": seaweed.url("p"), "AWS_ACCESS_KEY_ID": "nobody"},
+            "it does not know this access key (InvalidAccessKeyId)",
+            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
+        (
+            {"WALSHIP_DESTINATIONS": f"s3://walship/p?endpoint=http://127.0.0.1:{nowhere}"},
+            f"at http://127.0.0.1:{nowhere}: ",
+            "check endpoint=… of the destination, the network, and that the store runs",
+        ),
     ):
         environment = rig.environment(**{**seaweed.environment, **changed})
         done = rig.run("push", expect=11, environment=environment, timeout=180)
-        assert said in done.stderr
+        assert fact in done.stderr
+        assert f"hint: {hint}" in done.stderr
         assert seaweed.environment["AWS_SECRET_ACCESS_KEY"] not in done.stderr
     assert rig.spooled() == names, "nothing is removed that is not safe"
 
@@ -202,8 +222,9 @@ def test_a_full_disk(folder: Path, what: str) -> None:
                 rig.wait(lambda: len(rig.spooled()) >= 1, "archived")
                 names = rig.spooled()
                 done = rig.run("push", expect=11, timeout=180)
-                assert "No space left on device" in done.stderr or "full" in done.stderr
-                assert "hint:" in done.stderr
+                assert "No space left on device; " in done.stderr
+                assert f"file://{place}: " in done.stderr
+                assert "hint: the disk is full: make room, or expire backups" in done.stderr
                 assert set(names) <= set(rig.spooled())
             else:
                 rig.wait(
@@ -231,20 +252,31 @@ def test_files_that_are_no_segments_are_refused_and_kept(rig: Rig) -> None:
     names = archive_some(rig)
     good = rig.spool / names[0]
     content = good.read_bytes()
+    (system_id,) = (path.name for path in (rig.folder / "local").iterdir())
+    foreign_id = int.from_bytes(content[24:32], "little") ^ 1
     strange = rig.spool / "0000000100000000000000F0"
     short = rig.spool / "0000000100000000000000F1"
     foreign = rig.spool / "0000000100000000000000F2"
-    strange.write_bytes(b"not WAL" * 200000)
+    strange.write_bytes(b"not WAL " * (len(content) // 8))
     short.write_bytes(content[: 1 << 19])
-    foreign.write_bytes(content[:24] + b"\x01" + content[25:])
+    foreign.write_bytes(content[:24] + foreign_id.to_bytes(8, "little") + content[32:])
     os.utime(strange, (0, 0))
     done = rig.run("push", expect=10)
-    for path in (strange, short, foreign):
-        assert path.name in done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    refused = {line["path"]: (line["error"], line["hint"]) for line in lines if line["event"] == "refused"}
+    for path, fact, hint in (
+        (strange, f"{strange.name} is no WAL segment", "something else was written under this name"),
+        (short, f"{short.name} is 524288 bytes; a segment of this cluster is 1048576", "it is left where it is"),
+        (foreign, f"{foreign.name} belongs to the cluster {foreign_id}, not to {system_id}", "two servers archive"),
+    ):
+        said = refused.pop(str(path))
+        assert fact in said[0]
+        assert hint in said[1]
         assert path.exists()
+    assert refused == {}
+    assert "3 files in" in done.stderr
     assert not good.exists(), "what is good was shipped"
-    assert "hint:" in done.stderr
-    assert {"0000000100000000000000F0", "0000000100000000000000F1", "0000000100000000000000F2"}.isdisjoint(stored(rig))
+    assert {strange.name, short.name, foreign.name}.isdisjoint(stored(rig))
 
 
 def test_the_same_segment_with_other_bytes(rig: Rig) -> None:

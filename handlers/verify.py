@@ -1,26 +1,29 @@
 """Looks at a repository as a restore would, without restoring: stored bytes, completeness of backups, holes in the WAL.
 
-Every object is read whole at every destination, and its SHA-256 trailer checked, for which no key is needed. With
-``deep`` it is decoded as well, which proves that the keys open it.
+Every object is read whole at every destination, and its SHA-256 trailer checked, for which no key is needed. With a
+chain it is decoded as well, which proves that the keys open it. The chain has the keys of all destinations; so whether
+each destination could be read if it were the only one left is found out from what lies under its own ``keys/``.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from handlers.checksum import check_stored  # a leaf: plain bytes in, verdict out
 from pipeline.backup import BackupInfo
-from pipeline.catalog import Catalog, Hole, index_key, info_key, manifest_key, part_key, wal_key
+from pipeline.catalog import Catalog, Hole, Runs, data_key_name, index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
-from pipeline.lineage import WalPath
-from pipeline.wal import WalFile
+from pipeline.lineage import Lineage, WalPath
+from pipeline.objects import Header
+from pipeline.wal import Lsn, WalFile
 
 #: Objects that are read at the same time.
 _WIDTH = 4
+_RING = "keys/ring-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class BackupVerdict:
     good: int
     #: The first missing segment between its start and its end, by name; empty if it can become consistent.
     needs: str
-    #: The first missing segment on the way from it to the end of its timeline, by name; empty if there is none.
+    #: The first missing segment on the way from it to the end of its timeline, or to that of the newest timeline that
+    #: descends from it, which ``latest`` follows; by name, empty if there is none.
     hole: str
 
     @property
@@ -61,14 +65,15 @@ class Report:
     size: int
     faults: tuple[Fault, ...]
     backups: tuple[BackupVerdict, ...]
-    #: Gaps between stored segments that matter to a backup.
+    #: Gaps that a recovery from one of the backups would come to, on its own timeline or on the newest that descends
+    #: from it: also the missing first segment of a timeline. What no backup reaches across does not count.
     holes: tuple[Hole, ...]
     #: As the catalog says: backup_info that cannot be read and the like.
     problems: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        """Nothing is damaged or missing anywhere, and each backup reaches the end of its timeline."""
+        """Nothing is damaged or missing anywhere, and each backup reaches the ends of the timelines it leads to."""
         broken = any(not b.usable or b.hole for b in self.backups)
         return not (self.faults or broken or self.problems)
 
@@ -100,6 +105,10 @@ class _Tally:
     faults: list[Fault] = field(default_factory=list)
     #: Names that are good somewhere.
     good: set[str] = field(default_factory=set)
+    #: Objects below ``keys/`` that are whole: name → destination → trailer.
+    keys: dict[str, dict[str, str]] = field(default_factory=dict)
+    #: Destination → ids of the data keys that its objects name, each with an object that does.
+    used: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,46 +134,111 @@ async def verify(
     What is wrong is in the report, never an error; RecoveryError only for a backup that does not exist.
     """
     backups = (catalog.backup(backup),) if backup else catalog.backups
-    paths = {b.name: _path(catalog, b) for b in backups}
+    ways = {b.name: [_Way.of(catalog, b, lineage) for lineage in catalog.heirs(b)] for b in backups}
     tally = _Tally()
     gate = asyncio.Semaphore(_WIDTH)
     for store in destinations:
         async with asyncio.TaskGroup() as group:
-            async for wanted in _wanted(store, backups, paths, whole=backup is None, tally=tally):
+            async for wanted in _wanted(store, catalog, backups, ways, whole=backup is None, tally=tally):
                 await gate.acquire()
                 task = group.create_task(_check(store, wanted, catalog.system_id, chain, tally, progress))
                 task.add_done_callback(lambda _: gate.release())
-    verdicts = tuple(_verdict(b, paths[b.name], tally.good) for b in backups)
-    holes = tuple(h for h in catalog.holes() if backup is None or str(h.first) in {v.hole for v in verdicts})
+    _check_keys(destinations, tally)
+    verdicts = tuple(_verdict(b, ways[b.name], tally.good) for b in backups)
+    holes = sorted({hole for found in ways.values() for way in found for hole in way.holes}, key=lambda h: h.first)
+    problems = catalog.problems + tuple(
+        f"backup {b.name} cannot be used: the history of timeline {b.timeline} does not lead to it"
+        for b in backups
+        if not ways[b.name]
+    )
     faults = tuple(sorted(tally.faults, key=lambda f: (f.destination, f.name)))
-    return Report(tally.objects, tally.size, faults, verdicts, holes, catalog.problems)
+    return Report(tally.objects, tally.size, faults, verdicts, tuple(holes), problems)
 
 
-def _path(catalog: Catalog, backup: BackupInfo) -> WalPath:
-    return catalog.wal_path(catalog.lineage(backup.timeline), backup.start_lsn)
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a backup can be followed: on its own timeline, or on one that descends from it."""
+
+    lineage: Lineage
+    path: WalPath
+    #: The first missing segment before the end of the backup, by name; empty if there is none.
+    needs: str
+    holes: tuple[Hole, ...]
+
+    @classmethod
+    def of(cls, catalog: Catalog, backup: BackupInfo, lineage: Lineage) -> _Way:
+        path = catalog.wal_path(lineage, backup.start_lsn)
+        needs = catalog.wal_path(lineage, backup.start_lsn, backup.stop_lsn).missing
+        return cls(lineage, path, str(needs or ""), tuple(_holes(catalog, lineage, backup.start_lsn)))
+
+
+def _holes(catalog: Catalog, lineage: Lineage, start: Lsn) -> Iterator[Hole]:
+    """Every gap that recovery from ``start`` would come to, if it could pass the ones before."""
+    size, end = catalog.segment_size, catalog.known_end(lineage)
+    while (missing := catalog.wal_path(lineage, start).missing) is not None:
+        first = missing.start(size) // size
+        stored = catalog.segments.get(missing.timeline, Runs())
+        # It ends with the next stored segment, the next timeline, or all that is known of the lineage.
+        ends = [n for n, _ in stored.ranges] + [leg.begin // size for leg in lineage.legs] + [-(-end // size)]
+        stop = min((n for n in ends if n > first), default=first + 1)
+        yield Hole(missing, catalog.file(missing.timeline, stop - 1), stop - first)
+        start = Lsn(stop * size)
+        if start >= end:
+            return
+
+
+def _check_keys(destinations: Sequence[Store], tally: _Tally) -> None:
+    """Each destination has the key rings that any has, and the data keys of its own objects; all of them the same."""
+    for name in sorted(tally.keys):
+        there = tally.keys[name]
+        place, digest = next(iter(there.items()))
+        for store in destinations:
+            if there.get(store.name, digest) != digest:
+                fact = f"{name} differs from the one at {place}"
+                tally.faults.append(Fault(store.name, name, "damaged", fact))
+            elif store.name not in there and name.startswith(_RING):
+                fact = f"{name} is missing, and nothing that is encrypted there can be read without another destination"
+                _lack(tally, store, name, fact)
+    for store in destinations:
+        for key_id, user in sorted(tally.used.get(store.name, {}).items()):
+            name = data_key_name(key_id)
+            if store.name not in tally.keys.get(name, {}):
+                _lack(tally, store, name, f"{name} is missing, and {user} for one cannot be read without it")
+
+
+def _lack(tally: _Tally, store: Store, name: str, fact: str) -> None:
+    """A key that is not there; one that is there and damaged was told of already."""
+    if not any(fault.destination == store.name and fault.name == name for fault in tally.faults):
+        tally.faults.append(Fault(store.name, name, "missing", fact))
 
 
 async def _wanted(
     store: Store,
+    catalog: Catalog,
     backups: Sequence[BackupInfo],
-    paths: dict[str, WalPath],
+    ways: dict[str, list[_Way]],
     *,
     whole: bool,
     tally: _Tally,
 ) -> AsyncIterator[_Wanted]:
-    """What a destination should have of the backups, and what it has of the WAL."""
+    """What a destination should have of the backups, and what it has of keys and WAL."""
     for info in backups:
         for wanted in objects_of(info):
             yield wanted
-    needed = {wal_key(file) for path in paths.values() for file in path.stored()}
-    if whole:
+    followed = [way for found in ways.values() for way in found]
+    needed = {wal_key(file) for way in followed for file in way.path.stored()}
+    timelines = {leg.timeline for way in followed for leg in way.lineage.legs} & catalog.histories.keys()
+    needed |= {wal_key(WalFile.history(timeline)) for timeline in timelines}
+    for prefix in ("keys/", "wal/") if whole else ("keys/",):
         try:
-            async for entry in store.list("wal/"):
-                if not entry.key.endswith("/") and WalFile.parse(entry.key.rsplit("/", 1)[-1]):
+            async for entry in store.list(prefix):
+                if prefix == "keys/" and entry.key.startswith((_RING, data_key_name(""))):
+                    yield _Wanted(entry.key, "", "")
+                elif not entry.key.endswith("/") and WalFile.parse(entry.key.rsplit("/", 1)[-1]):
                     needed.discard(entry.key)
                     yield _Wanted(entry.key)
         except StoreError as error:
-            tally.faults.append(Fault(store.name, "wal/", "unreadable", error.fact))
+            tally.faults.append(Fault(store.name, prefix, "unreadable", error.fact))
             return
     # With a whole verification, what is left is what another destination has and this one lacks.
     for name in sorted(needed):
@@ -197,10 +271,14 @@ async def _check(
     try:
         body = await store.get(wanted.name)
         try:
-            await asyncio.to_thread(_judge, body, wanted, system_id, chain)
+            header, digest = await asyncio.to_thread(_judge, body, wanted, system_id, chain)
         finally:
             body.close()
         tally.size += body.size
+        if wanted.name.startswith("keys/"):
+            tally.keys.setdefault(wanted.name, {})[store.name] = digest
+        if header.key:
+            tally.used.setdefault(store.name, {}).setdefault(header.key, wanted.name)
     except ObjectMissing as error:
         fault = Fault(store.name, wanted.name, "missing", error.fact)
     except StoreError as error:
@@ -215,8 +293,8 @@ async def _check(
     progress(tally.objects, tally.size)
 
 
-def _judge(body: Body, wanted: _Wanted, system_id: str, chain: Chain | None) -> None:
-    """Runs in a thread. Raises IntegrityError."""
+def _judge(body: Body, wanted: _Wanted, system_id: str, chain: Chain | None) -> tuple[Header, str]:
+    """Header and trailer. Runs in a thread. Raises IntegrityError."""
     header, digest = check_stored(wanted.name, body.chunks())
     if header.system_id != system_id:
         raise IntegrityError(f"{wanted.name} belongs to the cluster {header.system_id}, not to {system_id}")
@@ -224,12 +302,16 @@ def _judge(body: Body, wanted: _Wanted, system_id: str, chain: Chain | None) -> 
         raise IntegrityError(f"{wanted.name} belongs to the base backup {header.backup or '(none)'}")
     if wanted.digest and digest != wanted.digest:
         raise IntegrityError(f"{wanted.name} is not the one that its backup_info lists")
-    if chain is not None:
+    if chain is not None and not wanted.name.startswith("keys/"):  # those were opened before anything else
         chain.decode(Expected(wanted.name, system_id, wanted.backup), body.chunks())
+    return header, digest
 
 
-def _verdict(info: BackupInfo, path: WalPath, good: set[str]) -> BackupVerdict:
+def _verdict(info: BackupInfo, ways: Sequence[_Way], good: set[str]) -> BackupVerdict:
     objects = [wanted.name for wanted in objects_of(info)]
-    missing = str(path.missing) if path.missing else ""
-    needs = missing if path.end < info.stop_lsn else ""
-    return BackupVerdict(info.name, len(objects), sum(name in good for name in objects), needs, missing)
+    hole = next((str(way.path.missing) for way in ways if way.path.missing), "")
+    # Without a way, it is the history that does not let anybody find one.
+    needs = [way.needs for way in ways] or [str(WalFile.history(info.timeline))]
+    return BackupVerdict(
+        info.name, len(objects), sum(name in good for name in objects), needs[0] if all(needs) else "", hole
+    )

@@ -19,7 +19,7 @@ from infra.wiring import open_shipping, open_site
 from pipeline.backup import BackupInfo
 from pipeline.catalog import wal_key
 from pipeline.errors import SourceError
-from pipeline.wal import WalFile, WalKind, history_name
+from pipeline.wal import WalFile
 
 
 async def look_at_server(settings: Settings) -> ServerFacts:
@@ -48,7 +48,7 @@ async def backup(
         async def ship_history(timeline: int) -> None:
             async with await ReplicationConnection.open(settings) as connection:
                 content = await connection.timeline_history(timeline)
-            history = WalFile(timeline, 0, 0, WalKind.HISTORY, history_name(timeline))
+            history = WalFile.history(timeline)
             # Shipped already, by the archiver's way or by an earlier backup: the same bytes are a success.
             await shipping.command.ship(wal_key(history), content)
 

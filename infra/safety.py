@@ -9,7 +9,7 @@ from infra.wiring import Site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Clock, Store
 from pipeline.errors import SourceError
-from pipeline.wal import Lsn, WalFile, WalKind, history_name
+from pipeline.wal import Lsn, WalFile
 
 #: Seconds between looks.
 PAUSE = 0.5
@@ -82,7 +82,7 @@ def wal_safe(
         if timeline > 1:
             if ship_history is not None:
                 await ship_history(timeline)
-            await arrived([WalFile(timeline, 0, 0, WalKind.HISTORY, history_name(timeline))])
+            await arrived([WalFile.history(timeline)])
 
     return wait
 

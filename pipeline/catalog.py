@@ -253,21 +253,6 @@ class Catalog:
                     found.append(Window(backup, lineage.timeline, backup.stop_lsn, path.end, path.missing))
         return tuple(found)
 
-    def holes_on(self, lineage: Lineage, start: Lsn) -> tuple[Hole, ...]:
-        """Every gap that recovery from ``start`` along the lineage would come to, if it could pass the ones before."""
-        size, end = self.segment_size, self.known_end(lineage)
-        found: list[Hole] = []
-        while (missing := self.wal_path(lineage, start).missing) is not None:
-            first = missing.start(size) // size
-            behind = next((n for n, _ in self.segments.get(missing.timeline, _EMPTY).ranges if n > first), None)
-            bounds = [leg.begin // size for leg in lineage.legs if leg.begin // size > first]
-            stop = max(first + 1, min([-(-end // size), *bounds, *([] if behind is None else [behind])]))
-            found.append(Hole(missing, self.file(missing.timeline, stop - 1), stop - first))
-            start = Lsn(stop * size)
-            if start >= end:
-                break
-        return tuple(found)
-
     def holes(self) -> tuple[Hole, ...]:
         """Every gap between stored segments of one timeline."""
         return tuple(

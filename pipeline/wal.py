@@ -87,6 +87,11 @@ class WalFile:
         log, seg = divmod(lsn // segment_size, segments_per_log(segment_size))
         return cls(timeline, log, seg, WalKind.SEGMENT, f"{timeline:08X}{log:08X}{seg:08X}")
 
+    @classmethod
+    def history(cls, timeline: int) -> WalFile:
+        """The history file of that timeline."""
+        return cls(timeline, 0, 0, WalKind.HISTORY, history_name(timeline))
+
     def start(self, segment_size: int) -> Lsn:
         """Position of the segment's first byte."""
         return Lsn((self.log * segments_per_log(segment_size) + self.seg) * segment_size)

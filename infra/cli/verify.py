@@ -21,9 +21,10 @@ from pipeline.errors import IntegrityError
 @json_option
 @asynchronous
 async def command(backup: str | None, stored_only: bool, cluster: str, as_json: bool) -> None:
-    """Read everything back at every destination: stored bytes, completeness of backups, holes in the WAL.
+    """Read everything back at every destination: stored bytes, keys, completeness of backups, holes in the WAL.
 
-    With a BACKUP, that one and the WAL from its start on. Exits with 12 if anything is damaged or missing.
+    A destination is good only if it could be read without the others. With a BACKUP, that one and the WAL from its
+    start on. Exits with 12 if anything is damaged or missing.
 
     Example: walship verify base_20260114_120000
     """

@@ -46,7 +46,7 @@ async def lay_down(
 
     ``complete`` is called with the data directory when all files are there but pg_control, to write what has to be in
     place before a server can start. Raises RecoveryError, IntegrityError, StoreError; then the marker stays, and the
-    same restore can be run again.
+    same restore can be run again as it is. (What a server has been started on can be replaced with ``force`` only.)
     """
     try:
         await _to_the_end(prepare, targets, backup)
@@ -55,7 +55,7 @@ async def lay_down(
     except OSError as error:
         raise RecoveryError(
             f"{error.filename or targets.directory} cannot be written: {error.strerror}",
-            hint="what was restored so far is marked as incomplete; running the same restore again replaces it",
+            hint="what was restored so far is marked as incomplete: run the same restore again as it is",
         ) from error
 
 

@@ -61,7 +61,7 @@ class WalServer:
         if any(stretch.holds(file, size) for stretch in self._planned):
             raise IntegrityError(
                 f"segment {file} was there when the restore was planned, and is gone",
-                hint="what deleted it (a lifecycle rule, a person) must not; restore again for a plan without it",
+                hint="a lifecycle rule or a person may have deleted it; another plan will say what can be reached now",
             )
         return None
 

@@ -17,6 +17,7 @@ from infra.cli.verb import asynchronous, cluster_option, emit, human, json_optio
 from infra.postgres.restored import Replay
 from infra.restore import Place, Repository, Restored, Watch, check_place, make_plan, restore
 from infra.settings import Settings
+from infra.storage import display_name
 from infra.wiring import Site, open_site
 from pipeline.errors import ConfigError
 from pipeline.recovery import RestorePlan
@@ -51,7 +52,7 @@ from pipeline.targets import Target, zone_remark
 @json_option
 @asynchronous
 async def command(target_dir: Path, **options: Any) -> None:
-    r"""Bring the cluster back to a moment.
+    """Bring the cluster back to a moment.
 
     The plan is made and checked before anything is touched: target, backup, WAL without a hole, room, version, folders.
     Archiving and replication settings of the old server are switched off in the restored one, and it says which.
@@ -60,16 +61,15 @@ async def command(target_dir: Path, **options: Any) -> None:
     Examples:
       walship restore --target-dir /var/lib/postgresql/restored --start
       walship restore --target-dir /restored --to-time '2026-01-14 11:59:00+01' --dry-run
-    """
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     target, remark = _target(options)
     place = _place(target_dir, options)
     as_json: bool = options["as_json"]
     if remark:
         say(remark)
     began = time.monotonic()
-    async with open_site(
-        settings(), cluster=options["cluster"], allow_unencrypted=options["allow_unencrypted"]
-    ) as site:
+    wanted = _narrowed(settings(), options["source"])
+    async with open_site(wanted, cluster=options["cluster"], allow_unencrypted=options["allow_unencrypted"]) as site:
         repository = _repository(site, options)
         plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
         targets = await check_place(plan, _with_programs(place, site.settings))
@@ -118,25 +118,29 @@ def _with_programs(place: Place, wanted: Settings) -> Place:
     return replace(place, bin_dir=wanted.pg_bin_dir)
 
 
-def _repository(site: Site, options: dict[str, Any]) -> Repository:
-    """The site as a restore reads it: all destinations in their order, or the one that was asked for."""
-    source: str = options["source"]
-    chosen = [
-        (url, store)
-        for url, store in zip(site.settings.destinations, site.stores, strict=True)
-        if source in ("", url, store.name)
-    ]
+def _narrowed(wanted: Settings, source: str) -> Settings:
+    """The settings with the destination of ``--from`` alone, by URL or name.
+
+    None of the others is even opened: what is damaged there must not be in the way.
+    """
+    if not source:
+        return wanted
+    chosen = tuple(url for url in wanted.destinations if source in (url, display_name(url)))
     if not chosen:
-        names = ", ".join(store.name for store in site.stores)
+        names = ", ".join(display_name(url) for url in wanted.destinations)
         raise ConfigError(f"--from {source} is no destination", hint=f"the destinations are: {names}")
-    stores = tuple(store for _, store in chosen)
+    return wanted.model_copy(update={"destinations": chosen, "required": ()})
+
+
+def _repository(site: Site, options: dict[str, Any]) -> Repository:
+    """The site as a restore reads it."""
     return Repository(
         settings=site.settings,
-        urls=tuple(url for url, _ in chosen),
-        stores=stores,
+        urls=site.settings.destinations,
+        stores=site.stores,
         system_id=site.facts.system_id,
         keys=site.keys,
-        fetch=Fetcher(stores, site.chain, site.facts.system_id, notify=say),
+        fetch=Fetcher(site.stores, site.chain, site.facts.system_id, notify=say),
         clock=site.clock,
         allow_unencrypted=options["allow_unencrypted"],
     )

@@ -140,7 +140,8 @@ def _launch(directory: Path, programs: Programs, log_file: Path, options: dict[s
         except PermissionError:
             raise SourceError(
                 f"the user that owns {directory} (id {who.get('user', 'ours')}) cannot run {programs.bin_dir}/postgres",
-                hint="its programs must lie where that user can reach them; or start the server yourself",
+                hint="its programs must lie where that user can reach them: then run the same restore again with"
+                " --force, or start the server yourself, for the directory is ready",
             ) from None
 
 
@@ -154,7 +155,7 @@ async def _after_the_end(
     words = "; ".join(follow.loud[-3:]) or follow.last_line or f"exit status {code}"
     raise RecoveryError(
         f"the restored server ended before it reached its target: {words}",
-        hint=f"see {follow.path}; the directory holds half replayed data now: restore again with --force",
+        hint=f"see {follow.path}; the directory holds half replayed data now: run the same restore again with --force",
     )
 
 
@@ -170,8 +171,8 @@ def _check_reached(directory: Path, reaches: Lsn, log_file: Path) -> None:
         raise RecoveryError(
             f"recovery ended at LSN {ended or 'unknown'}, and the stored WAL goes on to LSN {reaches}: the server was"
             " stopped again, for it lacks what lies between",
-            hint=f"{log_file} says why it went no further; a record there is damaged, in every copy that was read:"
-            " try --from another destination, with --force, or choose an earlier target",
+            hint=f"{log_file} says why it went no further; the directory holds replayed data now: run the same restore"
+            " again with --force, and --from another destination or with an earlier target",
         )
 
 

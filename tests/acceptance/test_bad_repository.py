@@ -80,6 +80,25 @@ def test_a_damaged_object_is_served_by_the_other_destination(copy: Copy) -> None
     assert (folder / "global/pg_control").exists()
 
 
+def test_a_destination_that_is_not_asked_is_not_in_the_way(copy: Copy) -> None:
+    """--from comes before anything is opened: a damaged key ring elsewhere says nothing of the one that is read."""
+    for path in copy.local.rglob("*"):
+        if path.is_file() and (path.name == "repository.json" or "ring" in path.name):
+            path.write_bytes(b"damaged")
+    good = copy.shipped.local
+    changed = {"WALSHIP_DESTINATIONS": f"file://{copy.local},file://{good}", "WALSHIP_REQUIRED": f"file://{copy.local}"}
+    folder = target(copy)
+    words = ("restore", "--target-dir", str(folder), "--from", f"file://{good}", "--dry-run")
+    done = copy.rig.run(*words, environment=copy.rig.environment(**changed))
+    assert f"from      file://{good}\n" in done.stderr
+    assert "--from file:///nowhere is no destination" in refused_source(copy, folder)
+
+
+def refused_source(copy: Copy, folder: Path) -> str:
+    said: str = copy.run("restore", "--target-dir", str(folder), "--from", "file:///nowhere", expect=2).stderr
+    return said
+
+
 def test_a_hole_is_refused_with_what_can_be_reached(copy: Copy) -> None:
     gone = copy.segments()[-2]
     gone.unlink()

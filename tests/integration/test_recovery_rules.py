@@ -279,7 +279,7 @@ async def test_a_damaged_segment_stops_recovery_and_is_named(start_server: Start
     said: list[str] = []
     with pytest.raises(IntegrityError, match=f"memory: {key} is damaged") as caught:
         await restore(bank.repository(), plan, place, watch=Watch(say=said.append))
-    assert "restore again with --force" in caught.value.hint
+    assert "run the same restore again with --force" in caught.value.hint
     assert any(f"{before_last} cannot be given to the server" in line for line in said)
     assert (place.directory / "recovery.signal").exists(), "nothing was promoted"
 
@@ -315,7 +315,7 @@ async def test_recovery_that_ends_before_the_plan_does_is_an_error(
         RecoveryError, match=f"recovery ended at LSN [0-9A-F/]+, .* goes on to LSN {plan.end}:"
     ) as caught:
         await restore(bank.repository(), plan, place)
-    assert "--force" in caught.value.hint
+    assert "again with --force, and --from another" in caught.value.hint
     assert not (place.directory / "postmaster.pid").exists(), "it was stopped"
 
 
@@ -416,7 +416,7 @@ async def test_a_server_that_cannot_recover_says_why_and_can_be_replaced(
     broken = replace(place, options={**place.options, "max_connections": "20"})
     with pytest.raises(RecoveryError, match=r"ended before .* insufficient parameter settings \(max_conn") as caught:
         await restore(bank.repository(), plan, broken)
-    assert "restore again with --force" in caught.value.hint
+    assert "run the same restore again with --force" in caught.value.hint
     with pytest.raises(RecoveryError, match="is not empty"):
         await restore(bank.repository(), plan, place)
     restored = await restore(bank.repository(), plan, replace(place, force=True))

@@ -328,7 +328,7 @@ async def test_a_full_disk_is_told_with_what_is_left(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(RecoveryError, match="cannot be written: No space left on device") as caught:
         await lay(shelf, info, targets)
-    assert "running the same restore again" in caught.value.hint
+    assert "run the same restore again as it is" in caught.value.hint
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -1,0 +1,23 @@
+"""What ``--help`` prints."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from infra.cli import VERBS, cli
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_no_markup_is_printed(verb: str) -> None:
+    done = CliRunner().invoke(cli, [*verb.split(), "--help"])
+    assert done.exit_code == 0
+    assert "\\" not in done.output
+    assert "\b" not in done.output
+    assert "``" not in done.output
+
+
+def test_examples_stand_on_lines_of_their_own() -> None:
+    lines = [line.strip() for line in CliRunner().invoke(cli, ["restore", "--help"]).output.splitlines()]
+    first = lines.index("Examples:") + 1
+    assert all(line.startswith("walship restore --target-dir ") for line in lines[first : first + 2])

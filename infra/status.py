@@ -184,7 +184,7 @@ async def _read_histories(fetch: Fetch, listing: Listing) -> None:
             fetched = await fetch(wal_key(file), most=_MOST_HISTORY)
             listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
         except IntegrityError as error:
-            listing.problem(f"the history of timeline {file.timeline} cannot be read: {error.fact}")
+            listing.unreadable_history(file.timeline, error.fact)
 
 
 def _reasons(status: Status, server: ServerFacts | None, segment_size: int) -> Iterator[str]:

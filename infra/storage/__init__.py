@@ -120,7 +120,10 @@ def _bucket(url: str, settings: Settings) -> Store:
     try:
         return Rooted(store, prefix, name=name)
     except StoreError as error:
-        raise ConfigError(f"{name} has a prefix that cannot be one: {error.fact}") from None
+        raise ConfigError(
+            f"{name} has a prefix that cannot be one: {error.fact}",
+            hint="name folders and a / between them, for example s3://bucket/backups/walship",
+        ) from None
 
 
 def _options(name: str, query: str) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def _options(name: str, query: str) -> dict[str, Any]:
         if key not in _OPTIONS:
             raise ConfigError(f"{name} has an unknown option {key}", hint=f"there are {', '.join(_OPTIONS)}")
         if key in options:
-            raise ConfigError(f"{name} has the option {key} twice")
+            raise ConfigError(f"{name} has the option {key} twice", hint="keep one of them")
         if not value or (_OPTIONS[key] and value not in _OPTIONS[key]):
             allowed = " or ".join(_OPTIONS[key]) or "not empty"
             raise ConfigError(f"the option {key} of {name} is {value!r}", hint=f"it must be {allowed}")

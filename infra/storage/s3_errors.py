@@ -17,6 +17,7 @@ _RIGHTS = (
     "allow these credentials s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket;"
     " without s3:ListBucket a missing object looks forbidden, too"
 )
+_BETWEEN = "if it happens again, check the network and what is between this host and the store (proxy, firewall)"
 _CLOCK = "the clocks of this host and of the store differ by more than 15 minutes: set them"
 
 #: Error codes that never pass by themselves → (what it means, hint).
@@ -104,9 +105,9 @@ def unreachable(store: str, endpoint: str, what: str, error: BaseException) -> S
     if isinstance(error, boto.ReadTimeoutError | asyncio.TimeoutError):
         return StoreError(f"{place}: the store stopped answering", hint="it is overloaded or hangs", passing=True)
     if isinstance(error, boto.HTTPClientError | boto.ResponseStreamingError | aiohttp.ClientError | OSError):
-        return StoreError(f"{place}: the connection broke: {_cause(error)}", passing=True)
+        return StoreError(f"{place}: the connection broke: {_cause(error)}", hint=_BETWEEN, passing=True)
     if isinstance(error, boto.FlexibleChecksumError):
-        return StoreError(f"{place}: damaged on the way: {_cause(error)}", passing=True)
+        return StoreError(f"{place}: damaged on the way: {_cause(error)}", hint=_BETWEEN, passing=True)
     return StoreError(f"{place}: {_cause(error)}", hint="check the options of the destination")
 
 

@@ -58,14 +58,14 @@ def test_a_folder_is_made_only_in_a_folder_that_is_there(tmp_path: Path) -> None
         ("s3:///prefix", "names no bucket", "s3://bucket"),
         ("s3://host:9000/bucket", "names no bucket, or more", "endpoint"),
         ("s3://b/p?regoin=x", "unknown option regoin", "endpoint, region, path_style"),
-        ("s3://b/p?region=x&region=y", "option region twice", ""),
+        ("s3://b/p?region=x&region=y", "option region twice", "keep one of them"),
         ("s3://b/p?region=", "option region of s3://b/p is ''", "not empty"),
         ("s3://b/p?path_style=yes", "option path_style of s3://b/p is 'yes'", "true or false"),
         ("s3://b/p?checksums=none", "option checksums", "when_required or when_supported"),
         ("s3://b/p?region", "are not key=value", "s3://bucket"),
         ("s3://b/p?endpoint=s3:8333", "endpoint of s3://b/p is no http:// or https:// address", "https://host:port"),
-        ("s3://b/a//b", "prefix that cannot be one", ""),
-        ("s3://b/../b", "prefix that cannot be one", ""),
+        ("s3://b/a//b", "prefix that cannot be one", "s3://bucket/backups/walship"),
+        ("s3://b/../b", "prefix that cannot be one", "s3://bucket/backups/walship"),
     ],
 )
 def test_a_wrong_destination_is_explained(url: str, fact: str, hint: str) -> None:

@@ -131,6 +131,14 @@ async def test_the_way_goes_over_a_fork(shelf: Shelf) -> None:
     assert (found.durable_lsn, found.last_segment) == (str(Lsn(8 * SIZE)), "000000020000000000000007")
 
 
+async def test_a_damaged_history_is_told(shelf: Shelf) -> None:
+    await archive(shelf, (6, 7), timeline=2)
+    await shelf.store.put("wal/00000002.history", MemoryBody([b"garbage"]))
+    status = await read_status(site_of(shelf, shelf.store))
+    assert any("the history of timeline 2 cannot be read" in reason for reason in status.reasons)
+    assert status.destinations[0].durable_lsn == str(Lsn(8 * SIZE))
+
+
 async def test_a_damaged_description_is_told_and_the_next_backup_counts(shelf: Shelf) -> None:
     await archive(shelf, range(3, 9))
     older = await back_up(shelf, 3)

@@ -14,7 +14,7 @@ import pytest
 
 from infra.postgres.processes import give, run_as
 from pipeline.catalog import wal_key
-from pipeline.objects import read_header
+from pipeline.objects import Header, read_header
 from pipeline.wal import Lsn, WalFile
 from tests.acceptance.conftest import Copy
 from tests.rig import PASSPHRASE
@@ -174,23 +174,32 @@ def test_a_plain_segment_in_the_place_of_an_encrypted_one(copy: Copy) -> None:
     assert planted.name in copy.run("verify", expect=12).stdout
 
 
-def test_a_part_of_another_backup_in_its_place(copy: Copy) -> None:
-    """The same cluster, the same keys, an older part: only backup_info tells."""
+@pytest.mark.parametrize(
+    ("backup", "fact"),
+    [("f" * 32, f"belongs to the base backup {'f' * 32}"), ("", "is not the one that")],
+    ids=["another id", "the same id"],
+)
+def test_a_part_of_another_backup_in_its_place(copy: Copy, backup: str, fact: str) -> None:
+    """The same cluster, the same name, keys that are good: only the backup's id tells, or else only backup_info."""
     part = copy.parts()[0]
-    manifest = copy.object(f"base/{copy.shipped.backup}/backup_manifest")
-    shutil.copy(manifest, part)
+    header, _ = read_header(part.name, part.read_bytes())
+    planted = encrypted_again(copy, part, backup=backup or header.backup)
+    assert planted.name == header.name
     folder = target(copy)
     done = copy.run("restore", "--target-dir", str(folder), expect=12)
-    assert part.name in done.stderr
+    assert f"{header.name} {fact}" in done.stderr
     assert not (folder / "global/pg_control").exists()
+    assert f"{header.name} {fact}" in copy.run("verify", expect=12).stdout
 
 
 def test_an_object_of_another_cluster_in_its_place(copy: Copy) -> None:
-    """The whole folder of one cluster under the name of another."""
+    """One segment of the same name, whole and readable, that a clone with another identifier has written."""
+    segment = copy.segments()[-1]
     other = str(int(copy.shipped.system_id) + 1)
-    copy.root.rename(copy.local / other)
-    said = copy.run("list", "--cluster", other, expect=12).stderr
-    assert copy.shipped.system_id in said
+    planted = encrypted_again(copy, segment, system_id=other)
+    fact = f"{planted.name} belongs to the cluster {other}, not to {copy.shipped.system_id}"
+    assert fact in copy.run("verify", expect=12).stdout
+    assert fact in refused(copy, 12)
 
 
 def test_a_missing_backup_info_means_no_backup(copy: Copy) -> None:
@@ -225,3 +234,37 @@ def plain_repository(copy: Copy, planted: Path) -> None:
     name = f"wal/{planted.parent.name}/{planted.name}"
     pieces = chain.encode(name, bytes(1 << 20), created=datetime.now(UTC))
     planted.write_bytes(b"".join(bytes(piece) for piece in pieces))
+
+
+def encrypted_again(copy: Copy, planted: Path, *, system_id: str = "", backup: str = "") -> Header:
+    """Encode the object at ``planted`` anew, with keys of the repository, for another cluster or backup."""
+    import asyncio
+    from datetime import UTC, datetime
+
+    from handlers.body import joined
+    from handlers.checksum import Checksum
+    from handlers.compress import Compress
+    from handlers.encrypt import Encrypt
+    from infra.clock import SystemClock
+    from infra.keys import RepositoryKeys, open_keyring
+    from infra.storage.local import LocalStore
+    from pipeline.chain import Chain, Expected
+
+    mine = copy.shipped.system_id
+
+    async def open_keys(*, writer: bool) -> RepositoryKeys:
+        return await open_keyring(LocalStore(copy.root), mine, PASSPHRASE, writer=writer, clock=SystemClock())
+
+    def chain(keys: RepositoryKeys, cluster: str) -> Chain:
+        return Chain([Compress("zstd"), Encrypt(keys, lambda _: "aes-256-gcm"), Checksum()], keys, cluster)
+
+    content = planted.read_bytes()
+    was, _ = read_header(planted.name, content)
+    expected = Expected(was.name, mine, None)
+    _, plain = chain(asyncio.run(open_keys(writer=False)), mine).decode(expected, [content])
+    keys = asyncio.run(open_keys(writer=True))
+    assert keys.key_object
+    copy.object(keys.key_object[0]).write_bytes(joined(keys.key_object[1]))
+    pieces = chain(keys, system_id or mine).encode(was.name, plain, backup=backup, created=datetime.now(UTC))
+    planted.write_bytes(b"".join(bytes(piece) for piece in pieces))
+    return read_header(planted.name, planted.read_bytes())[0]

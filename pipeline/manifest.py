@@ -9,6 +9,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from pipeline.errors import IntegrityError
 from pipeline.objects import check_members, strict_json
@@ -66,15 +67,23 @@ def read_manifest(content: bytes | bytearray) -> Manifest:
     if int(version[1]) >= 2 and system is None:
         raise IntegrityError(f"the backup_manifest is of version {int(version[1])} and does not tell its cluster")
     try:
-        ranges = tuple(
-            WalRange(entry["Timeline"], Lsn.parse(entry["Start-LSN"]), Lsn.parse(entry["End-LSN"]))
-            for entry in (check_members(found, _RANGE) for found in strict_json(end[1]))
-        )
+        ranges = tuple(_range(found) for found in strict_json(end[1]))
         if not ranges:
             raise ValueError("there is none")
     except ValueError as error:
         raise IntegrityError(f"the WAL-Ranges of the backup_manifest cannot be read: {error}") from None
     return Manifest(system[1].decode() if system else "", ranges)
+
+
+def _range(found: Any) -> WalRange:
+    """Raises ValueError."""
+    entry = check_members(found, _RANGE)
+    start, end = Lsn.parse(entry["Start-LSN"]), Lsn.parse(entry["End-LSN"])
+    if not 0 < entry["Timeline"] < 1 << 32:
+        raise ValueError(f"timeline {entry['Timeline']} does not exist")
+    if end < start:
+        raise ValueError(f"{start} to {end} ends before it begins")
+    return WalRange(entry["Timeline"], start, end)
 
 
 def check_manifest(content: bytes | bytearray, *, system_id: str, start: Lsn, stop: Lsn, timeline: int) -> None:

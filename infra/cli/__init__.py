@@ -38,7 +38,7 @@ class Verbs(click.Group):
     """Finds a verb's command in the module of its name, so that ``fetch-wal`` does not load what ``demo`` needs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  the signature is click's
-        return list(VERBS)
+        return [*VERBS]  # ``list`` is the verb's module here, once that is loaded
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002  likewise
         if name not in VERBS:
@@ -54,7 +54,7 @@ class Verbs(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  likewise
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl([*VERBS.items()])
 
 
 @click.group(

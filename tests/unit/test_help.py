@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from click.testing import CliRunner
 
@@ -15,6 +17,13 @@ def test_no_markup_is_printed(verb: str) -> None:
     assert "\\" not in done.output
     assert "\b" not in done.output
     assert "``" not in done.output
+
+
+def test_a_verb_that_was_loaded_is_in_nobodys_way() -> None:
+    """Loading a submodule makes its name one of the package's: ``list`` is no builtin there any more."""
+    for verb in VERBS:
+        importlib.import_module(f"infra.cli.{verb.replace('-', '_')}")
+    assert CliRunner().invoke(cli, ["--help"]).exit_code == 0
 
 
 def test_examples_stand_on_lines_of_their_own() -> None:

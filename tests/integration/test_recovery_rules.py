@@ -189,7 +189,8 @@ async def test_the_restored_directory_is_started_and_not_the_one_its_configurati
     await bank.ship_wal()
     bank.server.stop()  # or its lock would refuse the second server
     place = bank.place("clone")
-    restored = await restore(bank.repository(), await make_plan(bank.repository(), Target()), place)
+    async with asyncio.timeout(60):  # of a server on the other directory this one would never hear
+        restored = await restore(bank.repository(), await make_plan(bank.repository(), Target()), place)
     with stopped_after(restored.server):
         assert ask(place, "show data_directory") == [(str(place.directory),)]
         assert rows(place) == [1, 2, 3, 4]

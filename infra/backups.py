@@ -11,15 +11,12 @@ from infra.postgres import basebackup
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts
 from infra.postgres.problems import problems
-from infra.postgres.replication import ReplicationConnection
-from infra.safety import wal_safe
+from infra.safety import history_shipper, wal_safe
 from infra.service import alongside
 from infra.settings import Settings
 from infra.wiring import open_shipping, open_site
 from pipeline.backup import BackupInfo
-from pipeline.catalog import wal_key
 from pipeline.errors import SourceError
-from pipeline.wal import WalFile
 
 
 async def look_at_server(settings: Settings) -> ServerFacts:
@@ -44,14 +41,7 @@ async def backup(
         alongside(site, shipping, tell),
     ):
         os.nice(5)
-
-        async def ship_history(timeline: int) -> None:
-            async with await ReplicationConnection.open(settings) as connection:
-                content = await connection.timeline_history(timeline)
-            history = WalFile.history(timeline)
-            # Shipped already, by the archiver's way or by an earlier backup: the same bytes are a success.
-            await shipping.command.ship(wal_key(history), content)
-
+        ship_history = history_shipper(settings, shipping.command.ship)
         async with aclosing(basebackup.stream(settings, label=label)) as messages:
             return await take(
                 messages,

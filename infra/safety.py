@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from handlers.base_backup import WalSafe
+from infra.postgres.replication import ReplicationConnection
+from infra.settings import Settings
 from infra.wiring import Site
 from pipeline.catalog import wal_key
-from pipeline.contracts import Clock, Store
+from pipeline.contracts import Clock, Ship, Store
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn, WalFile
 
@@ -85,6 +87,18 @@ def wal_safe(
             await arrived([WalFile.history(timeline)])
 
     return wait
+
+
+def history_shipper(settings: Settings, ship: Ship) -> Callable[[int], Awaitable[None]]:
+    """Takes a timeline's history from the server, by the replication protocol, and ships it."""
+
+    async def ship_history(timeline: int) -> None:
+        async with await ReplicationConnection.open(settings) as connection:
+            content = await connection.timeline_history(timeline)
+        # Shipped already, by the archiver's way or by an earlier backup: the same bytes are a success.
+        await ship(wal_key(WalFile.history(timeline)), content)
+
+    return ship_history
 
 
 async def _strike_out(store: Store, missing: set[str]) -> None:

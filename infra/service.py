@@ -16,7 +16,7 @@ from handlers.ship import Shipper
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
 from infra.postgres.problems import problems
-from infra.safety import wal_safe
+from infra.safety import history_shipper, wal_safe
 from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
@@ -152,11 +152,19 @@ def _handler(site: Site, shipper: Shipper) -> Handle:
 async def _take_dropped(site: Site, shipper: Shipper, folder: Path) -> None:
     """Ship a ``pg_basebackup -Ft`` that lies in the spool, its WAL first, as a base backup like any other."""
     system_id, segment_size = site.facts.system_id, site.facts.segment_size
-    backup = await asyncio.to_thread(open_dropped, folder, system_id=system_id, segment_size=segment_size)
+    try:
+        backup = await asyncio.to_thread(open_dropped, folder, system_id=system_id, segment_size=segment_size)
+    except SourceError as error:
+        # It has been read whole, and stays as it is until somebody comes: not to be read again twice a minute.
+        raise SourceError(error.fact, hint=error.hint, lasting=True) from None
     wal = dropped_wal(backup)
     while (file := await asyncio.to_thread(next, wal, None)) is not None:
         await shipper.ship(wal_key(file[0]), file[1])
-    wait = wal_safe(site, lambda line: log.info("waiting_for_wal", backup=str(folder), said=line))
+    wait = wal_safe(
+        site,
+        lambda line: log.info("waiting_for_wal", backup=str(folder), said=line),
+        ship_history=history_shipper(site.settings, shipper.ship),
+    )
     # Before the parts: where the WAL never comes, they would be stored anew at each attempt.
     await wait(backup.start_lsn, backup.stop_lsn, backup.stop_timeline)
     major = backup.major or site.facts.server_major

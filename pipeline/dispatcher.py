@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pipeline.contracts import Clock, Source
-from pipeline.errors import IntegrityError, ObjectConflict, WalshipError
+from pipeline.errors import IntegrityError, ObjectConflict, SourceError, WalshipError
 from pipeline.events import Acknowledged, Event, EventFailed, Notice, SegmentReady
 
 #: Brings one event to safety. None: it is durable at every required destination. A future: it is durable somewhere, and
@@ -41,7 +41,7 @@ FOR_PEOPLE = 300.0
 
 def endless(error: WalshipError, attempt: int) -> float | None:
     """For a service: try again for ever, from one second apart to half a minute, or to what people need."""
-    if isinstance(error, ObjectConflict | IntegrityError):
+    if isinstance(error, ObjectConflict | IntegrityError) or (isinstance(error, SourceError) and error.lasting):
         return FOR_PEOPLE
     return min(30.0, 2.0 ** min(attempt - 1, 5))
 

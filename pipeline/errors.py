@@ -23,7 +23,14 @@ class ConfigError(WalshipError):
 
 
 class SourceError(WalshipError):
-    """PostgreSQL or the spool: unreachable, refuses, or gives what is not WAL of this cluster."""
+    """PostgreSQL or the spool: unreachable, refuses, or gives what is not WAL of this cluster.
+
+    ``lasting``: it stays so until a person has mended it.
+    """
+
+    def __init__(self, fact: str, *, hint: str = "", lasting: bool = False) -> None:
+        super().__init__(fact, hint=hint)
+        self.lasting = lasting
 
 
 class StoreError(WalshipError):

@@ -8,7 +8,6 @@ is, the timelines of the plan, the opened data keys and the store's credentials.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from handlers.encrypt import Encrypt
 from handlers.fetch import Fetcher
 from handlers.serve_wal import WalServer
 from infra.keys import RepositoryKeys
-from infra.settings import Settings
+from infra.settings import Settings, secret_files
 from infra.storage import open_store
 from infra.storage.rooted import Rooted
 from pipeline.chain import Chain
@@ -66,9 +65,10 @@ class FetchContext:
         credentials: dict[str, str] = {}
         if any(url.startswith("s3:") for url in destinations):
             given = (settings.aws_access_key_id, settings.aws_secret_access_key)
+            files = secret_files()
             for name, value in zip(_CREDENTIALS, given, strict=True):
-                if path := os.environ.get(f"{name}_FILE"):
-                    credentials[f"{name}_FILE"] = str(Path(path).resolve())
+                if path := files.get(name):
+                    credentials[f"{name}_FILE"] = str(path)
                 elif value.get_secret_value():
                     credentials[name] = value.get_secret_value()
         return cls(destinations, system_id, lineage, planned, allow_unencrypted, keys.restore_keys(), credentials)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 import sys
 from typing import NoReturn
 
 import click
 
+from infra.cli import streams
 from infra.cli.exits import INTERRUPTED, report
 from infra.names import refuse_strangers
 from pipeline.errors import ConfigError, WalshipError, foreseen
@@ -71,18 +71,18 @@ def cli() -> None:
 def main() -> NoReturn:
     """Entry point of the ``walship`` script and of ``python -m infra.cli``."""
     as_json = "--json" in sys.argv
+    streams.secure()
     try:
         refuse_strangers()
         # What a verb gave to Context.exit comes back as a value here.
         code = int(cli.main(prog_name="walship", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # its message is the help
+        code = error.exit_code
     except click.ClickException as error:
         code = _usage(error, as_json=as_json)
     except click.Abort:
         print("walship: stopped", file=sys.stderr)
-        code = INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone (| head). Nothing more can be said, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = INTERRUPTED
     except (WalshipError, BaseExceptionGroup) as error:
         ours = foreseen(error)
@@ -92,7 +92,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("walship: interrupted", file=sys.stderr)
         code = INTERRUPTED
-    sys.exit(code)
+    sys.exit(streams.settle(code))
 
 
 def _usage(error: click.ClickException, *, as_json: bool) -> int:

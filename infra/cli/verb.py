@@ -35,7 +35,7 @@ def asynchronous(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        log.configure()
+        log.configure(plain=True)
         if asyncio.run(until_signalled(function(*args, **kwargs))):
             say("walship: stopped by SIGTERM before it was done")
             raise SystemExit(TERMINATED)

@@ -1,9 +1,10 @@
-"""One line per fact on stderr: an event name and key=value; JSON when stderr is not a terminal."""
+"""One line per fact on stderr: an event name and key=value; from a service JSON when stderr is not a terminal."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -22,19 +23,30 @@ from pipeline.events import (
 )
 
 
-def configure() -> None:
-    """Set up logging for this process: everything from INFO on."""
-    renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+def configure(*, plain: bool = False) -> None:
+    """Set up logging for this process: everything from INFO on.
+
+    ``plain``: where stderr is no terminal, lines for people (``warning: event key='value'``) in the place of JSON.
+    """
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    last: list[Any]
+    if sys.stderr.isatty():
+        last = [stamp, structlog.dev.ConsoleRenderer()]
+    elif plain:
+        last = [_plain]
+    else:
+        last = [stamp, structlog.processors.JSONRenderer()]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
-        ],
+        processors=[structlog.processors.add_log_level, *last],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def _plain(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+    level, name = event.pop("level"), event.pop("event")
+    return " ".join([f"{level}: {name}", *(f"{key}={value!r}" for key, value in event.items() if value != "")])
 
 
 def log_notice(notice: Notice) -> None:

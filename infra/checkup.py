@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from dotenv import dotenv_values
 
 from handlers.body import joined
 from infra.clock import SystemClock
@@ -16,7 +20,7 @@ from infra.postgres.control import ServerFacts, read_facts
 from infra.postgres.problems import problems
 from infra.repository import Destination, RepositoryFacts, find
 from infra.repository import read_facts as read_repository
-from infra.settings import Settings
+from infra.settings import SECRETS, Settings
 from infra.sources.spool import check_spool
 from infra.storage.rooted import Rooted
 from infra.wiring import open_destinations
@@ -29,7 +33,7 @@ from pipeline.objects import MemoryBody
 class Finding:
     """One thing that was tried."""
 
-    #: ``server``, ``spool``, ``keys``, or the name of a destination.
+    #: ``server``, ``spool``, ``settings``, ``repository``, ``destinations``, or the name of a destination.
     subject: str
     severity: Literal["ok", "warning", "error"]
     fact: str
@@ -55,6 +59,8 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             yield finding
     async for finding in _spool(settings):
         yield finding
+    if exposed := env_file(Path(".env")):
+        yield exposed
     async with open_destinations(settings) as destinations:
         facts: RepositoryFacts | None = None
         try:
@@ -104,6 +110,23 @@ async def _spool(settings: Settings) -> AsyncIterator[Finding]:
     room = os.statvfs(settings.spool_dir)
     free = room.f_bavail * room.f_frsize
     yield Finding("spool", "ok", f"{settings.spool_dir} can be read and emptied; {free >> 20} MB are free")
+
+
+def env_file(path: Path) -> Finding | None:
+    """A warning if the file holds a secret and others may read it; None if all is well, or there is no such file.
+
+    The rule is PostgreSQL's for its server key (ssl_key_file): 0600, or 0640 if root owns it.
+    """
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    too_much = stat.S_IMODE(state.st_mode) & (0o037 if state.st_uid == 0 else 0o077)
+    held = [name for name, value in dotenv_values(path).items() if value and name in SECRETS]
+    if not (too_much and held):
+        return None
+    fact = f"{path.absolute()} holds {', '.join(held)} and has mode {stat.S_IMODE(state.st_mode):04o}"
+    return Finding("settings", "warning", f"{fact}: others on this host may read it", f"chmod 600 {path.absolute()}")
 
 
 async def _destination(

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from handlers.checksum import Checksum
 from handlers.compress import Compress
@@ -69,9 +70,7 @@ class Shipping:
 async def open_destinations(settings: Settings) -> AsyncIterator[tuple[Destination, ...]]:
     """The destinations of the settings; nothing is asked of them yet."""
     if not settings.destinations:
-        raise ConfigError(
-            "WALSHIP_DESTINATIONS is not set", hint="for example file:///var/backups/walship,s3://bucket/prefix"
-        )
+        raise _no_destinations()
     async with AsyncExitStack() as stack:
         opened: list[Destination] = []
         for url in settings.destinations:
@@ -84,6 +83,15 @@ async def open_destinations(settings: Settings) -> AsyncIterator[tuple[Destinati
                 )
             opened.append(Destination(store, not settings.required or url in settings.required))
         yield tuple(opened)
+
+
+def _no_destinations() -> ConfigError:
+    """Most often the file with the settings is in another folder."""
+    here = "" if Path(".env").exists() else f"there is no .env in {Path.cwd()}; "
+    return ConfigError(
+        "WALSHIP_DESTINATIONS is not set",
+        hint=f"{here}it is for example file:///var/backups/walship,s3://bucket/prefix",
+    )
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from handlers.fetch import read_catalog
 from handlers.plan import last_moment
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.wiring import Site, open_site
-from pipeline.catalog import Catalog
+from pipeline.catalog import Catalog, Window
 from pipeline.errors import IntegrityError, RecoveryError, StoreError
 from pipeline.targets import show
 from pipeline.wal import Lsn
@@ -51,6 +51,23 @@ async def _last_moments(catalog: Catalog, site: Site) -> dict[tuple[int, Lsn], d
     return found
 
 
+def _until(window: Window, moments: dict[tuple[int, Lsn], datetime | None]) -> datetime | None:
+    """The last time in the window, never before the backup's end, where it begins. None: its WAL could not be read."""
+    key = window.timeline, window.end
+    if key not in moments:
+        return None
+    return max(moments[key] or window.backup.stopped, window.backup.stopped)
+
+
+def _until_words(window: Window, moments: dict[tuple[int, Lsn], datetime | None]) -> str:
+    until = _until(window, moments)
+    if until is None:
+        return "an unknown time (its last WAL cannot be read)"
+    if until == window.backup.stopped:
+        return "the backup's end (no transaction is stored after it)"
+    return show(until)
+
+
 def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -> dict[str, Any]:
     return {
         "system_id": catalog.system_id,
@@ -77,7 +94,7 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
                 "timeline": w.timeline,
                 "from": w.backup.stopped.isoformat(),
                 "from_lsn": str(w.start),
-                "to": moment.isoformat() if (moment := moments.get((w.timeline, w.end))) else None,
+                "to": end.isoformat() if (end := _until(w, moments)) else None,
                 "to_lsn": str(w.end),
                 "missing": str(w.missing) if w.missing else None,
             }
@@ -101,8 +118,7 @@ def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) ->
         for window in catalog.windows():
             if window.backup is backup:
                 end = f"; segment {window.missing} is missing" if window.missing else ""
-                moment = moments.get((window.timeline, window.end))
-                until = show(moment) if moment else "the backup's end (no transaction is stored after it)"
+                until = _until_words(window, moments)
                 lines.append(f"  restorable on timeline {window.timeline}: {show(backup.stopped)} to {until}{end}")
                 lines.append(f"    LSN {window.start} to {window.end}")
     lines += [f"hole: {h.count} segments are missing, {h.first} to {h.last}" for h in catalog.holes()]

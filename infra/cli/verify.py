@@ -47,7 +47,10 @@ async def command(backup: str | None, stored_only: bool, cluster: str, as_json: 
         if not as_json:
             for line in _lines(report):
                 click.echo(line)
-        raise IntegrityError(_verdict(report), hint="what is good elsewhere can still be restored: see the list")
+        hint = "what is good elsewhere can still be restored: see the list"
+        if any(fault.kind == "missing" for fault in report.faults):
+            hint += "; `walship run` copies what another destination has at its next start"
+        raise IntegrityError(_verdict(report), hint=hint)
     emit(report.summary(), _lines(report), as_json=as_json)
 
 

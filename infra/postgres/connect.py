@@ -94,6 +94,8 @@ _Told: TypeAlias = tuple[str, str]
 
 def _unreachable(who: _Who, match: re.Match[str]) -> _Told:
     hint = "is it running, does listen_addresses include that address, and are POSTGRES_HOST and POSTGRES_PORT right?"
+    if who.host.startswith("/"):
+        hint = "is it running, is that one of its unix_socket_directories, and is POSTGRES_PORT right?"
     return f"PostgreSQL at {who.place} cannot be reached: {match[0].strip()}", hint
 
 

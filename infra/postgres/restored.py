@@ -31,6 +31,11 @@ _STOPPED = re.compile(r"(recovery stopping (?:before|after) .*)")
 _LAST = re.compile(r"last completed transaction was at log time (.*)")
 _LOUD = re.compile(r"\b(?:FATAL|PANIC|ERROR):  ")
 _DETAIL = re.compile(r"\bDETAIL:  (.*)")
+#: Another server has the port: on its addresses, or in the socket's folder (not open: the lock is another user's).
+_PORT_TAKEN = re.compile(
+    r"Address already in use|lock file \"[^\"]*\.s\.PGSQL\.\d+\.lock\" already exists"
+    r"|could not open lock file \"[^\"]*\.s\.PGSQL\."
+)
 #: Servers that go on without us. Python takes a Popen that is dropped while its process runs for a mistake.
 _SURVIVORS: list[subprocess.Popen[bytes]] = []
 #: What clients are told while they wait; not why a server ended.
@@ -154,9 +159,15 @@ async def _after_the_end(
     # Before it has read its configuration a server speaks without FATAL in front.
     words = "; ".join(follow.loud[-3:]) or follow.last_line or f"exit status {code}"
     raise RecoveryError(
-        f"the restored server ended before it reached its target: {words}",
-        hint=f"see {follow.path}; the directory holds half replayed data now: run the same restore again with --force",
+        f"the restored server ended before it reached its target: {words}", hint=_what_to_do(follow, words)
     )
+
+
+def _what_to_do(follow: _Follower, words: str) -> str:
+    # One address that is taken is no reason to end, as long as there is another.
+    if _PORT_TAKEN.search(words) or (follow.port_taken and "could not create any TCP/IP sockets" in words):
+        return "another server uses that port: run the same restore again with --force and --port N, a free one"
+    return f"see {follow.path}; the directory holds half replayed data now: run the same restore again with --force"
 
 
 def _check_reached(directory: Path, reaches: Lsn, log_file: Path) -> None:
@@ -212,6 +223,8 @@ class _Follower:
         #: Lines that tell of errors.
         self.loud: list[str] = []
         self.last_line = ""
+        #: Some address of the port belongs to another server.
+        self.port_taken = False
         self._was_loud = False
 
     def read(self) -> bool:
@@ -226,6 +239,7 @@ class _Follower:
         return bool(new)
 
     def _take(self, line: str) -> None:
+        self.port_taken = self.port_taken or bool(_PORT_TAKEN.search(line))
         if match := _REDO.search(line):
             self.lsn = Lsn.parse(match[1])
         elif match := _RESTORED.search(line):

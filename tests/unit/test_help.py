@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -30,3 +32,11 @@ def test_examples_stand_on_lines_of_their_own() -> None:
     lines = [line.strip() for line in CliRunner().invoke(cli, ["restore", "--help"]).output.splitlines()]
     first = lines.index("Examples:") + 1
     assert all(line.startswith("walship restore --target-dir ") for line in lines[first : first + 2])
+
+
+def test_without_a_word_it_prints_the_help_alone() -> None:
+    done = subprocess.run([sys.executable, "-m", "infra.cli"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("Usage: walship")
+    assert "hint:" not in done.stderr

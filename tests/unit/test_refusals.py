@@ -40,3 +40,9 @@ def test_words_become_a_fact_and_a_remedy(words: str, fact: str, hint: str) -> N
     assert fact in error.fact
     assert hint in error.hint
     assert "db.example.com:5432" in error.fact
+
+
+def test_a_socket_has_nothing_to_do_with_listen_addresses() -> None:
+    error = _explain(_Who("/var/run/postgresql", 5432, "walship", replication=False), "No such file or directory")
+    assert "listen_addresses" not in error.hint
+    assert "unix_socket_directories" in error.hint

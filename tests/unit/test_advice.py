@@ -1,0 +1,75 @@
+"""What is said of common first mistakes: a port in use, settings in another folder, secrets that others can read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from infra.checkup import env_file
+from infra.postgres.restored import _Follower, _what_to_do
+from infra.settings import Settings
+from infra.wiring import open_destinations
+from pipeline.errors import ConfigError
+
+_BOUND = 'LOG:  could not bind IPv4 address "127.0.0.1": '
+_NO_SOCKET = "FATAL:  could not create any TCP/IP sockets"
+
+
+@pytest.mark.parametrize(
+    ("log", "port"),
+    [
+        (f"{_BOUND}Address already in use\n{_NO_SOCKET}\n", True),
+        (f"{_BOUND}Cannot assign requested address\n{_NO_SOCKET}\n", False),
+        ('FATAL:  lock file "/tmp/.s.PGSQL.5432.lock" already exists\n', True),
+        ('FATAL:  could not open lock file "/tmp/.s.PGSQL.5432.lock": Permission denied\n', True),
+        ('FATAL:  could not create lock file "/run/x/.s.PGSQL.5432.lock": Permission denied\n', False),
+        ('FATAL:  lock file "postmaster.pid" already exists\n', False),
+        (f"{_BOUND}Address already in use\nFATAL:  could not locate a valid checkpoint record\n", False),
+    ],
+)
+def test_a_port_in_use_is_told_from_what_another_port_does_not_mend(tmp_path: Path, log: str, port: bool) -> None:
+    path = tmp_path / "log"
+    follow = _Follower(path)
+    path.write_text(log)
+    follow.read()
+    assert ("--port N" in _what_to_do(follow, "; ".join(follow.loud))) is port
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_missing_file_of_settings_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if there:
+        (tmp_path / ".env").touch()
+    with pytest.raises(ConfigError, match="WALSHIP_DESTINATIONS is not set") as error:
+        async with open_destinations(Settings(_env_file=None).model_copy(update={"destinations": ()})):
+            pass
+    assert (f"there is no .env in {tmp_path}" in error.value.hint) is not there
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "warned"),
+    [
+        ("POSTGRES_PASSWORD=mellon\n", 0o644, True),
+        ("POSTGRES_PASSWORD=mellon\n", 0o600, False),
+        ("POSTGRES_PASSWORD=\nPOSTGRES_PORT=5432\n", 0o644, False),
+        # As for the server's key: a group may read what root owns.
+        ("POSTGRES_PASSWORD=mellon\n", 0o640, os.geteuid() != 0),
+    ],
+)
+def test_secrets_that_others_can_read(tmp_path: Path, content: str, mode: int, warned: bool) -> None:
+    path = tmp_path / ".env"
+    path.write_text(content)
+    path.chmod(mode)
+    finding = env_file(path)
+    assert (finding is not None) is warned
+    if finding is not None:
+        assert "POSTGRES_PASSWORD" in finding.fact
+        assert "mellon" not in finding.fact
+
+
+def test_no_file_is_no_finding(tmp_path: Path) -> None:
+    assert env_file(tmp_path / ".env") is None

@@ -276,7 +276,7 @@ class LocalStore:
             if not self._is_there():
                 raise StoreError(
                     f"the folder {self._root} of {self.name} is not there",
-                    hint="create it, or mount the disk that it is on",
+                    hint="create it, or mount the disk that it is on; the first time, `walship init` makes it",
                 ) from None
             hint, passing = _ADVICE.get(error.errno or 0, ("", False))
             reason = os.strerror(error.errno) if error.errno else type(error).__name__

@@ -128,6 +128,7 @@ class Uploader:
         outlet.down = down
         if down:
             outlet.behind.set()
+            outlet.abilities = None  # what comes back may be another disk, or an emptied bucket: look at it anew
         if all(each.down for each in self.outlets):
             self._up.clear()
         else:
@@ -161,7 +162,9 @@ class Uploader:
             await self._failed(outlet, REPOSITORY, error)
             return
         # Fresh objects go straight to it again, while older ones are still being copied.
-        self._set_down(outlet, down=False)
+        if outlet.down:
+            self._set_down(outlet, down=False)
+            await self._owe_differences()
         refused = 0
         for name in sorted(outlet.owed, key=copy_order):
             if outlet.lacks_parts_of(name):

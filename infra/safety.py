@@ -101,6 +101,24 @@ def history_shipper(settings: Settings, ship: Ship) -> Callable[[int], Awaitable
     return ship_history
 
 
+async def store_history(site: Site, ship: Ship, timeline: int) -> None:
+    """Have the history of the server's timeline stored, if WAL of it is there and the history is not everywhere.
+
+    Never before that WAL: "latest" would follow a timeline that has no bytes.
+    """
+    history = wal_key(WalFile.history(timeline))
+    if timeline == 1:
+        return
+    missing = False
+    for store in site.required_stores:
+        names = {entry.key async for entry in store.list(f"wal/{timeline:08X}", shallow=True)}
+        if not names - {history}:
+            return
+        missing = missing or history not in names
+    if missing:
+        await history_shipper(site.settings, ship)(timeline)
+
+
 async def _strike_out(store: Store, missing: set[str]) -> None:
     """Remove from ``missing`` what the store has, by one listing per folder that begins at the first missing name."""
     for folder in {key.rpartition("/")[0] for key in missing}:

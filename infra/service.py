@@ -16,22 +16,26 @@ from handlers.ship import Shipper
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
 from infra.postgres.problems import problems
-from infra.safety import history_shipper, wal_safe
+from infra.repository import find
+from infra.safety import history_shipper, store_history, wal_safe
 from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
 from infra.sources.watcher import SpoolWatcher
-from infra.wiring import Shipping, Site, open_shipping, open_site
+from infra.wiring import Shipping, Site, open_destinations, open_shipping, open_site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Source
 from pipeline.dispatcher import Dispatcher, Handle, endless, none_left
-from pipeline.errors import ConfigError, SourceError, StoreError, WalshipError, foreseen
+from pipeline.errors import ConfigError, IntegrityError, SourceError, StoreError, WalshipError, foreseen
 from pipeline.events import Acknowledged, BackupReady, Event, Notice
 
 log = structlog.get_logger()
 
 #: Longest pause in seconds between attempts to open the repository at the start of the service.
 LONGEST_PAUSE = 30.0
+
+#: Seconds between looks at the server's timeline.
+LOOK_AT_TIMELINE = 30.0
 
 
 def spool_of(settings: Settings) -> Path:
@@ -43,14 +47,15 @@ def spool_of(settings: Settings) -> Path:
     return settings.spool_dir
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, *, cluster: str = "") -> None:
     """Ship until cancelled. What can pass (a store that is away, a spool in other hands) is waited for, loudly."""
     spool = spool_of(settings)
     pause = 1.0
     while True:
         began = time.monotonic()
         try:
-            async with open_site(settings, writer=True) as site, open_shipping(site) as shipping:
+            chosen = cluster or await _cluster(settings)
+            async with open_site(settings, cluster=chosen, writer=True) as site, open_shipping(site) as shipping:
                 await _ship_for_ever(spool, site, shipping)
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
@@ -73,14 +78,31 @@ def _can_pass(error: WalshipError, spool: Path) -> bool:
     return isinstance(error, SourceError) and holder(spool) not in (None, os.getpid())
 
 
+async def _cluster(settings: Settings) -> str:
+    """Whose WAL is in the spool: empty where the destinations hold one cluster only, else what the server says."""
+    async with open_destinations(settings) as destinations:
+        try:
+            await find(destinations)
+        except ConfigError as error:
+            try:
+                async with await connect(settings) as connection:
+                    return (await read_facts(connection)).system_identifier
+            except SourceError:
+                raise error from None
+    return ""
+
+
 async def _ship_for_ever(spool: Path, site: Site, shipping: Shipping) -> None:
     watcher = _watcher(spool, site, once=False)
     handle = _handler(site, shipping.service)
     dispatcher = Dispatcher(handle, clock=site.clock, notify=site.notify, patience=endless)
+    if (other := holder(spool)) not in (None, os.getpid()):
+        raise SourceError(f"the spool {spool} is shipped by process {other} already", hint="one service is enough")
     log.info("started", cluster=site.facts.system_id, spool=str(spool), destinations=[s.name for s in site.stores])
     async with asyncio.TaskGroup() as group:
         group.create_task(shipping.uploader.run())
         group.create_task(_tell_of_server(site))
+        group.create_task(_keep_history(site, shipping.service))
         try:
             await dispatcher.run(watcher)
         finally:
@@ -101,7 +123,24 @@ async def _tell_of_server(site: Site) -> None:
         log.warning("server", error=problem.fact, hint=problem.hint)
 
 
-async def push(settings: Settings, notify: Callable[[Notice], None]) -> int:
+async def _keep_history(site: Site, shipper: Shipper) -> None:
+    """Once WAL of a new timeline is stored, have its history stored as well, archived or not.
+
+    A server that was restored promotes before its archiving is switched on, and PostgreSQL archives that history never:
+    without it, all that it writes from then on could not be reached.
+    """
+    while True:
+        try:
+            async with await connect(site.settings) as connection:
+                server = await read_facts(connection)
+            if server.system_identifier == site.facts.system_id:
+                await store_history(site, shipper.ship, server.timeline)
+        except (SourceError, StoreError, IntegrityError) as error:
+            log.debug("no_history", error=error.fact)  # looked at again; what is wrong is told by whoever it stops
+        await site.clock.sleep(LOOK_AT_TIMELINE)
+
+
+async def push(settings: Settings, notify: Callable[[Notice], None], *, cluster: str = "") -> int:
     """Ship what is in the spool now; returns how many files were acknowledged, or raises the first failure."""
     spool = spool_of(settings)
     shipped = 0
@@ -111,7 +150,11 @@ async def push(settings: Settings, notify: Callable[[Notice], None]) -> int:
         shipped += isinstance(notice, Acknowledged)
         notify(notice)
 
-    async with open_site(settings, writer=True, notify=count) as site, open_shipping(site) as shipping:
+    chosen = cluster or await _cluster(settings)
+    async with (
+        open_site(settings, cluster=chosen, writer=True, notify=count) as site,
+        open_shipping(site) as shipping,
+    ):
         watcher = _watcher(spool, site, once=True)
         dispatcher = Dispatcher(_handler(site, shipping.command), clock=site.clock, notify=count, patience=none_left)
         await dispatcher.run(watcher)

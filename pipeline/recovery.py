@@ -148,7 +148,7 @@ def settle(target: Target, backup: BackupInfo, path: WalPath, ending: Ending, no
     if target.kind is TargetKind.LATEST:
         if path.missing is not None:
             raise hole(backup, path, ending, "the latest state")
-        return _everything(target, ending), ""
+        return _everything(target, backup, ending), ""
     return target, ""
 
 
@@ -166,7 +166,10 @@ def _settle_time(
     )  # fmt: skip
     if target.time > now:
         raise RecoveryError(f"the target, {target}, lies in the future; {said}", hint=_window(backup, path, ending))
-    return _everything(target, ending), f"{said}, before {show(target.time)}: restoring to the latest"
+    return _everything(target, backup, ending), (
+        f"{said}, before {show(target.time)}: restoring to that, and no further. If the old server still runs, what it"
+        " has committed since is not stored yet: `walship switch`, then restore again"
+    )
 
 
 def _settle_lsn(target: Target, backup: BackupInfo, path: WalPath, ending: Ending) -> tuple[Target, str]:
@@ -174,7 +177,8 @@ def _settle_lsn(target: Target, backup: BackupInfo, path: WalPath, ending: Endin
     if ending.last_record is not None and target.lsn <= ending.last_record:
         return target, ""
     if target.lsn <= ending.end and path.missing is None:
-        return _everything(target, ending), f"the stored WAL ends at LSN {ending.end}: restoring to the latest"
+        notice = f"the stored WAL ends at LSN {ending.end}: restoring to that, and no further"
+        return _everything(target, backup, ending), notice
     if target.lsn <= ending.end and ending.last_record is not None:
         # All of it is there, but the next record, at which PostgreSQL would stop, is not.
         return (
@@ -190,9 +194,16 @@ def _settle_lsn(target: Target, backup: BackupInfo, path: WalPath, ending: Endin
     )
 
 
-def _everything(target: Target, ending: Ending) -> Target:
-    """Latest. To pause or shut down there PostgreSQL needs a target to stop at: the last record."""
-    if target.action is Action.PROMOTE or ending.last_record is None:
+def _everything(target: Target, backup: BackupInfo, ending: Ending) -> Target:
+    """All that is stored now. To pause or shut down there PostgreSQL needs a target to stop at: the last record.
+
+    So does a time or an LSN that lies behind it: WAL that is shipped while the restore runs may hold the very accident
+    that the target was to leave out.
+    """
+    latest = target.kind is TargetKind.LATEST
+    if ending.last_record is None or ending.last_record < backup.stop_lsn:
+        return target.with_kind(TargetKind.LATEST)  # PostgreSQL refuses to stop before it is consistent
+    if latest and target.action is Action.PROMOTE:
         return target.with_kind(TargetKind.LATEST)
     return Target(TargetKind.LSN, lsn=ending.last_record, timeline=target.timeline, action=target.action)
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import click
 
-from infra.cli.verb import asynchronous, emit, json_option, settings
+from infra.cli.verb import asynchronous, cluster_option, emit, json_option, settings
 from infra.monitoring.log import log_notice
 from infra.service import push
 
 
 @click.command("push")
+@cluster_option
 @json_option
 @asynchronous
-async def command(as_json: bool) -> None:
+async def command(cluster: str, as_json: bool) -> None:
     """Ship what waits in the spool, then exit. For a cron job, or before a host is shut down for good.
 
     Exits with 0 only if nothing that was there is left unshipped.
 
     Example: walship push --json
     """
-    shipped = await push(settings(), log_notice)
+    shipped = await push(settings(), log_notice, cluster=cluster)
     result = {"shipped": shipped}
     emit(result, [f"shipped {shipped} files"], as_json=as_json)

@@ -7,7 +7,7 @@ import click
 from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts, switch_wal
-from infra.safety import wait_for_wal
+from infra.safety import store_history, wait_for_wal
 from infra.service import alongside
 from infra.wiring import open_shipping, open_site
 
@@ -34,6 +34,7 @@ async def command(as_json: bool) -> None:
         began = site.clock.monotonic()
         await wait_for_wal(site.stores, [segment], clock=site.clock, timeout=wanted.wal_timeout, tell=say)
         seconds = site.clock.monotonic() - began
+        await store_history(site, shipping.command.ship, segment.timeline)
     places = ", ".join(store.name for store in site.stores)
     emit(
         {"segment": segment.name, "seconds": round(seconds, 3), "destinations": [s.name for s in site.stores]},

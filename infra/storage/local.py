@@ -44,6 +44,8 @@ class LocalStore:
         self._lock = threading.Lock()
         #: Folders whose own entry is known to be on the disk, so that it is fsynced once and not for each object.
         self._settled: set[Path] = set()
+        #: Device and inode of the root when it was probed; None before.
+        self._identity: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -73,8 +75,10 @@ class LocalStore:
         await asyncio.to_thread(self._delete, tuple(keys))
 
     async def probe(self, key: str, body: Body) -> Abilities:
+        self._identity = None
         with contextlib.suppress(ObjectConflict):
             await self.put(key, body)
+        self._identity = await asyncio.to_thread(_identity, self._root)
         if await asyncio.to_thread(self._can_link, self._path(key)):
             return Abilities(conditional_put=True, remark="objects are created by a hard link, in one step")
         return Abilities(
@@ -91,6 +95,7 @@ class LocalStore:
         path = self._path(key)
         temporary = path.parent / f".walship-{uuid.uuid4().hex}.tmp"
         with self._explained(key, body.size):
+            self._check_identity()
             try:
                 # Looked at first only to save the writing; what decides is the link below.
                 if not replace and path.exists():
@@ -119,6 +124,19 @@ class LocalStore:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     temporary.unlink()
             self._fsync_name(path)
+            self._check_identity()
+
+    def _check_identity(self) -> None:
+        """Nothing may be written to what was put in the root's place: the mount point below a disk, most of all.
+
+        What is stored there counts as safe, and is gone from sight as soon as the disk is mounted again.
+        """
+        if self._identity is not None and self._identity != _identity(self._root):
+            raise StoreError(
+                f"the folder {self._root} of {self.name} is not the one that it was: its disk was unmounted, or it was"
+                " made anew",
+                hint="mount the disk again; only a destination that shall begin anew needs `walship init`",
+            )
 
     def _make_durable(self, path: Path) -> None:
         """For an object that was there already: whoever gave it its name may have failed, or died, before the fsync.
@@ -322,6 +340,11 @@ def _name_if_absent(temporary: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError from None
         temporary.replace(path)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _fsync(path: Path) -> None:

@@ -228,10 +228,10 @@ async def test_targets_past_the_end(start_server: StartServer, server_folder: Pa
     repository = bank.repository()
     # Without the plan all of these end in FATAL: "recovery ended before configured recovery target was reached".
     plan = await make_plan(repository, Target.parse(time=now.isoformat()))
-    assert "restoring to the latest" in plan.notices[0]
+    assert "restoring to that, and no further" in plan.notices[0]
     end = plan.path.end
     plan = await make_plan(repository, Target.parse(lsn=str(end)))
-    assert "restoring to the latest" in plan.notices[0]
+    assert "restoring to that, and no further" in plan.notices[0]
     place = bank.place("latest")
     restored = await restore(repository, plan, place)
     with stopped_after(restored.server):

@@ -132,6 +132,9 @@ async def _destination(store: Store, site: Site, server: ServerFacts | None, *, 
     timeline = server.timeline if server and server.timeline in catalog.timelines else catalog.newest_timeline
     runs = catalog.segments.get(timeline)
     durable, missing = unbroken(catalog, timeline, backup)
+    problems = catalog.problems
+    if backup is not None and not leads_to(catalog, timeline, backup):
+        problems += (f"no base backup leads to timeline {timeline}, where the WAL is now: take one (`walship backup`)",)
     return DestinationStatus(
         store.name,
         required,
@@ -141,8 +144,16 @@ async def _destination(store: Store, site: Site, server: ServerFacts | None, *, 
         lag_bytes=max(0, server.wal_lsn - durable) if server and durable is not None else None,
         holes=sum(hole.count for hole in catalog.holes()),
         last_backup=backup.name if backup else "",
-        problems=catalog.problems,
+        problems=problems,
     )
+
+
+def leads_to(catalog: Catalog, timeline: int, backup: BackupInfo) -> bool:
+    """Whether a restore that begins with the backup can follow that timeline."""
+    try:
+        return catalog.lineage(timeline).holds(backup.timeline, backup.start_lsn)
+    except RecoveryError:
+        return False
 
 
 def unbroken(catalog: Catalog, timeline: int, backup: BackupInfo | None) -> tuple[Lsn | None, WalFile | None]:
@@ -150,14 +161,9 @@ def unbroken(catalog: Catalog, timeline: int, backup: BackupInfo | None) -> tupl
 
     It begins with the backup, if that is one that the timeline descends from; else with the timeline's first segment.
     """
-    if backup is not None:
-        try:
-            lineage = catalog.lineage(timeline)
-        except RecoveryError:
-            lineage = None
-        if lineage and lineage.holds(backup.timeline, backup.start_lsn):
-            path = catalog.wal_path(lineage, backup.start_lsn)
-            return path.end, path.missing
+    if backup is not None and leads_to(catalog, timeline, backup):
+        path = catalog.wal_path(catalog.lineage(timeline), backup.start_lsn)
+        return path.end, path.missing
     runs = catalog.segments.get(timeline)
     if not runs:
         return None, None

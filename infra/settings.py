@@ -5,7 +5,9 @@ An unknown ``WALSHIP_*`` name is an error, so that a misspelled setting is notic
 
 from __future__ import annotations
 
+import io
 import os
+import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,9 +32,8 @@ def _env(name: str, **more: Any) -> Any:
 class Settings(BaseSettings):
     """All that a user can set. Names on the right are the environment's."""
 
-    model_config = SettingsConfigDict(
-        env_file=_ENV_FILE, env_file_encoding="utf-8", extra="ignore", case_sensitive=True, env_ignore_empty=True
-    )
+    # Without .env, which ``load`` reads: pydantic would replace ${…} in a passphrase, and pass over broken lines.
+    model_config = SettingsConfigDict(extra="ignore", case_sensitive=True, env_ignore_empty=True)
 
     postgres_host: str = _env("POSTGRES_HOST", default="localhost")
     postgres_port: int = _env("POSTGRES_PORT", default=5432, ge=1, le=65535)
@@ -80,6 +81,10 @@ class Settings(BaseSettings):
             raise ValueError("WALSHIP_DESTINATIONS names a destination twice")
         if unknown := set(self.sources) - {"watch"}:
             raise ValueError(f"WALSHIP_SOURCES knows watch, not {', '.join(sorted(unknown))}")
+        if self.compression_level is not None:
+            from handlers.compress import Compress  # what most commands need not load
+
+            Compress(self.compression, self.compression_level)  # knows the levels of each codec; ConfigError
         if (self.backup_encryption_enabled or self.wal_encrypted) and not self.passphrase:
             raise ValueError("encryption is on, and BACKUP_ENCRYPTION_PASSWORD (or its _FILE) is empty")
         return self
@@ -97,10 +102,12 @@ class Settings(BaseSettings):
 
 def load(env_file: Path | None = None) -> Settings:
     """Read the environment (and ``.env``). Raises ConfigError that names each wrong setting and never its value."""
-    _refuse_unknown(env_file)
+    given = _given(env_file)
+    _refuse_unknown(given)
+    values: dict[str, Any] = {name: value for name, value in given.items() if value and name in known_names()}
     try:
-        secrets: dict[str, Any] = {name: _content(name, path) for name, path in secret_files(env_file).items()}
-        return Settings(_env_file=env_file or _ENV_FILE, **secrets)
+        values |= {name: _content(name, path) for name, path in _secret_files(given).items()}
+        return Settings(_env_file=None, **values)
     except ValidationError as error:
         wrong = "; ".join(_sentence(dict(e)) for e in error.errors())
         raise ConfigError(wrong, hint="each setting is explained in .env.example") from None
@@ -111,7 +118,10 @@ def secret_files(env_file: Path | None = None) -> dict[str, Path]:
 
     Raises ConfigError if the secret itself is given as well, wherever either of them stands.
     """
-    given = _given(env_file)
+    return _secret_files(_given(env_file))
+
+
+def _secret_files(given: dict[str, str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name in SECRETS:
         if path := given.get(f"{name}_FILE"):
@@ -132,17 +142,42 @@ def known_names() -> frozenset[str]:
 
 def _given(env_file: Path | None) -> dict[str, str]:
     """All names that are set, in the environment or the file; the environment wins unless it is empty there."""
-    from dotenv import dotenv_values
-
-    written = {name: value or "" for name, value in dotenv_values(env_file or _ENV_FILE).items()}
+    written = _written(env_file or _ENV_FILE)
     return written | {name: value for name, value in os.environ.items() if value or name not in written}
 
 
-def _refuse_unknown(env_file: Path | None) -> None:
+def _written(env_file: Path) -> dict[str, str]:
+    """What a ``.env`` file says, word for word: ``$`` has no meaning. No file says nothing. Raises ConfigError."""
+    from dotenv.parser import parse_stream
+
+    try:
+        if not stat.S_ISREG(env_file.stat().st_mode):
+            raise ConfigError(f"{env_file} is not a file", hint="it holds lines of NAME=value, or is not there at all")
+        text = env_file.read_text("utf-8")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(f"{env_file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{env_file} is not UTF-8 text", hint="save it as UTF-8") from None
+    written: dict[str, str] = {}
+    for binding in parse_stream(io.StringIO(text)):
+        if binding.error or (binding.key is not None and binding.value is None):
+            before = binding.original.string[: -len(binding.original.string.lstrip()) or None]
+            raise ConfigError(
+                f"line {binding.original.line + before.count(chr(10))} of {env_file} is not NAME=value",
+                hint="a value with # or spaces stands in single quotes, and in those \\' is a quote",
+            )
+        if binding.key is not None:
+            written[binding.key] = binding.value or ""
+    return written
+
+
+def _refuse_unknown(given: dict[str, str]) -> None:
     import difflib
 
     known = known_names()
-    for name in sorted(_given(env_file)):
+    for name in sorted(given):
         if name.startswith("WALSHIP_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "each setting is explained in .env.example"

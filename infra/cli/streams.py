@@ -64,11 +64,6 @@ def _lossy(number: int, old: TextIO | None, errors: str, *, line_buffering: bool
     if old is not None:
         old.flush()
         errors = old.errors or errors
+    at_once = line_buffering or (old is not None and (bool(old.line_buffering) or getattr(old, "write_through", False)))
     binary = io.BufferedWriter(_Lossy(number, "w", closefd=False))  # type: ignore[type-var]  # for the same reason
-    return io.TextIOWrapper(
-        binary,
-        old.encoding if old else "utf-8",
-        errors,
-        line_buffering=line_buffering
-        or (old is not None and (old.line_buffering or bool(getattr(old, "write_through", 0)))),
-    )
+    return io.TextIOWrapper(binary, old.encoding if old else "utf-8", errors, line_buffering=at_once)

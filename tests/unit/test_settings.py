@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,49 @@ def test_another_file_can_stand_for_dotenv(home: Path) -> None:
     with pytest.raises(ConfigError, match="there is no setting WALSHIP_SPOLDIR") as raised:
         load()
     assert raised.value.hint == "did you mean WALSHIP_SPOOL_DIR?"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("Tr0ub${HOME}4dor", "Tr0ub${HOME}4dor"),
+        ("$POSTGRES_HOST", "$POSTGRES_HOST"),
+        (r"'correct # ho\'rse $x'", "correct # ho'rse $x"),
+    ],
+)
+def test_a_passphrase_in_dotenv_is_taken_word_for_word(written: str, meant: str) -> None:
+    Path(".env").write_text(f"BACKUP_ENCRYPTION_PASSWORD={written}\n", "utf-8")
+    assert load().passphrase == meant
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"POSTGRES_PORT=1\n\n\nPOSTGRES_PASSWORD='open\n", "line 4 of .env is not NAME=value"),
+        (b"POSTGRES_PORT=1\nPOSTGRES_PASSWORD geheim\n", "line 2 of .env is not NAME=value"),
+        (b"POSTGRES_HOST\n", "line 1 of .env is not NAME=value"),
+        (b"POSTGRES_PASSWORD=\xff\n", ".env is not UTF-8 text"),
+    ],
+)
+def test_a_dotenv_that_cannot_be_read_is_refused(content: bytes, said: str) -> None:
+    Path(".env").write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        load()
+    assert raised.value.fact == said
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_dotenv_that_is_no_file_is_refused(make: Callable[[Path], None]) -> None:
+    make(Path(".env"))
+    with pytest.raises(ConfigError, match=r"\.env is not a file"):
+        load()
+
+
+@pytest.mark.parametrize(("codec", "level"), [("zstd", "23"), ("gzip", "10"), ("lz4", "17"), ("none", "3")])
+def test_a_level_that_the_codec_does_not_have_is_refused(
+    codec: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WALSHIP_COMPRESSION", codec)
+    monkeypatch.setenv("WALSHIP_COMPRESSION_LEVEL", level)
+    with pytest.raises(ConfigError, match=f"{codec} has no level {level}"):
+        load()

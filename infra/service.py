@@ -109,6 +109,16 @@ async def _ship_for_ever(spool: Path, site: Site, shipping: Shipping) -> None:
             log.info("stopped", waiting=watcher.waiting)
 
 
+async def _ship_unless_taken(spool: Path, site: Site, shipping: Shipping) -> None:
+    """Ship, but leave it to a service that has started in the meantime."""
+    try:
+        await _ship_for_ever(spool, site, shipping)
+    except (SourceError, BaseExceptionGroup) as caught:
+        error = foreseen(caught)
+        if error is None or isinstance(error, StoreError) or not _can_pass(error, spool):
+            raise
+
+
 async def _tell_of_server(site: Site) -> None:
     """Shipping needs no word with the server; but a server that does not archive is nothing to be silent about."""
     try:
@@ -235,6 +245,6 @@ async def alongside(site: Site, shipping: Shipping, tell: Callable[[str], None])
     tell(f"no service is running: shipping what arrives in {spool} meanwhile")
     # In one group: where the spool cannot be shipped, the WAL that the command waits for will never be safe.
     async with asyncio.TaskGroup() as group:
-        work = group.create_task(_ship_for_ever(spool, site, shipping))
+        work = group.create_task(_ship_unless_taken(spool, site, shipping))
         yield
         work.cancel()

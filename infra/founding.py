@@ -78,6 +78,11 @@ async def _found_keys(
     first = next((i for i, keys in enumerate(rings) if any(k.startswith("keys/ring-") for k in keys)), None)
     if first is None:
         if not (wanted.wal or wanted.base):
+            if settings.passphrase:  # reading would be refused: a passphrase means that there is a ring
+                raise ConfigError(
+                    "BACKUP_ENCRYPTION_PASSWORD is set, and encryption is off",
+                    hint="unset it, or set BACKUP_ENCRYPTION_ENABLED=true before the first init",
+                )
             return
         if anywhere:
             raise ConfigError(

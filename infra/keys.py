@@ -236,8 +236,8 @@ async def open_keyring(
 
     A repository without a ring has a plain keyring: nothing encrypted, unkeyed fingerprints. ``writer`` makes a fresh
     data key in memory and reads no other (call ``refresh`` before reading what others wrote). ``wanted`` is what the
-    settings want encrypted: see ``agree``. Where it is not said, a passphrase means that the repository is encrypted:
-    one without a ring is refused then, unless ``allow_unencrypted``.
+    settings want encrypted: see ``agree``. A passphrase means that the repository is encrypted: one without a ring is
+    refused then, to be written or read, unless ``allow_unencrypted``.
 
     Raises ConfigError if the passphrase is missing or wrong, or the settings disagree; IntegrityError for keys that
     cannot be what walship wrote.
@@ -250,7 +250,7 @@ async def open_keyring(
     keys = RepositoryKeys(system_id, ring, policy, store=store, allow_unencrypted=allow_unencrypted)
     if wanted is not None:
         keys.agree(wanted)
-    elif passphrase and ring is None and not allow_unencrypted:
+    if passphrase and ring is None and not allow_unencrypted:
         # Whoever may write to the store could remove keys/ and put plain objects in the place of ours.
         raise ConfigError(
             f"BACKUP_ENCRYPTION_PASSWORD is set, and the repository {system_id} in {store.name} has no key ring",

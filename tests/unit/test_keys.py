@@ -158,7 +158,9 @@ async def test_settings_and_repository_have_to_agree() -> None:
     with pytest.raises(ConfigError, match="this repository encrypts base backups, and the settings do not"):
         await open_keyring(store, SYSTEM_ID, PASSPHRASE, clock=CLOCK, wanted=wal_only)
     await open_keyring(store, SYSTEM_ID, PASSPHRASE, clock=CLOCK, wanted=BOTH)
-    await open_keyring(MemoryStore(), SYSTEM_ID, PASSPHRASE, clock=CLOCK, wanted=NEITHER)
+    await open_keyring(MemoryStore(), SYSTEM_ID, "", clock=CLOCK, wanted=NEITHER)
+    with pytest.raises(ConfigError, match="BACKUP_ENCRYPTION_PASSWORD is set"):
+        await open_keyring(MemoryStore(), SYSTEM_ID, PASSPHRASE, writer=True, clock=CLOCK, wanted=NEITHER)
 
 
 async def test_a_ring_that_was_removed_does_not_make_a_repository_plain() -> None:

@@ -29,8 +29,6 @@ NEUTRAL: Mapping[str, str] = {
     "primary_slot_name": "",
     "recovery_end_command": "",
     "archive_cleanup_command": "",
-    # The old server's own process id would be overwritten there, and removed in the end.
-    "external_pid_file": "",
     # It would delay each commit of the replay.
     "recovery_min_apply_delay": "0",
     # off with a target shuts the server down.
@@ -47,12 +45,16 @@ _TARGETS = (
 _QUIET = frozenset({"primary_conninfo", "archive_command", "recovery_end_command", "archive_cleanup_command"})
 _DEFAULTS = {"archive_mode": "off", "recovery_min_apply_delay": "0", "hot_standby": "on"}
 #: It beats -D, wherever the server was told to look, and has no effect in postgresql.auto.conf: a start of the restored
-#: directory would start the ORIGINAL one. So its lines are commented out.
-_DATA_DIRECTORY = re.compile(rb"^(?=[ \t]*data_directory\b)", re.IGNORECASE | re.MULTILINE)
+#: directory would start the ORIGINAL one. And the old server's own process id would be overwritten in its
+#: external_pid_file, and removed in the end; set to nothing, it makes every start log an error. So the lines of both
+#: are commented out.
+_COMMENTED = ("data_directory", "external_pid_file")
+_COMMENTED_LINE = re.compile(rb"^(?=[ \t]*(?:data_directory|external_pid_file)\b)", re.IGNORECASE | re.MULTILINE)
 #: They are left alone: what they name is only read, and a pg_hba.conf in the directory itself may still be initdb's,
 #: which trusts everybody.
 _ELSEWHERE = ("hba_file", "ident_file")
 _INCLUDES = ("include", "include_if_exists", "include_dir")
+_REMARK = b"# walship restore: "
 _REMOVED = ("standby.signal", "recovery.signal", "postmaster.pid", "postmaster.opts")
 _LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(?:=|\s)\s*('(?:[^'\\]|''|\\.)*'|[^\s#']*)")
 
@@ -124,7 +126,7 @@ def write_recovery_files(
     _write(folder / SCRIPT, script(fetch, segment_size).encode(), 0o600, owner)
     _write(folder / CONTEXT, context, 0o600, owner)
     conf = directory / "postgresql.auto.conf"
-    before = conf.read_bytes() if conf.exists() else b""
+    before = _COMMENTED_LINE.sub(_REMARK, conf.read_bytes()) if conf.exists() else b""
     lines = [f"{name} = {quoted(value)}\n" for name, value in settings.items()]
     end = b"" if not before or before.endswith(b"\n") else b"\n"
     _write(conf, before + end + b"# walship restore\n" + "".join(lines).encode(), 0o600, owner)
@@ -134,11 +136,11 @@ def write_recovery_files(
 
 
 def _disarm(conf: Path, owner: tuple[int, int] | None) -> None:
-    """Comment data_directory out, if it is there."""
+    """Comment out what must not be there."""
     if not conf.is_file():
         return
     before = conf.read_bytes()
-    after = _DATA_DIRECTORY.sub(b"# walship restore: ", before)
+    after = _COMMENTED_LINE.sub(_REMARK, before)
     if after != before:
         _write(conf, after, conf.stat().st_mode & 0o777, owner)
 
@@ -150,7 +152,7 @@ def inherited(directory: Path) -> tuple[Neutralised, ...]:
         path = directory / name
         if path.is_file():
             found |= parse_conf(path.read_text("utf-8", "replace"))
-    dangerous = (*NEUTRAL, *_TARGETS, "data_directory")
+    dangerous = (*NEUTRAL, *_TARGETS, *_COMMENTED)
     return tuple(
         Neutralised(name, "" if name in _QUIET else found[name])
         for name in dangerous
@@ -184,14 +186,15 @@ def notices(neutralised: Sequence[Neutralised], directory: Path) -> tuple[str, .
     said = [
         f"commented out in {directory}/postgresql.conf: {setting}"
         for setting in neutralised
-        if setting.name == "data_directory"
+        if setting.name in _COMMENTED
     ]
-    if off := [setting for setting in neutralised if setting.name != "data_directory"]:
+    if off := [setting for setting in neutralised if setting.name not in _COMMENTED]:
         said.append(f"switched off in {directory}/postgresql.auto.conf: {', '.join(map(str, off))}")
     if any(n.name in ("archive_mode", "archive_command", "archive_library") for n in neutralised):
         said.append(
             "the restored server archives nothing; once it replaces the old one, which must never run again, turn that"
-            " on with ALTER SYSTEM RESET archive_mode, archive_command and archive_library each, and restart it"
+            " on with ALTER SYSTEM RESET archive_mode; ALTER SYSTEM RESET archive_library; ALTER SYSTEM RESET"
+            " archive_command; then restart it and take a base backup: walship backup"
         )
     said.append(
         "settings on the server's command line (in a service unit, a compose file) win over all that is written here:"

@@ -99,15 +99,18 @@ def test_a_data_directory_of_its_own_is_taken_from_the_configuration(tmp_path: P
     conf = tmp_path / "postgresql.conf"
     conf.write_text(
         "port = 1\n  Data_Directory = '/old'\ninclude_dir 'conf.d'\n#data_directory='x'\nhba_file = '/etc/hba'\n"
-        "data_directory '/older'"
+        "data_directory '/older'\nexternal_pid_file = '/old.pid'\n"
     )
+    (tmp_path / "postgresql.auto.conf").write_text("external_pid_file = '/pid'\n")
     conf.chmod(0o640)
     found = write_recovery_files(tmp_path, {}, segment_size=SIZE, fetch=("x",), context=b"", owner=None)
-    assert [str(n) for n in found] == ["data_directory (was '/older')"]
+    assert [str(n) for n in found] == ["data_directory (was '/older')", "external_pid_file (was '/pid')"]
+    assert "external_pid_file" not in parse_conf((tmp_path / "postgresql.auto.conf").read_text())
     assert parse_conf(conf.read_text()) == {"port": "1", "include_dir": "conf.d", "hba_file": "/etc/hba"}
     assert conf.stat().st_mode & 0o777 == 0o640
     said = notices(found, tmp_path)
     assert said[0] == f"commented out in {conf}: data_directory (was '/older')"
+    assert said[1] == f"commented out in {conf}: external_pid_file (was '/pid')"
     assert any("include_dir conf.d: what those files set was not looked at" in line for line in said)
     assert any("still names the old server's hba_file (/etc/hba)" in line for line in said)
     assert any("command line" in line for line in notices((), tmp_path))

@@ -57,8 +57,20 @@ def look(
 
     ``wal_margin``: bytes that replay may need beside the data. Raises RecoveryError and ConfigError.
     """
-    directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link that is meant
+    try:
+        directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link that is meant
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} is relative to a folder that is gone", hint="give an absolute path") from None
+    try:
+        return _look(backup, directory, mapping, force=force, wal_margin=wal_margin)
+    except OSError as error:  # a name that is too long, links in a circle
+        raise RecoveryError(f"{error.filename or directory} cannot be looked at: {error.strerror}") from None
+
+
+def _look(backup: BackupInfo, directory: Path, mapping: Mapping[str, str], *, force: bool, wal_margin: int) -> Targets:
     tablespaces = _tablespaces(backup, directory, mapping)
+    for folder in (directory, *(path for _, path in tablespaces if not path.is_relative_to(directory))):
+        _check_in_no_other(folder)
     ours = _leftover(directory)
     full = []
     if _holds_something(directory):
@@ -156,6 +168,13 @@ def _tablespaces(
             raise ConfigError(f"two tablespaces cannot share {path}")
         found.append((tablespace, path))
     return tuple(found)
+
+
+def _check_in_no_other(folder: Path) -> None:
+    """Refuse what lies in a data directory: its server and its base backups would take the files for theirs."""
+    for parent in Path(os.path.realpath(folder)).parents:
+        if (parent / "PG_VERSION").is_file() and (parent / "global").is_dir():
+            raise RecoveryError(f"{folder} lies inside the data directory {parent}", hint="choose a folder elsewhere")
 
 
 def _leftover(directory: Path) -> list[str] | None:

@@ -110,6 +110,10 @@ async def find(destinations: Sequence[Destination], cluster: str = "") -> Reposi
     A destination that fails or holds a damaged ``repository.json`` is passed over, with a warning if another serves.
     ConfigError if there is none or several to choose from; the last StoreError or IntegrityError if none can be read.
     """
+    if cluster and not (cluster.isascii() and cluster.isdigit()):
+        raise ConfigError(
+            f"--cluster {cluster!r} is not a system identifier", hint="it is a number, as `pg_controldata` shows it"
+        )
     failures: list[tuple[Destination, StoreError | IntegrityError]] = []
     seen: set[str] = set()
     for destination in destinations:

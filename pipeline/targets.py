@@ -97,9 +97,7 @@ class Target:
         if xid is not None:
             return rest.with_kind(TargetKind.XID, xid=_xid(xid))
         if name is not None:
-            if not 0 < len(name.encode()) < 64:
-                raise ConfigError("--to-name: the name of a restore point has 1 to 63 bytes")
-            return rest.with_kind(TargetKind.NAME, name=name)
+            return rest.with_kind(TargetKind.NAME, name=_name(name))
         return rest.with_kind(TargetKind.IMMEDIATE if immediate else TargetKind.LATEST)
 
     def with_kind(
@@ -119,6 +117,18 @@ class Target:
 
     def to_lsn(self, lsn: Lsn) -> Target:
         return self.with_kind(TargetKind.LSN, lsn=lsn)
+
+
+def _name(text: str) -> str:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigError("--to-name: the name is not UTF-8 text") from None
+    if not 0 < size < 64:
+        raise ConfigError("--to-name: the name of a restore point has 1 to 63 bytes")
+    if "\n" in text or "\0" in text:
+        raise ConfigError("--to-name: a configuration file cannot hold a name with a line break")
+    return text
 
 
 def _xid(text: str) -> int:

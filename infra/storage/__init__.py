@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from infra.clock import SystemClock
 from infra.settings import Settings
@@ -43,7 +43,7 @@ def open_store(
     observe: Observer | None = None,
 ) -> Store:
     """The store of a destination, with patience around it. Nothing is contacted yet. Raises ConfigError."""
-    parts = urlsplit(url)
+    parts = _split(url)
     store: Store
     if parts.scheme == "file":
         store = LocalStore(_folder(url))
@@ -56,8 +56,15 @@ def open_store(
 
 def display_name(url: str) -> str:
     """The URL as people and metrics see it: without options and without anything that could be a secret."""
-    parts = urlsplit(url)
+    parts = _split(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:  # not shown: there may be a password in it
+        raise ConfigError(f"a destination is not a URL: {error}", hint=_FORMS) from None
 
 
 def make_folder(url: str) -> None:
@@ -65,7 +72,7 @@ def make_folder(url: str) -> None:
 
     Only ``init`` may do this: a folder that is suddenly absent is a disk that is not mounted. Raises StoreError.
     """
-    if urlsplit(url).scheme != "file":
+    if _split(url).scheme != "file":
         return
     folder = _folder(url)
     try:
@@ -77,7 +84,7 @@ def make_folder(url: str) -> None:
 
 
 def _folder(url: str) -> Path:
-    parts = urlsplit(url)
+    parts = _split(url)
     folder = Path(unquote(parts.path))
     if parts.netloc not in {"", "localhost"}:
         raise ConfigError(f"{url} names a host, or is a relative path", hint="a folder is file:///absolute/path")
@@ -93,7 +100,7 @@ def _bucket(url: str, settings: Settings) -> Store:
     from infra.storage.s3 import S3Store
     from infra.storage.s3_client import S3Options
 
-    parts, name = urlsplit(url), display_name(url)
+    parts, name = _split(url), display_name(url)
     if not parts.netloc or "@" in parts.netloc or ":" in parts.netloc:
         raise ConfigError(
             f"{name} names no bucket, or more than a bucket",
@@ -152,7 +159,13 @@ def _options(name: str, query: str) -> dict[str, Any]:
         options.setdefault("region", region)
     endpoint = options.get("endpoint")
     if endpoint is not None:
-        address = urlsplit(endpoint)
+        try:
+            address = urlsplit(endpoint)
+            address.port  # noqa: B018  ValueError if it is none
+        except ValueError as error:
+            raise ConfigError(
+                f"the endpoint of {name} is not a URL: {error}", hint="an endpoint is https://host:port"
+            ) from None
         if address.scheme not in {"http", "https"} or not address.hostname or address.username or address.query:
             raise ConfigError(
                 f"the endpoint of {name} is no http:// or https:// address of a server",

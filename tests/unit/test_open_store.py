@@ -86,3 +86,9 @@ def test_half_of_the_credentials_is_none(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
     with pytest.raises(ConfigError, match="only one is set"):
         open_store("s3://bucket", Settings())
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "s3://b?endpoint=http://[::1", "s3://b?endpoint=http://h:99999"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not a URL"):
+        open_store(url, Settings(_env_file=None))

@@ -72,3 +72,9 @@ async def test_what_init_cannot_have_written_is_refused(content: bytes, fact: st
     destination = await holding("bad", content)
     with pytest.raises(IntegrityError, match=fact):
         await read_facts(destination.root, "7")
+
+
+@pytest.mark.parametrize("cluster", ["../..", "7a", "\u0667"])
+async def test_a_cluster_is_a_number(cluster: str) -> None:
+    with pytest.raises(ConfigError, match="is not a system identifier"):
+        await find([], cluster)

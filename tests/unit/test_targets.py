@@ -63,3 +63,9 @@ def test_each_kind() -> None:
 def test_what_makes_no_sense_is_named(words: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Target.parse(**words)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\nb"])
+def test_a_name_that_cannot_be_written_down_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--to-name"):
+        Target.parse(name=name)

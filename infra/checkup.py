@@ -121,8 +121,10 @@ def env_file(path: Path) -> Finding | None:
         state = path.stat()
     except OSError:
         return None
+    if not stat.S_ISREG(state.st_mode):
+        return None  # a pipe can be read once
     too_much = stat.S_IMODE(state.st_mode) & (0o037 if state.st_uid == 0 else 0o077)
-    held = [name for name, value in dotenv_values(path).items() if value and name in SECRETS]
+    held = [name for name, value in dotenv_values(path, interpolate=False).items() if value and name in SECRETS]
     if not (too_much and held):
         return None
     fact = f"{path.absolute()} holds {', '.join(held)} and has mode {stat.S_IMODE(state.st_mode):04o}"

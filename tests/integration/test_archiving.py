@@ -268,6 +268,8 @@ def test_segments_of_crashes_promotions_and_large_records(server_folder: Path, s
             (server.data_dir / "recovery.signal").touch()
             server.configure({"restore_command": "exit 1"})
         server.start()
+        # It takes readers as soon as it is consistent, and the writer only after its promotion.
+        wait_for(lambda: server.query("select pg_is_in_recovery()") == [(False,)])
     last = finished(server)
     wait_for(lambda: size_of(spool / last.name) == MB)
     server.stop()

@@ -20,6 +20,7 @@ from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer
 from tests.servers import new_server, programs
 
+_STARTED = '"event": "started"'
 PASSPHRASE = "correct horse battery staple"
 #: Variables of the machine that a command needs; settings of the person who runs the tests must not leak in.
 _KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT", "PYTHONDONTWRITEBYTECODE")
@@ -92,7 +93,11 @@ class Rig:
         return json.loads(self.run(*words, "--json", expect=expect, timeout=timeout).stdout)
 
     def serve(self, *prefix: str, **changed: str) -> subprocess.Popen[bytes]:
-        """Start ``walship run`` (or the Python program ``prefix`` in its place); its log goes to ``service.log``."""
+        """Start ``walship run`` and wait until it ships; its log goes to ``service.log``.
+
+        Or the Python program ``prefix`` in its place, which may end at any moment and is not waited for.
+        """
+        before = self.service_log().count(_STARTED)
         command = [sys.executable, *(prefix or ("-m", "infra.cli")), "run"]
         with (self.folder / "service.log").open("ab") as log:
             service = subprocess.Popen(
@@ -104,6 +109,8 @@ class Rig:
                 stderr=log,
             )
         self._services.append(service)
+        if not prefix:
+            self.wait(lambda: self.service_log().count(_STARTED) > before, "the service has started")
         return service
 
     def stop(self, service: subprocess.Popen[bytes], number: int = signal.SIGTERM, *, timeout: float = 40.0) -> int:
@@ -112,7 +119,8 @@ class Rig:
         return service.wait(timeout)
 
     def service_log(self) -> str:
-        return (self.folder / "service.log").read_text("utf-8", "replace")
+        path = self.folder / "service.log"
+        return path.read_text("utf-8", "replace") if path.exists() else ""
 
     # -- the server
 
@@ -124,8 +132,7 @@ class Rig:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                log = self.service_log()[-4000:] if (self.folder / "service.log").exists() else ""
-                raise AssertionError(f"{what}: not within {timeout:.0f} s\n{log}")
+                raise AssertionError(f"{what}: not within {timeout:.0f} s\n{self.service_log()[-4000:]}")
             time.sleep(0.05)
 
     def spooled(self) -> list[str]:

@@ -72,6 +72,7 @@ def test_the_host_is_lost_with_one_destination_and_the_other_serves(rig: Rig) ->
 def test_nothing_is_acknowledged_into_an_empty_mount_point(rig: Rig) -> None:
     service = rig.serve()
     rig.json("switch")
+    rig.wait(lambda: '"event": "shipped"' in rig.service_log(), "the service has used the folder")
     one, away = rig.folder / "one", rig.folder / "unmounted"
     one.rename(away)
     one.mkdir()

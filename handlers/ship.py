@@ -73,6 +73,11 @@ class Shipper:
             )
         return shipped
 
+    async def encode(self, name: str, plain: Buffer, *, workers: Executor | None = None) -> Parcel:
+        """Only encode, in a worker thread: for whoever delivers by himself. The caller closes the parcel's body."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(workers or self._workers, self._encode, name, lambda: plain, "")
+
     async def _encode_and_store(self, name: str, read: Callable[[], Buffer], backup: str) -> Shipped:
         loop = asyncio.get_running_loop()
         parcel = await loop.run_in_executor(self._workers, self._encode, name, read, backup)

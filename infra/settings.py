@@ -55,6 +55,16 @@ class Settings(BaseSettings):
     required: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_REQUIRED", default=())
     sources: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_SOURCES", default=("watch",))
     spool_dir: Path | None = _env("WALSHIP_SPOOL_DIR", default=None)
+    #: Replication slot of the stream, and the name under which it connects (``synchronous_standby_names``).
+    slot: str = _env("WALSHIP_SLOT", default="walship", pattern="^[a-z0-9_]{1,63}$")
+    #: Seconds that bytes of the open segment may wait until they are shipped as a tail.
+    tail_interval: float = _env("WALSHIP_TAIL_INTERVAL", default=1.0, ge=0.1, le=3600)
+    #: Seconds after which commits no longer wait for a required destination that does not answer; None: for ever.
+    sync_timeout: float | None = _env("WALSHIP_SYNC_TIMEOUT", default=None, gt=0)
+    #: Where /metrics is served, host:port; empty: nowhere.
+    listen: str = _env("WALSHIP_LISTEN", default="")
+    #: What 1,000 PUT requests cost, for the estimate of what tails cost.
+    put_price: float = _env("WALSHIP_PUT_PRICE", default=0.005, ge=0)
     compression: Codec = _env("WALSHIP_COMPRESSION", default="zstd")
     compression_level: int | None = _env("WALSHIP_COMPRESSION_LEVEL", default=None)
     #: Threads that compress and encrypt.
@@ -79,8 +89,8 @@ class Settings(BaseSettings):
             raise ValueError(f"WALSHIP_REQUIRED names {', '.join(sorted(unknown))}, which is no destination")
         if len(set(self.destinations)) != len(self.destinations):
             raise ValueError("WALSHIP_DESTINATIONS names a destination twice")
-        if unknown := set(self.sources) - {"watch"}:
-            raise ValueError(f"WALSHIP_SOURCES knows watch, not {', '.join(sorted(unknown))}")
+        if unknown := set(self.sources) - {"watch", "stream"}:
+            raise ValueError(f"WALSHIP_SOURCES knows watch and stream, not {', '.join(sorted(unknown))}")
         if self.compression_level is not None:
             from handlers.compress import Compress  # what most commands need not load
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeAlias
 
-from pipeline.wal import WalFile
+from pipeline.wal import Lsn, WalFile
 
 
 class Priority(IntEnum):
@@ -132,6 +133,113 @@ class WatchingHampered:
     hint: str
 
 
+@dataclass(frozen=True, slots=True)
+class TailsRemoved:
+    """Tails that are no longer needed at a destination are gone from there."""
+
+    destination: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRefused:
+    """A destination does not let go of what is no longer needed (object lock, a missing right)."""
+
+    destination: str
+    fact: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class GapOpened:
+    """WAL that the server no longer has was never stored: nothing can be restored across it."""
+
+    timeline: int
+    #: The first and the last segment that are missing.
+    first: WalFile
+    last: WalFile
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class GapClosed:
+    """A segment that was missing is stored after all, from another source."""
+
+    file: WalFile
+
+
+@dataclass(frozen=True, slots=True)
+class SourcesDiffer:
+    """What one source has, the other lacks or has with other bytes."""
+
+    fact: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStarted:
+    """WAL comes from a server."""
+
+    #: ``host:port``.
+    server: str
+    timeline: int
+    lsn: Lsn
+    #: Whether commits wait for us there.
+    synchronous: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLost:
+    """No WAL comes; it is tried again in so many seconds."""
+
+    fact: str
+    hint: str
+    retry_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class WalMoved:
+    """How far the server is, and what was reported to it. At most about once a second."""
+
+    timeline: int
+    #: End of the server's WAL, as far as it has told.
+    current: Lsn
+    #: End of what has arrived here.
+    received: Lsn
+    #: What is durable at every required destination.
+    flush: Lsn
+    #: destination → up to where it has everything.
+    durable: Mapping[str, Lsn]
+    #: destination → age in seconds of the oldest byte that it lacks; 0 if none.
+    age: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineLeft:
+    """The server has gone over to another timeline, and what lies behind the fork on the old one stays behind."""
+
+    timeline: int
+    #: First byte of the next timeline.
+    fork: Lsn
+    #: Stored end of the old one; behind ``fork`` if commits were left there.
+    stored: Lsn
+
+
+@dataclass(frozen=True, slots=True)
+class SyncDegraded:
+    """Commits no longer wait for a required destination, because it has not answered for too long."""
+
+    destination: str
+    fact: str
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRestored:
+    """Commits wait for the destination again."""
+
+    destination: str
+
+
 #: What listeners (log, metrics) are told.
 Notice: TypeAlias = (
     ObjectStored
@@ -142,4 +250,15 @@ Notice: TypeAlias = (
     | EventFailed
     | FileRefused
     | WatchingHampered
+    | TailsRemoved
+    | DeleteRefused
+    | GapOpened
+    | GapClosed
+    | SourcesDiffer
+    | StreamStarted
+    | StreamLost
+    | WalMoved
+    | TimelineLeft
+    | SyncDegraded
+    | SyncRestored
 )

@@ -8,19 +8,23 @@ from there.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 
 from handlers.body import collect
 from handlers.outlet import Parcel
 from handlers.upload import Uploader
-from pipeline.catalog import wal_key
+from pipeline.catalog import kind_of, wal_key
 from pipeline.chain import Chain
 from pipeline.contracts import Buffer, Clock, Shipped, Source
 from pipeline.dispatcher import Gate
 from pipeline.errors import StoreError
 from pipeline.events import BackupReady, Event, HistoryReady, Priority
 from pipeline.objects import TRAILER_SIZE, read_header
+
+#: Names whose fingerprint is remembered, so that another source's bytes can be compared.
+MOST_REMEMBERED = 10_000
 
 
 class Shipper:
@@ -39,6 +43,11 @@ class Shipper:
         self._workers = workers
         self._clock = clock
         self._patient = patient
+        self._fingerprints: OrderedDict[str, str] = OrderedDict()
+
+    def fingerprint(self, name: str) -> str | None:
+        """Of an object of WAL that was encoded lately; None if it is not remembered."""
+        return self._fingerprints.get(name)
 
     async def ship(self, name: str, plain: Buffer, *, backup: str = "") -> Shipped:
         """Store an object made here. See ``pipeline.contracts.Ship``."""
@@ -81,6 +90,10 @@ class Shipper:
     async def _encode_and_store(self, name: str, read: Callable[[], Buffer], backup: str) -> Shipped:
         loop = asyncio.get_running_loop()
         parcel = await loop.run_in_executor(self._workers, self._encode, name, read, backup)
+        if kind_of(name) == "wal":
+            self._fingerprints[name] = parcel.header.fingerprint
+            if len(self._fingerprints) > MOST_REMEMBERED:
+                self._fingerprints.popitem(last=False)
         try:
             await self._uploader.store(parcel)
         finally:

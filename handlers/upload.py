@@ -23,7 +23,7 @@ from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, Store
 from pipeline.events import DestinationCaughtUp, DestinationFailed, DestinationHampered, Notice, ObjectStored
 
 #: Seconds between attempts to reach a destination that is down: first and longest.
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 5.0
 
 #: So many objects that a destination refuses, one after the other, and it is left alone for a while.
 MOST_REFUSALS = 10
@@ -102,7 +102,7 @@ class Uploader:
         try:
             await outlet.deliver(parcel)
         except (StoreError, IntegrityError) as error:
-            await self._failed(outlet, parcel.name, error)
+            await self.failed(outlet, parcel.name, error)
             return error
         if new and outlet.abilities and not outlet.abilities.conditional_put:
             self._notify(DestinationHampered(outlet.name, outlet.abilities.remark))
@@ -110,7 +110,7 @@ class Uploader:
         self._notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, seconds))
         return None
 
-    async def _failed(self, outlet: Outlet, name: str, error: WalshipError) -> None:
+    async def failed(self, outlet: Outlet, name: str, error: WalshipError) -> None:
         """Tell, and take the destination for down unless it is only this one object that is wrong."""
         self._notify(DestinationFailed(outlet.name, name, error.fact, error.hint))
         if isinstance(error, ObjectConflict | IntegrityError):
@@ -159,7 +159,7 @@ class Uploader:
         try:
             await outlet.store.head(REPOSITORY)
         except StoreError as error:
-            await self._failed(outlet, REPOSITORY, error)
+            await self.failed(outlet, REPOSITORY, error)
             return
         # Fresh objects go straight to it again, while older ones are still being copied.
         if outlet.down:
@@ -172,7 +172,7 @@ class Uploader:
             try:
                 await self._copy(name, outlet)
             except (StoreError, IntegrityError) as error:
-                await self._failed(outlet, name, error)
+                await self.failed(outlet, name, error)
                 refused += 1
                 if outlet.down or refused == MOST_REFUSALS:
                     return
@@ -193,12 +193,14 @@ class Uploader:
             except (StoreError, IntegrityError) as error:
                 failures.append(error)
                 continue
+            began = self._clock.monotonic()
             try:
                 await self._copy_key(header.key, other, outlet)
                 await outlet.deliver(Parcel(header, body, digest))
             finally:
                 body.close()
             outlet.owed.pop(name).set_result(None)
+            self._notify(ObjectStored(outlet.name, name, body.size, self._clock.monotonic() - began))
             return
         if len(failures) == len(others) and all(isinstance(e, ObjectMissing | IntegrityError) for e in failures):
             # Nobody can give it any more. Whoever has it at its source ships it anew.

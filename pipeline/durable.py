@@ -25,13 +25,15 @@ class Durable:
         *,
         notify: Callable[[Notice], None],
         patience: float | None = None,
+        behind: Mapping[str, Lsn] | None = None,
     ) -> None:
-        """``destinations``: name → whether it is required; each has everything before ``origin``.
+        """``destinations``: name → whether it is required; each has everything before ``origin``, or before its
+        position in ``behind``, where something is still copied to it.
 
         ``patience`` in seconds, None for ever.
         """
         self._required = {name for name, required in destinations.items() if required}
-        self._reached: dict[str, Lsn] = dict.fromkeys(destinations, origin)
+        self._reached: dict[str, Lsn] = dict.fromkeys(destinations, origin) | dict(behind or {})
         #: Stored ahead of a hole: destination → ranges by start.
         self._ahead: dict[str, dict[int, int]] = {name: {} for name in destinations}
         self._notify = notify
@@ -39,7 +41,7 @@ class Durable:
         self._degraded: set[str] = set()
         #: destination → since when it lags behind what has been received.
         self._behind: dict[str, float] = {}
-        self._flush = origin
+        self._flush = min((self._reached[name] for name in self._required), default=Lsn(0))
         #: destination → a fork: what lies behind it counts there only once the new timeline's history is there as well.
         self._held: dict[str, Lsn] = {}
 

@@ -62,6 +62,16 @@ class Durable:
         self._behind.pop(destination, None)
         return True
 
+    def leave(self, fork: Lsn) -> None:
+        """The server has left its timeline at ``fork``: what is durable behind it is not of its lineage any more.
+
+        The one case in which positions go back: the new primary must not be told that it has what the old one wrote.
+        """
+        for name, ahead in self._ahead.items():
+            self._reached[name] = min(fork, self._reached[name])
+            self._ahead[name] = {start: min(end, fork) for start, end in ahead.items() if start < fork}
+        self._flush = min(fork, self._flush)
+
     def forget_ahead(self) -> None:
         """The timeline has changed: what was stored ahead of a hole may not belong to the new one."""
         for ahead in self._ahead.values():

@@ -22,11 +22,20 @@ from pipeline.errors import SourceError
 #: releases synchronous commits, and any other connection of that name would release them in its place.
 CONTROL_NAME = "walship_control"
 BACKUP_NAME = "walship_backup"
+FETCH_NAME = "walship_fetch"
 
 #: Seconds to wait for the server's greeting.
 TIMEOUT = 10
 
 Connection: TypeAlias = AsyncConnection[tuple[Any, ...]]
+
+
+class RefusedError(SourceError):
+    """The server answered, and said no. ``state`` is its SQLSTATE: ``58P01``; empty if it is not known."""
+
+    def __init__(self, fact: str, *, state: str, hint: str = "", lasting: bool = False) -> None:
+        super().__init__(fact, hint=hint, lasting=lasting)
+        self.state = state
 
 
 @dataclass(frozen=True, slots=True)

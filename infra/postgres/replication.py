@@ -17,7 +17,7 @@ import psycopg
 from psycopg.pq import DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
-from infra.postgres.connect import BACKUP_NAME, Connection, connect
+from infra.postgres.connect import BACKUP_NAME, Connection, RefusedError, connect
 from infra.settings import Settings
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn
@@ -40,7 +40,7 @@ class SystemIdentity:
 
 
 class ReplicationConnection:
-    """One command at a time. After any error but a refused command it is of no use: close it."""
+    """One command at a time. After any error but RefusedError (a command that was refused) it is of no use: close it."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -62,6 +62,11 @@ class ReplicationConnection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def pgconn(self) -> PGconn:
+        """For whoever goes on by himself after a COPY BOTH has begun: see ``walstream``."""
+        return self._conn
 
     @property
     def server_version(self) -> int:
@@ -112,7 +117,7 @@ class ReplicationConnection:
             while self._conn.flush():
                 await self._writable()
         except psycopg.Error as error:
-            raise self._lost(error) from None
+            raise lost(error) from None
 
     async def result(self) -> PGresult | None:
         """The next result of the command; None when it is complete. SourceError if it failed."""
@@ -139,7 +144,7 @@ class ReplicationConnection:
                     self._conn.consume_input()
                     continue
             except psycopg.Error as error:
-                raise self._lost(error) from None
+                raise lost(error) from None
             if size < 0:
                 return
             yield message
@@ -151,7 +156,7 @@ class ReplicationConnection:
                 self._conn.consume_input()
             return self._conn.get_result()
         except psycopg.Error as error:
-            raise self._lost(error) from None
+            raise lost(error) from None
 
     async def _readable(self) -> None:
         """Wait until the server has sent something, or is gone. Registered only while waiting: see ``copy_out``."""
@@ -178,12 +183,14 @@ class ReplicationConnection:
             loop.remove_reader(descriptor)
         self._conn.consume_input()
 
-    def _lost(self, error: psycopg.Error) -> SourceError:
-        words = " ".join(str(error).split())
-        return SourceError(
-            f"the replication connection to PostgreSQL broke: {words}",
-            hint="the server's log tells whether it was stopped, crashed or closed the connection",
-        )
+
+def lost(error: psycopg.Error | str) -> SourceError:
+    """The connection is gone, with libpq's words for it."""
+    words = " ".join(str(error).split())
+    return SourceError(
+        f"the replication connection to PostgreSQL broke: {words}",
+        hint="the server's log tells whether it was stopped, crashed or closed the connection",
+    )
 
 
 def rows_of(result: PGresult) -> list[Row]:
@@ -204,7 +211,7 @@ def _set(ready: asyncio.Future[None]) -> None:
         ready.set_result(None)
 
 
-def _refused(result: PGresult) -> SourceError:
+def _refused(result: PGresult) -> RefusedError:
     """The server's own words and SQLSTATE."""
 
     def said(field: DiagnosticField) -> str:
@@ -214,4 +221,4 @@ def _refused(result: PGresult) -> SourceError:
     detail, hint = said(DiagnosticField.MESSAGE_DETAIL), said(DiagnosticField.MESSAGE_HINT)
     state = said(DiagnosticField.SQLSTATE)
     words = f"{primary.strip()} ({state})" if state else primary.strip()
-    return SourceError(f"PostgreSQL refused: {words}" + (f": {detail}" if detail else ""), hint=hint)
+    return RefusedError(f"PostgreSQL refused: {words}" + (f": {detail}" if detail else ""), state=state, hint=hint)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,6 +84,13 @@ class Settings(BaseSettings):
             return () if parts == ("all",) else parts
         return value
 
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, value: str) -> str:
+        if value:
+            listen_address(value)
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if unknown := set(self.required) - set(self.destinations):
@@ -108,6 +116,15 @@ class Settings(BaseSettings):
     @property
     def passphrase(self) -> str:
         return self.backup_encryption_password.get_secret_value()
+
+
+def listen_address(listen: str) -> tuple[str, int]:
+    """``host:port`` or ``[IPv6 address]:port`` → host and port. Raises ValueError."""
+    host, _, port = listen.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or (":" in bare and bare == host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError("it must be host:port, for example 127.0.0.1:9432")
+    return bare, int(port)
 
 
 def load(env_file: Path | None = None) -> Settings:

@@ -5,21 +5,50 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TypeAlias, assert_never
 
 import structlog
 
 from pipeline.events import (
     Acknowledged,
     BackupReady,
+    DeleteRefused,
     DestinationCaughtUp,
     DestinationFailed,
     DestinationHampered,
     Event,
     EventFailed,
     FileRefused,
+    GapClosed,
+    GapOpened,
     Notice,
+    ObjectStored,
+    SourcesDiffer,
+    StreamLost,
+    StreamStarted,
+    SyncDegraded,
+    SyncRestored,
+    TailsRemoved,
+    TimelineLeft,
+    WalMoved,
     WatchingHampered,
+)
+
+#: What stores and files give rise to.
+_Shipping: TypeAlias = (
+    DestinationFailed
+    | DestinationCaughtUp
+    | DestinationHampered
+    | DeleteRefused
+    | Acknowledged
+    | EventFailed
+    | FileRefused
+    | WatchingHampered
+)
+
+#: What the stream gives rise to.
+_Streaming: TypeAlias = (
+    GapOpened | GapClosed | SourcesDiffer | StreamStarted | StreamLost | TimelineLeft | SyncDegraded | SyncRestored
 )
 
 
@@ -50,7 +79,31 @@ def _plain(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
 
 
 def log_notice(notice: Notice) -> None:
-    """What the pipeline tells its listeners, as log lines; but for ObjectStored, of which a backup has thousands."""
+    """What the pipeline tells its listeners, as log lines; but for what comes all the time, which is for metrics.
+
+    A notice that is added and forgotten here is an error of types.
+    """
+    match notice:
+        case ObjectStored() | WalMoved():
+            pass
+        case TailsRemoved():
+            structlog.get_logger().debug("tails_removed", destination=notice.destination, count=notice.count)
+        case (
+            GapOpened()
+            | GapClosed()
+            | SourcesDiffer()
+            | StreamStarted()
+            | StreamLost()
+            | TimelineLeft()
+            | SyncDegraded()
+            | SyncRestored()
+        ):
+            _log_streaming(notice)
+        case _:
+            _log_shipping(notice)
+
+
+def _log_shipping(notice: _Shipping) -> None:
     log = structlog.get_logger()
     match notice:
         case DestinationFailed():
@@ -65,6 +118,8 @@ def log_notice(notice: Notice) -> None:
             log.info("destination_caught_up", destination=notice.destination)
         case DestinationHampered():
             log.warning("destination_hampered", destination=notice.destination, error=notice.fact)
+        case DeleteRefused():
+            log.warning("delete_refused", destination=notice.destination, error=notice.fact, hint=notice.hint)
         case Acknowledged():
             log.info("shipped", what=_subject(notice.event))
         case EventFailed():
@@ -73,6 +128,53 @@ def log_notice(notice: Notice) -> None:
             log.error("refused", path=notice.path, error=notice.fact, hint=notice.hint)
         case WatchingHampered():
             log.warning("watching_hampered", source=notice.source, error=notice.fact, hint=notice.hint)
+        case _:
+            assert_never(notice)
+
+
+def _log_streaming(notice: _Streaming) -> None:
+    log = structlog.get_logger()
+    match notice:
+        case GapOpened():
+            log.error("gap_opened", first=notice.first.name, last=notice.last.name, hint=notice.hint)
+        case GapClosed():
+            log.info("gap_closed", what=notice.file.name)
+        case SourcesDiffer():
+            log.error("sources_differ", error=notice.fact, hint=notice.hint)
+        case StreamStarted():
+            log.info(
+                "stream_started",
+                server=notice.server,
+                timeline=notice.timeline,
+                lsn=str(notice.lsn),
+                synchronous=notice.synchronous,
+            )
+        case StreamLost():
+            log.warning("stream_lost", error=notice.fact, hint=notice.hint, retry_in=notice.retry_in)
+        case TimelineLeft():
+            _log_timeline_left(notice)
+        case SyncDegraded():
+            log.error("sync_degraded", destination=notice.destination, error=notice.fact)
+        case SyncRestored():
+            log.info("sync_restored", destination=notice.destination)
+        case _:
+            assert_never(notice)
+
+
+def _log_timeline_left(notice: TimelineLeft) -> None:
+    """Loud only where something that was stored, and perhaps acknowledged, is not on the new timeline."""
+    log = structlog.get_logger()
+    where = {"timeline": notice.timeline, "fork": str(notice.fork), "stored": str(notice.stored)}
+    if notice.stored > notice.fork:
+        log.warning(
+            "timeline_left",
+            **where,
+            error=f"{notice.stored - notice.fork} bytes of timeline {notice.timeline} are stored behind the fork;"
+            " commits in them are not on the new timeline",
+            hint=f"they are kept: restore --timeline {notice.timeline} brings them back",
+        )
+    else:
+        log.info("timeline_left", **where)
 
 
 def _subject(event: Event) -> str:

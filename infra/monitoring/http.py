@@ -1,0 +1,73 @@
+"""Where Prometheus and health checks ask: ``/metrics`` and ``/healthz``."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import structlog
+
+from infra.monitoring.metrics import Metrics
+from infra.settings import listen_address
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:  # only the service pays for loading it
+    from aiohttp import web
+
+
+@asynccontextmanager
+async def serving(listen: str, metrics: Metrics) -> AsyncIterator[None]:
+    """Answer on ``listen`` (``host:port``; empty: nowhere) during the ``async with`` block.
+
+    Without a password: on another address than 127.0.0.1, whoever reaches the port reads the names of the destinations.
+    Raises ConfigError if that address cannot be had.
+    """
+    if not listen:
+        yield
+        return
+    from aiohttp import web
+
+    host, port = listen_address(listen)
+    app = web.Application()
+    app.add_routes(_handlers(metrics))
+    # A scrape takes milliseconds: who still reads after a second does not hold up the end of the service.
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise _refused(listen, error) from None
+        structlog.get_logger().info("listening", address=listen)
+        yield
+    finally:
+        await runner.cleanup()
+
+
+def _handlers(metrics: Metrics) -> list[web.RouteDef]:
+    from aiohttp import hdrs, web
+
+    async def page(request: web.Request) -> web.Response:
+        body, content_type = metrics.page(request.headers.get(hdrs.ACCEPT, ""))
+        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+
+    async def health(_request: web.Request) -> web.Response:
+        """That the service's loop turns. A store or a server that is away is no reason to kill it."""
+        return web.Response(text="ok\n")
+
+    return [web.get("/metrics", page), web.get("/healthz", health)]
+
+
+def _refused(listen: str, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"WALSHIP_LISTEN is {listen}, and another process listens there",
+            hint="choose another port, or find the other one with: ss -ltnp",
+        )
+    if error.errno == errno.EACCES:
+        return ConfigError(f"WALSHIP_LISTEN is {listen}: no right to listen there", hint="choose a port above 1023")
+    return ConfigError(
+        f"WALSHIP_LISTEN is {listen}: {error.strerror}", hint="it is an address of this machine, most often 127.0.0.1"
+    )

@@ -6,7 +6,6 @@ the old timeline after a promotion.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.catalog import Runs
@@ -26,20 +25,10 @@ class GoOn:
     hole_end: Lsn | None = None
 
 
-def common(sets: Iterable[dict[int, Runs]]) -> dict[int, Runs]:
-    """The segments by timeline that all of them have."""
-    found = list(sets)
-    timelines = set(found[0]).intersection(*found[1:]) if found else set()
-    return {
-        timeline: Runs.of(set(found[0][timeline]).intersection(*(each[timeline] for each in found[1:])))
-        for timeline in timelines
-    }
-
-
 def go_on(lineage: Lineage, stored: dict[int, Runs], *, begin: Lsn | None, after: int = 0) -> GoOn | None:
     """The first missing segment of the lineage from ``begin`` on, not before ``after``; None if nothing is stored.
 
-    ``stored``: the finished segments that every required destination has. ``begin``: where the newest base backup
+    ``stored``: finished segments, by timeline. ``begin``: where the newest base backup
     begins, as holes before it harm nobody; None if there is no backup: then only the last run of segments counts.
     """
     size = lineage.segment_size

@@ -134,10 +134,10 @@ async def read_facts(conn: Connection) -> ServerFacts:
             f"PostgreSQL {version // 10000} is too old: walship works with 15 and later",
             hint="upgrade the server, or use another tool for it until then",
         )
-    settings = dict(await _rows(conn, _READ_SETTINGS, (list(_SETTINGS),)))
-    ((version_num, system_id, in_recovery, lsn, timeline),) = await _rows(conn, _READ_STATE)
-    ((name, superuser, replication, monitor, missing),) = await _rows(conn, _READ_ROLE, (list(FUNCTIONS),))
-    (archiver,) = await _rows(conn, _READ_ARCHIVER)
+    settings = dict(await rows(conn, _READ_SETTINGS, (list(_SETTINGS),)))
+    ((version_num, system_id, in_recovery, lsn, timeline),) = await rows(conn, _READ_STATE)
+    ((name, superuser, replication, monitor, missing),) = await rows(conn, _READ_ROLE, (list(FUNCTIONS),))
+    (archiver,) = await rows(conn, _READ_ARCHIVER)
     return ServerFacts(
         version_num=version_num,
         system_identifier=system_id,
@@ -172,7 +172,7 @@ async def switch_wal(conn: Connection, *, segment_size: int) -> WalFile:
     # Either the position behind the switch record, or the start of the open segment if nothing was done: in both
     # cases the byte before it lies in the segment that is finished now. (pg_walfile_name means another segment at
     # a boundary before PostgreSQL 17 than since.)
-    ((lsn, timeline),) = await _rows(
+    ((lsn, timeline),) = await rows(
         conn,
         "select pg_switch_wal()::text, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int",
     )
@@ -184,11 +184,11 @@ async def create_restore_point(conn: Connection, name: str) -> Lsn:
 
     The name may have up to 63 bytes. Raises SourceError.
     """
-    ((lsn,),) = await _rows(conn, "select pg_create_restore_point(%s)::text", (name,))
+    ((lsn,),) = await rows(conn, "select pg_create_restore_point(%s)::text", (name,))
     return Lsn.parse(lsn)
 
 
-async def _rows(conn: Connection, query: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+async def rows(conn: Connection, query: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
     try:
         cursor = await conn.execute(query.encode(), parameters)
         return await cursor.fetchall()

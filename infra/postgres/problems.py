@@ -60,7 +60,7 @@ def _role(facts: ServerFacts) -> Iterator[Problem]:
         return
     name = '"' + role.name.replace('"', '""') + '"'
     if not role.replication:
-        yield _error(f"the role {role.name} has no REPLICATION right, which base backups need",
+        yield _error(f"the role {role.name} has no REPLICATION right, which base backups and the stream need",
                      f"ALTER ROLE {name} REPLICATION;")  # fmt: skip
     if not role.monitor:
         yield _warning(f"the role {role.name} is no member of pg_monitor and sees only a part of the statistics",

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 
+from handlers.stitch import read_tail  # fetch in two files: one object, and all tails of a segment
 from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Buffer, Fetch, Fetched, Store
 from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, StoreError
 from pipeline.objects import MAX_PLAIN, TRAILER_SIZE, Header
-from pipeline.wal import SEGMENT_SIZES, parse_history
+from pipeline.tail import Stitched
+from pipeline.wal import SEGMENT_SIZES, WalFile, parse_history
 
 #: A backup_info of a cluster of 16 TB is 64 MB; a history file a few hundred bytes.
 _MOST_INFO = 256 << 20
@@ -59,6 +61,14 @@ class Fetcher:
         for failure in failures:
             self._notify(f"{failure.fact}; {fetched.destination} served {name} instead")
         return fetched
+
+    async def tail(self, file: WalFile, segment_size: int, *, lenient: bool = False) -> Stitched | None:
+        """See ``pipeline.contracts.Fetch``."""
+
+        async def read(store: Store, name: str, most: int) -> Fetched:
+            return await self._from(store, Expected(name, self._system_id, "", most))
+
+        return await read_tail(self._destinations, read, file, segment_size, lenient=lenient)
 
     async def _from(self, store: Store, expected: Expected) -> Fetched:
         body = await store.get(expected.name)

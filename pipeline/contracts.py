@@ -12,6 +12,8 @@ from typing import Protocol, TypeAlias
 
 from pipeline.events import Event
 from pipeline.objects import MAX_PLAIN, Header
+from pipeline.tail import Stitched
+from pipeline.wal import WalFile
 
 #: What stages hand on: anything that looks like bytes. A stage may reuse its buffer once the next piece is asked for.
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -187,6 +189,14 @@ class Fetch(Protocol):
         """The checked plaintext. ObjectMissing only if *every* destination answered and none has it.
 
         Raises IntegrityError if it is damaged wherever it is, StoreError if a destination that may have it fails.
+        """
+        ...
+
+    async def tail(self, file: WalFile, segment_size: int, *, lenient: bool = False) -> Stitched | None:
+        """The open segment, joined from the tails of all destinations; None only if all answered and none has any.
+
+        Raises ObjectMissing if a tail went while it was read: look for the finished segment, then here again; and
+        StoreError if a destination does not answer (``lenient``: only if none does; else that is a notice).
         """
         ...
 

@@ -1,19 +1,71 @@
-"""Ships the open end of the WAL to one destination, cut into tails at its own pace."""
+"""Ships the open end of the WAL to one destination: cuts tails when they are due, delivers, folds and removes them.
+
+    OpenWal ──cut when due──> encode (a thread) ──> outlet.put ──in order──> ``stored`` ──> fold every 256
+              ^                                        │                        finished segment is here ──> remove
+              └── from the first byte not durable ── fails
+
+Each destination has a shipper and a position of its own, so one that is slow or away holds back no other, and its tails
+always chain. What is never done: a tail behind a hole in what was cut; two different bytes under one key (a tail's
+bytes are the segment's, whoever cuts them); ``stored`` for a byte before all earlier ones of its segment are durable.
+
+*Asynchronous*: a tail goes ``interval`` seconds after the arrival of its first byte, so no byte waits longer than that
+before its PUT begins, an idle server makes none, and no more than one per interval begins. A segment that is whole by
+then makes none either: its finished object is on its way at once, earlier than the tail would have been, and what
+counts stays "interval + one PUT". It may be held up all the same, by an uploader that waits for another destination to
+time out. So when for ``HELD_UP`` seconds no finished segment has reached this destination, the rest goes as a tail
+after all; while they do arrive, tails of what waits behind them would only take bandwidth from them.
+
+*Synchronous* (commits wait for us): what has gathered goes at once, several PUTs at a time, spaced so that they spread
+over the time that one takes. The end of a segment goes as a tail too, unless so much is left of it that the finished
+object is as soon there.
+
+*Failure*: everything in flight is given up, the destination is told of (``failed`` marks it down), and once it is up
+again, cutting begins anew from its durable position. What was given up may be stored all the same, and is then an
+overlap, which restore can join; its key can be met again only with the same bytes, which is success.
+
+*Folding*: 256 tails of a segment are stored once more as one of their joint range, from memory, before they are
+deleted; 256 of those as well. A timeline's last, never finished segment is folded into one tail in the end. Folding and
+removing run beside the tails and never delay one, but for the processor.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from handlers.outlet import Outlet, Parcel
+from handlers.tail_clean import TailCleaner
+from handlers.tail_course import Course, Cut, Tail
 from pipeline.contracts import Buffer, Clock
-from pipeline.errors import WalshipError
-from pipeline.events import Notice
-from pipeline.openwal import OpenWal
-from pipeline.wal import Lsn, WalFile
+from pipeline.errors import IntegrityError, ObjectConflict, StoreError, WalshipError, foreseen
+from pipeline.events import DestinationHampered, Notice, ObjectStored
+from pipeline.openwal import OpenSegment, OpenWal
+from pipeline.wal import Lsn, WalFile, WalKind
+
+#: Tails under way at a time.
+MOST_IN_FLIGHT, MOST_IN_FLIGHT_SYNCHRONOUS = 4, 16
+
+#: Seconds between two cuts in synchronous mode, at least: a PUT costs about as much however small it is.
+SPACING = 0.002
+
+#: Synchronous: when more bytes than this are left of a whole segment, its finished object is waited for.
+MOST_OF_WHOLE = 1 << 20
+
+#: Seconds without any finished segment arriving, after which the rest of a whole one goes as a tail.
+HELD_UP = 5.0
+
+#: Seconds between looks at what has no event of its own: a destination that is down, synchronous mode switched on.
+POLL, SLICE = 0.1, 0.25
+
+#: Seconds until a destination that is up and refused a tail is tried again: first and longest.
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+
+#: Bytes that are hashed in the loop: a hop to a thread takes longer.
+HASH_AT_ONCE = 64 << 10
 
 
 class TailShipper:
-    """One destination's tails."""
+    """The tails of one destination. ``run`` must be running."""
 
     def __init__(
         self,
@@ -30,12 +82,234 @@ class TailShipper:
         failed: Callable[[Outlet, str, WalshipError], Awaitable[None]],
         fold_at: int = 256,
     ) -> None:
-        """``interval`` in seconds; ``stored``: destination, start and end of what is durable there now."""
+        """``encode``: key and plaintext → the object; the shipper closes its body. ``epoch``: number of our lease.
+
+        ``interval`` in seconds. ``synchronous``: whether commits wait for us now. ``stored``: called with the
+        destination and the range ``[start, end)`` of WAL that is durable there by now, per segment in order and without
+        a hole. ``failed``: tells, and marks the outlet down unless only this object is wrong.
+        """
+        self._wal = wal
+        self._outlet = outlet
+        self._encode = encode
+        self._epoch = epoch
+        self._interval = interval
+        self._synchronous = synchronous
+        self._clock = clock
+        self._notify = notify
+        self._stored = stored
+        self._failed = failed
+        self._fold_at = fold_at
+        self._cleaner = TailCleaner(outlet, notify=notify)
+        #: Segments that are not done with, the oldest first; and the newest that was seen.
+        self._courses: list[Course] = []
+        self._last: OpenSegment | None = None
+        #: Segments whose finished object is here, until that has been acted on.
+        self._finished: set[WalFile] = set()
+        #: Segments that may have tails here.
+        self._tailed: set[WalFile] = set()
+        #: Deliveries under way, and the first of them that failed: key and why.
+        self._flight: set[asyncio.Task[None]] = set()
+        self._failure: tuple[str, WalshipError] | None = None
+        self._pause = FIRST_PAUSE
+        #: In monotonic seconds: no cut before; the last headway of finished segments.
+        self._not_before = self._headway = clock.monotonic()
+        #: Seconds that a PUT takes, smoothed.
+        self._latency = 0.0
+        self._wake = asyncio.Event()
 
     async def run(self) -> None:
-        """Cut and deliver until cancelled. Raises ObjectConflict when another writer uses our epoch."""
-        raise NotImplementedError
+        """Cut and deliver until cancelled.
+
+        Raises ObjectConflict when a tail of ours is there with other bytes: another writer uses our epoch.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    self._wake.clear()
+                    seen = self._wal.version
+                    self._follow(group)
+                    if self._failure is not None:
+                        await self._give_up(*self._failure)
+                    await self._rest(seen, await self._cut_due(group))
+        except BaseExceptionGroup as errors:
+            if (error := foreseen(errors)) is None:
+                raise
+            raise error from None
 
     def segment_stored(self, file: WalFile) -> None:
-        """The finished segment is stored at this destination: nothing more of it is cut, its tails are removed."""
-        raise NotImplementedError
+        """The finished segment is stored at this destination: nothing more of it is cut, its tails are removed.
+
+        Any finished segment may be named, from whatever source; may be called before ``run``.
+        """
+        if file.kind is WalKind.SEGMENT:
+            self._headway = self._clock.monotonic()
+            self._finished.add(file)
+            self._wake.set()
+
+    def _follow(self, group: asyncio.TaskGroup) -> None:
+        """Take up what has begun, let go of what is done with."""
+        while (segment := self._wal.following(self._last)) is not None:
+            if self._last is None:
+                self._tailed.add(segment.file)  # an earlier run may have died here
+            self._last = segment
+            self._courses.append(Course(segment, self._epoch))
+        for course in self._courses:
+            # Dropped means that the required destinations have the finished segment: it is owed to this one and will
+            # be copied. To hold on to it would fill the memory while a destination that is not required is away.
+            dropped = course.segment.whole and course.segment not in self._wal.segments
+            course.closed = course.closed or dropped or course.segment.file in self._finished
+            if not course.folding and course.foldable(self._fold_at):
+                course.folding = True
+                group.create_task(self._fold(course))
+        self._courses = [each for each in self._courses if not (each.quiet and (each.closed or each.over))]
+        busy = {course.segment.file for course in self._courses}
+        for file in self._finished - busy:
+            if file in self._tailed:
+                self._tailed.discard(file)
+                group.create_task(self._remove(file))
+            if self._last is not None and file <= self._last.file:
+                self._finished.discard(file)
+
+    async def _cut_due(self, group: asyncio.TaskGroup) -> float | None:
+        """Cut what is due. Seconds until something else is, as things are; 0: look again; None: when the WAL moves."""
+        now = self._clock.monotonic()
+        if self._outlet.down:
+            self._headway = now
+            await self._clock.sleep(POLL)
+            return 0
+        if now < self._not_before:
+            await self._clock.sleep(min(POLL, self._not_before - now))
+            return 0
+        synchronous = self._synchronous()
+        dues = [(due, course) for course in self._courses if (due := self._due(course, synchronous)) is not None]
+        if not dues:
+            return None
+        due, course = min(dues, key=lambda pair: pair[0])
+        if due > now:
+            return due - now
+        if len(self._flight) >= (MOST_IN_FLIGHT_SYNCHRONOUS if synchronous else MOST_IN_FLIGHT):
+            await self._wake.wait()
+            return 0
+        await self._cut(group, course)
+        if synchronous:
+            self._not_before = now + max(SPACING, self._latency / MOST_IN_FLIGHT_SYNCHRONOUS)
+        return 0
+
+    def _due(self, course: Course, synchronous: bool) -> float | None:  # noqa: FBT001  two modes, looked up once
+        """When what waits of the segment has to go, in monotonic seconds; None if nothing waits."""
+        segment = course.segment
+        if course.closed or not course.waiting:
+            return None
+        arrived = segment.arrived(course.sent)
+        if segment.whole and not (synchronous and course.waiting <= MOST_OF_WHOLE):
+            return max(arrived, self._headway) + max(HELD_UP, self._interval)
+        return arrived if synchronous or segment.ended else arrived + self._interval
+
+    async def _cut(self, group: asyncio.TaskGroup, course: Course) -> None:
+        end = course.segment.filled
+        if course.waiting > HASH_AT_ONCE:
+            cut, plain = await asyncio.to_thread(course.cut, end)
+        else:
+            cut, plain = course.cut(end)
+        self._tailed.add(course.segment.file)
+        task = group.create_task(self._deliver(course, cut, plain))
+        self._flight.add(task)
+        task.add_done_callback(self._flight.discard)
+
+    async def _deliver(self, course: Course, cut: Cut, plain: Buffer) -> None:
+        key = cut.tail.name.key
+        try:
+            seconds = await self._put(key, plain)
+        except ObjectConflict:
+            raise
+        except (StoreError, IntegrityError) as error:
+            self._failure = self._failure or (key, error)
+        else:
+            self._latency += (seconds - self._latency) / 8
+            self._pause = FIRST_PAUSE
+            for name in course.landed(cut):
+                start = course.segment.start
+                self._stored(self._outlet.name, start + name.start, start + name.end)
+        self._wake.set()
+
+    async def _put(self, key: str, plain: Buffer) -> float:
+        """Encode and store; returns how many seconds the destination took."""
+        parcel = await self._encode(key, plain)
+        began = self._clock.monotonic()
+        new = self._outlet.abilities is None
+        try:
+            await self._outlet.deliver(parcel)
+        finally:
+            parcel.body.close()
+        seconds = self._clock.monotonic() - began
+        abilities = self._outlet.abilities
+        if new and abilities and not abilities.conditional_put:
+            self._notify(DestinationHampered(self._outlet.name, abilities.remark))
+        self._notify(ObjectStored(self._outlet.name, key, parcel.body.size, seconds))
+        return seconds
+
+    async def _give_up(self, key: str, error: WalshipError) -> None:
+        """A delivery failed: all that is in flight is cut anew once the destination is up."""
+        under_way = set(self._flight)
+        for task in under_way:
+            task.cancel()
+        if under_way:
+            await asyncio.wait(under_way)
+        for course in self._courses:
+            course.roll_back()
+        self._failure = None
+        await self._failed(self._outlet, key, error)
+        self._not_before = self._clock.monotonic() + self._pause
+        self._pause = min(LONGEST_PAUSE, self._pause * 2)
+
+    async def _fold(self, course: Course) -> None:
+        try:
+            while members := course.foldable(self._fold_at):
+                joint = course.joint(members)
+                if not await self._persist(course, joint):
+                    return
+                await self._cleaner.delete(sorted(name.key for name in course.folded(members, joint)))
+        finally:
+            course.folding = False
+            self._wake.set()
+
+    async def _persist(self, course: Course, joint: Tail) -> bool:
+        """Store the joint tail, however long it takes. False if that is no longer of use."""
+        pause = FIRST_PAUSE
+        while not course.closed:
+            if not self._outlet.down:
+                try:
+                    await self._put(joint.name.key, await asyncio.to_thread(course.plain, joint))
+                except ObjectConflict:
+                    raise
+                except (StoreError, IntegrityError) as error:
+                    await self._failed(self._outlet, joint.name.key, error)
+                else:
+                    return True
+            await self._clock.sleep(pause)
+            pause = min(LONGEST_PAUSE, pause * 2)
+        return False
+
+    async def _remove(self, file: WalFile) -> None:
+        await self._cleaner.remove(file)
+
+    async def _rest(self, seen: int, seconds: float | None) -> None:
+        """Until something may be due: the time has passed, the WAL has moved, or an answer has come."""
+        if seconds is not None and not self._synchronous():
+            # Whatever arrives meanwhile is due later than that: a busy server need not wake us for every message.
+            if seconds:
+                await self._clock.sleep(min(seconds, SLICE, max(self._interval, 0.01)))
+            return
+        if seconds == 0:
+            return
+        waits: list[asyncio.Task[object]] = [
+            asyncio.create_task(self._wal.changed(seen)),
+            asyncio.create_task(self._wake.wait()),
+        ]
+        if seconds is not None:
+            waits.append(asyncio.create_task(self._clock.sleep(seconds)))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()

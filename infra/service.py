@@ -6,28 +6,37 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from handlers.base_backup import Cluster, take
 from handlers.ship import Shipper
+from infra.clock import SystemClock
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
 from infra.postgres.problems import problems
+from infra.postgres.slots import look
 from infra.repository import find
 from infra.safety import history_shipper, store_history, wal_safe
 from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
 from infra.sources.watcher import SpoolWatcher
+from infra.storage.lease import Lease
+from infra.streaming import Streaming
 from infra.wiring import Shipping, Site, open_destinations, open_shipping, open_site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Source
 from pipeline.dispatcher import Dispatcher, Handle, endless, none_left
 from pipeline.errors import ConfigError, IntegrityError, SourceError, StoreError, WalshipError, foreseen
 from pipeline.events import Acknowledged, BackupReady, Event, Notice
+from pipeline.reconcile import Reconciler
+
+if TYPE_CHECKING:
+    from infra.monitoring.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -36,6 +45,11 @@ LONGEST_PAUSE = 30.0
 
 #: Seconds between looks at the server's timeline.
 LOOK_AT_TIMELINE = 30.0
+
+
+def spool_to_watch(settings: Settings) -> Path | None:
+    """The folder to watch; None if the stream is the only source. ConfigError if it is needed and not set."""
+    return spool_of(settings) if "watch" in settings.sources else None
 
 
 def spool_of(settings: Settings) -> Path:
@@ -49,14 +63,42 @@ def spool_of(settings: Settings) -> Path:
 
 async def serve(settings: Settings, *, cluster: str = "") -> None:
     """Ship until cancelled. What can pass (a store that is away, a spool in other hands) is waited for, loudly."""
-    spool = spool_of(settings)
+    spool = spool_to_watch(settings)
+    async with open_destinations(settings) as destinations:
+        names = {destination.name: destination.required for destination in destinations}
+    async with _metrics(settings, names) as metrics:
+        await _serve(settings, cluster, spool, metrics)
+
+
+@asynccontextmanager
+async def _metrics(settings: Settings, destinations: dict[str, bool]) -> AsyncIterator[Metrics | None]:
+    """Serve /metrics during the block, if that is wanted."""
+    if not settings.listen:
+        yield None
+        return
+    from infra.monitoring.http import serving  # what most services and all commands need not load
+    from infra.monitoring.metrics import Metrics
+
+    metrics = Metrics(destinations, put_price=settings.put_price, clock=SystemClock())
+    async with serving(settings.listen, metrics):
+        yield metrics
+
+
+async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: Metrics | None) -> None:
     pause = 1.0
     while True:
         began = time.monotonic()
         try:
             chosen = cluster or await _cluster(settings)
-            async with open_site(settings, cluster=chosen, writer=True) as site, open_shipping(site) as shipping:
-                await _ship_for_ever(spool, site, shipping)
+            async with (
+                open_site(settings, cluster=chosen, writer=True) as site,
+                open_shipping(site) as shipping,
+                _holding_lease(site) as lease,
+            ):
+                if metrics is not None:
+                    metrics.opened(site.facts.segment_size)
+                    site.notify.append(metrics.notify)
+                await _ship_for_ever(spool, site, shipping, lease)
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
             if error is None or not _can_pass(error, spool):
@@ -68,14 +110,46 @@ async def serve(settings: Settings, *, cluster: str = "") -> None:
         pause = min(LONGEST_PAUSE, pause * 2)
 
 
-def _can_pass(error: WalshipError, spool: Path) -> bool:
-    """Whether to wait rather than to end: everything that was not acknowledged is still in the spool meanwhile.
+class LeaseHeldError(SourceError):
+    """Another writer ships to this repository."""
 
-    The spool is in other hands while a backup or a switch that found no service ships it; they give it back.
+
+async def _keep(lease: Lease) -> None:
+    try:
+        await lease.run()
+    except SourceError as error:
+        raise LeaseHeldError(error.fact, hint=error.hint) from None
+
+
+@asynccontextmanager
+async def _holding_lease(site: Site) -> AsyncIterator[Lease]:
+    """Nobody else ships this cluster meanwhile; the next writer need not wait when we are through."""
+    what = f"spool {site.settings.spool_dir}" if "watch" in site.settings.sources else f"slot {site.settings.slot}"
+    try:
+        lease = await Lease.acquire(
+            site.stores, clock=site.clock, tell=lambda line: log.info("lease", said=line), server=what
+        )
+    except SourceError as error:
+        raise LeaseHeldError(error.fact, hint=error.hint) from None
+    try:
+        yield lease
+    finally:
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(5):
+                await lease.release()
+
+
+def _can_pass(error: WalshipError, spool: Path | None) -> bool:
+    """Whether to wait rather than to end: what was not acknowledged stays in the spool, and in the slot, meanwhile.
+
+    The spool is in other hands while a backup or a switch that found no service ships it; they give it back. So is
+    the lease, until the other writer ends.
     """
     if isinstance(error, StoreError):
         return error.passing
-    return isinstance(error, SourceError) and holder(spool) not in (None, os.getpid())
+    if isinstance(error, LeaseHeldError):
+        return True
+    return isinstance(error, SourceError) and spool is not None and holder(spool) not in (None, os.getpid())
 
 
 async def _cluster(settings: Settings) -> str:
@@ -92,24 +166,53 @@ async def _cluster(settings: Settings) -> str:
     return ""
 
 
-async def _ship_for_ever(spool: Path, site: Site, shipping: Shipping) -> None:
-    watcher = _watcher(spool, site, once=False)
+async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lease: Lease | None = None) -> None:
+    """``lease`` is None for a command, which ships for a while and makes no tails."""
     handle = _handler(site, shipping.service)
+    sources: list[Source] = []
+    watcher = stream = None
+    if spool is not None:
+        sources.append(watcher := _watcher(spool, site, once=False))
+        if (other := holder(spool)) not in (None, os.getpid()):
+            raise SourceError(f"the spool {spool} is shipped by process {other} already", hint="one service is enough")
+    if "stream" in site.settings.sources:
+        stream = Streaming(site, shipping, epoch=lease.epoch if lease else None)
+        handle = stream.around(handle)
+        site.notify.append(stream.heard)
+        sources.append(stream.receiver)
+    if len(sources) > 1:
+        handle = Reconciler(
+            handle,
+            segment_size=site.facts.segment_size,
+            fingerprint=site.keys.fingerprint,
+            shipped=shipping.service.fingerprint,
+            notify=site.notify,
+        ).handle
     dispatcher = Dispatcher(handle, clock=site.clock, notify=site.notify, patience=endless)
-    if (other := holder(spool)) not in (None, os.getpid()):
-        raise SourceError(f"the spool {spool} is shipped by process {other} already", hint="one service is enough")
-    log.info("started", cluster=site.facts.system_id, spool=str(spool), destinations=[s.name for s in site.stores])
+    log.info(
+        "started",
+        cluster=site.facts.system_id,
+        sources=[source.name for source in sources],
+        spool=str(spool) if spool else "",
+        destinations=[s.name for s in site.stores],
+        epoch=lease.epoch if lease else 0,
+    )
     async with asyncio.TaskGroup() as group:
         group.create_task(shipping.uploader.run())
-        group.create_task(_tell_of_server(site))
-        group.create_task(_keep_history(site, shipping.service))
+        if lease is not None:
+            group.create_task(_keep(lease))
+        if watcher is not None:
+            group.create_task(_tell_of_server(site))
+            group.create_task(_keep_history(site, shipping.service))
+        if stream is not None:
+            group.create_task(stream.run())
         try:
-            await dispatcher.run(watcher)
+            await dispatcher.run(*sources)
         finally:
-            log.info("stopped", waiting=watcher.waiting)
+            log.info("stopped", waiting=watcher.waiting if watcher else 0)
 
 
-async def _ship_unless_taken(spool: Path, site: Site, shipping: Shipping) -> None:
+async def _ship_unless_taken(spool: Path | None, site: Site, shipping: Shipping) -> None:
     """Ship, but leave it to a service that has started in the meantime."""
     try:
         await _ship_for_ever(spool, site, shipping)
@@ -238,13 +341,22 @@ async def alongside(site: Site, shipping: Shipping, tell: Callable[[str], None])
 
     For commands that wait until WAL is safe: they work whether the service runs or not.
     """
-    spool = site.settings.spool_dir
-    if spool is None or holder(spool) is not None:
+    spool = site.settings.spool_dir if "watch" in site.settings.sources else None
+    streams = "stream" in site.settings.sources
+    if (spool is None and not streams) or await _service_runs(site.settings, spool):
         yield
         return
-    tell(f"no service is running: shipping what arrives in {spool} meanwhile")
+    tell(f"no service is running: shipping what arrives {f'in {spool} ' if spool else ''}meanwhile")
     # In one group: where the spool cannot be shipped, the WAL that the command waits for will never be safe.
     async with asyncio.TaskGroup() as group:
         work = group.create_task(_ship_unless_taken(spool, site, shipping))
         yield
         work.cancel()
+
+
+async def _service_runs(settings: Settings, spool: Path | None) -> bool:
+    if spool is not None:
+        return holder(spool) is not None
+    async with await connect(settings) as connection:
+        slot = await look(connection, settings.slot)
+    return slot is not None and slot.active

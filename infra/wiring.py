@@ -34,6 +34,17 @@ from pipeline.events import Notice
 PLACES = 4
 
 
+class Listeners(list[Callable[[Notice], None]]):
+    """Whoever wants to be told; called like one of them."""
+
+    def __init__(self, *listeners: Callable[[Notice], None]) -> None:
+        super().__init__(listeners)
+
+    def __call__(self, notice: Notice) -> None:
+        for listener in self:
+            listener(notice)
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One cluster's repository at all its destinations, opened."""
@@ -47,7 +58,7 @@ class Site:
     chain: Chain
     fetch: Fetcher
     clock: Clock
-    notify: Callable[[Notice], None]
+    notify: Listeners
 
     @property
     def required_stores(self) -> tuple[Store, ...]:
@@ -113,7 +124,7 @@ async def open_site(
         )
         chain = make_chain(settings, keys, facts.system_id)
         fetch = Fetcher(stores, chain, facts.system_id)
-        yield Site(settings, facts, destinations, stores, keys, chain, fetch, clock, notify)
+        yield Site(settings, facts, destinations, stores, keys, chain, fetch, clock, Listeners(notify))
 
 
 @asynccontextmanager

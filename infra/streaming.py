@@ -1,0 +1,166 @@
+"""The stream in the service: the receiver, a tail shipper for each destination, and what is durable where.
+
+Receiver ──> OpenWal ──> TailShipper per destination ──┐
+   │ whole segments: dispatcher ──> uploader ──────────┴──> Durable ──> the flush position that PostgreSQL is told
+   └──────────────────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from handlers.outlet import Outlet, Parcel
+from handlers.ship import Shipper
+from handlers.tail import TailShipper
+from infra.sources.receiver import Receiver
+from infra.stored import Stored, look_at_stored
+from infra.wiring import Shipping, Site
+from pipeline.catalog import parse_wal_key
+from pipeline.contracts import Buffer, Source
+from pipeline.dispatcher import Handle
+from pipeline.durable import Durable
+from pipeline.events import DestinationCaughtUp, Event, GapClosed, GapOpened, Notice, ObjectStored
+from pipeline.lineage import Lineage
+from pipeline.openwal import OpenWal
+from pipeline.resume import GoOn, go_on
+from pipeline.wal import Lsn, WalFile, WalKind
+
+
+class Streaming:
+    """``run`` beside the dispatcher, which is given ``receiver`` as a source and ``around`` its handle.
+
+    ``epoch`` is the number of the writer's lease; without one (a command that ships for a while) no tails are made.
+    """
+
+    def __init__(self, site: Site, shipping: Shipping, *, epoch: int | None) -> None:
+        self._site = site
+        self._uploader = shipping.uploader
+        self._size = site.facts.segment_size
+        self.wal = OpenWal()
+        self.receiver = Receiver(
+            site.settings,
+            system_id=site.facts.system_id,
+            segment_size=self._size,
+            wal=self.wal,
+            resume=self._resume,
+            make_durable=self._make_durable,
+            clock=site.clock,
+            notify=site.notify,
+        )
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tail")
+        self._tails: dict[str, TailShipper] = {}
+        if epoch is not None:
+            self._tails = {
+                outlet.name: self._tail_shipper(outlet, shipping.service, epoch) for outlet in self._uploader.outlets
+            }
+        self._stored: Stored | None = None
+        self._origin = Lsn(0)
+        #: Segments that are missing and told.
+        self._missing: set[WalFile] = set()
+
+    async def run(self) -> None:
+        """Stream until cancelled, or until another writer uses our epoch."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.receiver.run())
+                for shipper in self._tails.values():
+                    group.create_task(shipper.run())
+        finally:
+            self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def around(self, handle: Handle) -> Handle:
+        """The handle, with what the stream's segments need before and after."""
+
+        async def streamed(source: Source, event: Event) -> asyncio.Future[None] | None:
+            if source is not self.receiver:
+                return await handle(source, event)
+            await self.receiver.ready(event)
+            owed = await handle(source, event)
+            self.receiver.stored_somewhere(event)
+            return owed
+
+        return streamed
+
+    def heard(self, notice: Notice) -> None:
+        """A listener: what is stored anywhere takes the positions further."""
+        match notice:
+            case ObjectStored():
+                self._object_stored(notice)
+            case DestinationCaughtUp():
+                # It has all that was stored elsewhere when we began.
+                if (durable := self.receiver.durable) is not None:
+                    durable.stored(notice.destination, 0, self._origin)
+                    self.receiver.report_soon()
+            case GapOpened():
+                file = notice.first
+                while file <= notice.last:
+                    self._missing.add(file)
+                    file = file.next(self._size)
+            case _:
+                pass
+
+    async def _resume(self, lineage: Lineage, after: int = 0) -> GoOn | None:
+        """Where nobody has anything: what only some have is copied to the others. See ``pipeline.resume``."""
+        self._stored = await look_at_stored(self._site)
+        return go_on(lineage, self._stored.anywhere, begin=self._stored.begin(lineage), after=after)
+
+    def _make_durable(self, origin: Lsn) -> Durable:
+        destinations = {outlet.name: outlet.required for outlet in self._uploader.outlets}
+        behind: dict[str, Lsn] = {}
+        lineage, stored = self.receiver.lineage, self._stored
+        self._origin = origin
+        if lineage is not None and stored is not None and stored.anywhere:
+            for name in destinations:
+                segments = stored.segments.get(name)
+                # One that did not answer, or has nothing yet: nothing counts there until it has caught up.
+                own = go_on(lineage, segments, begin=stored.begin(lineage)) if segments else None
+                behind[name] = min(origin, own.lsn if own else Lsn(0))
+        return Durable(
+            destinations,
+            origin,
+            notify=self._site.notify,
+            patience=self._site.settings.sync_timeout,
+            behind=behind,
+        )
+
+    def _object_stored(self, notice: ObjectStored) -> None:
+        file = parse_wal_key(notice.name)
+        durable, lineage = self.receiver.durable, self.receiver.lineage
+        if file is None:
+            return
+        if file.kind is WalKind.HISTORY and durable and lineage and file.timeline == lineage.timeline:
+            durable.release(notice.destination)
+            self.receiver.report_soon()
+        if file.kind is not WalKind.SEGMENT:
+            return
+        if notice.destination in self._tails:
+            self._tails[notice.destination].segment_stored(file)
+        start, end = file.start(self._size), file.end(self._size)
+        if self.receiver.stored(notice.destination, file, start, end):
+            self.receiver.report_soon()
+        if file in self._missing:
+            self._missing.discard(file)
+            self._site.notify(GapClosed(file))
+
+    def _tail_shipper(self, outlet: Outlet, shipper: Shipper, epoch: int) -> TailShipper:
+        async def encode(name: str, plain: Buffer) -> Parcel:
+            return await shipper.encode(name, plain, workers=self._worker)
+
+        return TailShipper(
+            self.wal,
+            outlet,
+            encode=encode,
+            epoch=epoch,
+            interval=self._site.settings.tail_interval,
+            synchronous=lambda: self.receiver.synchronous,
+            clock=self._site.clock,
+            notify=self._site.notify,
+            stored=self._tail_stored,
+            failed=self._uploader.failed,
+        )
+
+    def _tail_stored(self, destination: str, start: Lsn, end: Lsn) -> None:
+        durable = self.receiver.durable
+        if durable is not None and durable.stored(destination, start, end):
+            self.receiver.report_soon()

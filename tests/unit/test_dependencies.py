@@ -9,7 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 #: Distributions whose modules are called otherwise.
-MODULES = {"backports-zstd": "backports", "pydantic-settings": "pydantic_settings"}
+MODULES = {
+    "backports-zstd": "backports",
+    "prometheus-client": "prometheus_client",
+    "pydantic-settings": "pydantic_settings",
+}
 
 
 def imported() -> set[str]:
@@ -28,5 +32,6 @@ def imported() -> set[str]:
 def test_every_dependency_is_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     wanted = [re.split(r"[^A-Za-z0-9-.]", line)[0].replace(".", "-") for line in project["dependencies"]]
+    used = imported()
     assert "watchdog" in wanted
-    assert {name for name in wanted if MODULES.get(name, name) not in imported()} == set()
+    assert {name for name in wanted if MODULES.get(name, name) not in used} == set()

@@ -42,6 +42,10 @@ _KEY = re.compile(r"lease/([0-9a-f]{8})")
 _LAST = 0xFFFFFFFF
 
 
+class LeaseHeldError(SourceError):
+    """Another service writes to this repository; it may end."""
+
+
 def lease_key(number: int) -> str:
     """The name of a lease."""
     return f"{_FOLDER}{number:08x}"
@@ -84,7 +88,7 @@ class Lease:
         """Take the next number, at every destination that answers. The stores are rooted at the cluster's folder.
 
         Waits up to one ``ttl`` (seconds) where a lease is held, to see whether its holder is alive. Then, or as soon as
-        that is clear, SourceError that names it. StoreError if no destination answers, or lets the lease be written.
+        that is clear, LeaseHeldError that names it. StoreError if no destination answers, or lets the lease be written.
         ``server`` says for people what is shipped; ``tell`` is given a line about each thing that takes time.
         """
         for _ in range(_ATTEMPTS):
@@ -93,7 +97,7 @@ class Lease:
             lease = cls(epoch, Holder.here(clock.now(), server), places, clock=clock, ttl=ttl, tell=tell)
             if await lease._create([place for place in places if place.failure is None]):
                 return lease
-        raise SourceError(
+        raise LeaseHeldError(
             f"others took the lease of this repository {_ATTEMPTS} times in a row, just before us",
             hint="several services were started for one repository: stop all but one",
         )
@@ -101,7 +105,7 @@ class Lease:
     async def run(self) -> None:
         """Rewrite the heartbeat, at each destination at its own pace, until cancelled.
 
-        Raises SourceError that names the other writer when a higher number is seen, or ours in other hands. A process
+        Raises LeaseHeldError that names the other writer when a higher number is seen, or ours in other hands. A process
         that was suspended notices at once: the pause until the next heartbeat is over when it wakes.
         """
         try:
@@ -195,12 +199,12 @@ class Lease:
             with contextlib.suppress(StoreError):
                 await place.store.delete([lease_key(number) for number in numbers if number < self.epoch - KEPT])
 
-    async def _overtaken(self, place: _Place, number: int) -> SourceError:
+    async def _overtaken(self, place: _Place, number: int) -> LeaseHeldError:
         self.lost.set()
         content = b""
         with contextlib.suppress(StoreError):  # that it is there is enough
             content = await place.read(number)
-        return SourceError(
+        return LeaseHeldError(
             f"another service writes to this repository: {_words(content)} holds {lease_key(number)} at"
             f" {place.store.name}, and this one held {lease_key(self.epoch)}",
             hint=_hint(self._ttl),
@@ -277,7 +281,7 @@ class _Place:
 
 
 async def _vacant(places: Sequence[_Place], clock: Clock, ttl: float, tell: Callable[[str], None]) -> int:
-    """The highest number there is, once nobody holds it; SourceError if somebody does. See ``Lease.acquire``."""
+    """The highest number there is, once nobody holds it; LeaseHeldError if somebody does. See ``Lease.acquire``."""
     watched = 0
     while True:
         # Who has failed is not asked again here: it may take its time over each question.
@@ -292,7 +296,7 @@ async def _vacant(places: Sequence[_Place], clock: Clock, ttl: float, tell: Call
             return _below_last(highest, where)
         for place in holding:
             if place.moved:
-                raise SourceError(
+                raise LeaseHeldError(
                     f"this repository is written already by {_words(place.content)}, which was seen alive just now"
                     f" ({lease_key(highest)} at {place.store.name})",
                     hint=_hint(ttl),

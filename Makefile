@@ -3,13 +3,15 @@
 PYTHON = .venv/bin/python
 # How many tests run at once; and more words for pytest, such as ARGS='-k restore'
 WORKERS = 2
+# How often the kill test destroys everything but the bucket
+ROUNDS = 10
 ARGS =
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test check format bench lock clean bootstrap
+.PHONY: help demo test check format kill-test bench lock clean bootstrap
 
 help: ## show these words
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-16s %s\n' "  $$verb" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-18s %s\n' "  $$verb" "$$text"; done
 
 demo: bootstrap ## the whole job on an embedded PostgreSQL and S3 server, in about a minute
 	@.venv/bin/walship demo $(ARGS)
@@ -26,6 +28,9 @@ check: bootstrap ## format, lint, types and walls
 format: bootstrap ## put the code into shape
 	$(PYTHON) -m ruff check --fix-only .
 	$(PYTHON) -m ruff format .
+
+kill-test: bootstrap ## kill server and service at random moments and count what S3 lacks: ROUNDS=50
+	@$(PYTHON) -m tests.killtest --rounds $(ROUNDS) $(ARGS)
 
 bench: bootstrap ## time and memory, beside pgBackRest where it is installed
 	$(PYTHON) -m tests.benchmarks $(ARGS)

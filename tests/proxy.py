@@ -47,12 +47,15 @@ class Request:
     path: str
     #: Its first byte came from the client.
     began: float
-    #: The last byte of its answer went to the client; None while it is under way, or if it was cut.
+    #: The last byte of its answer went to the client, or it was cut; None while it is under way.
     ended: float | None = None
+    #: Cut, or refused by us.
+    failed: bool = False
 
     @property
     def seconds(self) -> float | None:
-        return None if self.ended is None else self.ended - self.began
+        """What an answered request took."""
+        return None if self.ended is None or self.failed else self.ended - self.began
 
 
 @dataclass(slots=True, eq=False)
@@ -180,7 +183,8 @@ class Proxy:
             await reader.readexactly(int(length[1]))
         elif b"chunked" in head.lower():
             await reader.readuntil(b"0\r\n\r\n")
-        self.requests.append(_request(head, time.monotonic()))
+        now = time.monotonic()
+        self.requests.append(Request(*_line(head), began=now, ended=now, failed=True))
         body = b"" if head.startswith(b"HEAD ") else _BUSY
         writer.write(
             b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
@@ -206,6 +210,8 @@ class Proxy:
             connection.reset()
         finally:
             self._connections.discard(connection)
+            if (request := connection.request) is not None and request.ended is None:
+                request.ended, request.failed = time.monotonic(), True
 
     async def _way(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: Callable[[], float],
@@ -240,7 +246,7 @@ class Proxy:
 
     def _asked(self, connection: _Connection, data: bytes) -> None:
         if self._http and data and (connection.request is None or connection.request.ended is not None):
-            connection.request = _request(data, time.monotonic())
+            connection.request = Request(*_line(data), began=time.monotonic())
             self.requests.append(connection.request)
 
     def _told(self, connection: _Connection) -> None:
@@ -248,10 +254,10 @@ class Proxy:
             connection.request.ended = time.monotonic()
 
 
-def _request(head: bytes, now: float) -> Request:
+def _line(head: bytes) -> tuple[str, str]:
+    """Method and path of a request."""
     method, _, rest = head.partition(b" ")
-    path = urlsplit(rest.partition(b" ")[0].decode("latin-1")).path
-    return Request(method.decode("latin-1"), path, now)
+    return method.decode("latin-1"), urlsplit(rest.partition(b" ")[0].decode("latin-1")).path
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

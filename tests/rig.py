@@ -5,8 +5,10 @@ The command is always run as users run it: a process of its own, with settings i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from infra.postgres import processes
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer
 from tests.servers import new_server, programs
 
+_OURS = "from pg_stat_replication where application_name = 'walship'"
 _STARTED = '"event": "started"'
 PASSPHRASE = "correct horse battery staple"
 #: Variables of the machine that a command needs; settings of the person who runs the tests must not leak in.
@@ -35,28 +39,33 @@ class Rig:
 
     def __init__(
         self, folder: Path, major: int, destinations: Sequence[str], *, settings: Mapping[str, str] | None = None,
-        segment_mb: int = 1, server_settings: Mapping[str, str] | None = None,
+        segment_mb: int = 1, server_settings: Mapping[str, str] | None = None, sources: str = "watch",
     ) -> None:  # fmt: skip
+        """``sources``: as WALSHIP_SOURCES says them; without ``watch`` the server archives nothing."""
         self.folder = folder
         self.major = major
         self.bin_dir = programs(major)
         self.spool = folder / "spool"
         self.spool.mkdir()
         give(self.spool, run_as())
+        watched = "watch" in sources.split(",")
+        self.destinations = tuple(destinations)
         for url in destinations:
             if url.startswith("file://"):
                 Path(url.removeprefix("file://")).mkdir(exist_ok=True)
         self.server = new_server(
             major, folder, segment_mb=segment_mb,
             settings={
-                "archive_mode": "on", "archive_library": "basic_archive", "wal_level": "replica",
-                "basic_archive.archive_directory": str(self.spool), "max_wal_senders": "5",
+                "wal_level": "replica", "max_wal_senders": "5",
+                **({"archive_mode": "on", "archive_library": "basic_archive",
+                    "basic_archive.archive_directory": str(self.spool)} if watched else {}),
                 **(server_settings or {}),
             },
         )  # fmt: skip
         self.extra = {
             "WALSHIP_DESTINATIONS": ",".join(destinations),
-            "WALSHIP_SPOOL_DIR": str(self.spool),
+            **({"WALSHIP_SPOOL_DIR": str(self.spool)} if watched else {}),
+            **({"WALSHIP_SOURCES": sources} if sources != "watch" else {}),
             "WALSHIP_PG_BIN_DIR": str(self.bin_dir),
             "WALSHIP_WAL_TIMEOUT": "60",
             "BACKUP_ENCRYPTION_ENABLED": "true",
@@ -110,7 +119,11 @@ class Rig:
             )
         self._services.append(service)
         if not prefix:
-            self.wait(lambda: self.service_log().count(_STARTED) > before, "the service has started")
+            self.wait(
+                lambda: self.service_log().count(_STARTED) > before or service.poll() is not None,
+                "the service has started",
+            )
+            assert service.poll() is None, f"the service ended with {service.poll()}\n{self.service_log()[-4000:]}"
         return service
 
     def stop(self, service: subprocess.Popen[bytes], number: int = signal.SIGTERM, *, timeout: float = 40.0) -> int:
@@ -142,6 +155,52 @@ class Rig:
     def drained(self) -> None:
         """Wait until PostgreSQL has archived all finished segments, and all are acknowledged."""
         self.wait(lambda: not self.spooled(), "the spool is empty")
+
+    # -- the stream
+
+    def streams(self) -> bool:
+        """Whether the service is connected to the server and has caught up with its WAL once."""
+        return self.sql(f"select 1 {_OURS} and state = 'streaming' and flush_lsn is not null") != []
+
+    def caught_up(self) -> None:
+        """Wait until all that is written at this moment has been reported durable by the stream."""
+        ((end,),) = self.sql("select pg_current_wal_insert_lsn()::text")
+        self.wait(
+            lambda: self.sql(f"select 1 {_OURS} and flush_lsn >= '{end}'") != [], f"the stream is durable up to {end}"
+        )
+
+    def synchronous(self) -> None:
+        """Commits wait for the service from now on; it has to stream already."""
+        self.wait(self.streams, "the service streams")
+        self.sql("alter system set synchronous_standby_names = 'walship'")
+        self.server.reload()
+        self.wait(
+            lambda: self.sql(f"select sync_state {_OURS}") == [("sync",)], "the service is the synchronous standby"
+        )
+
+    # -- the end of it all
+
+    def destroy(self, service: subprocess.Popen[bytes], *, first: Callable[[], object] = lambda: None) -> float:
+        """The host is lost: server and service get SIGKILL at one moment, and all that lies on it is deleted.
+
+        ``first`` is called just before the signals. Returns when it happened, in monotonic seconds: before any of it.
+        """
+        postmaster = self.server.pid
+        assert postmaster is not None, "the server runs"
+        os.kill(postmaster, signal.SIGSTOP)  # or it could start another process behind our back
+        doomed = [postmaster, *processes._descendants(postmaster), service.pid]
+        moment = time.monotonic()
+        first()
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        service.wait()
+        self.server.close()
+        self.wait(lambda: not any(processes._alive(pid) for pid in doomed), "all processes are gone")
+        local = (Path(url.removeprefix("file://")) for url in self.destinations if url.startswith("file://"))
+        for lost in (self.server.data_dir, self.spool, *local):
+            shutil.rmtree(lost)
+        return moment
 
     # -- restored clusters
 

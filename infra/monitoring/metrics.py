@@ -100,6 +100,11 @@ class Metrics:
         """The repository is open; its segments have so many bytes, without which a gap cannot be counted."""
         self._segment_size = segment_size
 
+    def closed(self) -> None:
+        """The repository is closed, and nobody streams until it is opened again: a lag of 0 is no longer known."""
+        self._connected = False
+        self._in_the_dark = True
+
     def page(self, accept: str = "") -> tuple[bytes, str]:
         """The samples of this moment as text, and its content type. ``accept``: that header of the request."""
         from prometheus_client.exposition import choose_encoder

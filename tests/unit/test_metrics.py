@@ -157,6 +157,21 @@ async def test_a_server_that_never_answered_is_not_lag_zero(metrics: Metrics, cl
     assert math.isnan(page["wal_lag_bytes", NEAR])
 
 
+async def test_a_service_that_waits_for_its_store_is_not_lag_zero(metrics: Metrics, clock: FastClock) -> None:
+    """Its stream was ended without a word."""
+    metrics.notify(STARTED)
+    metrics.notify(moved(5000, near=5000, far=5000))
+    metrics.closed()
+    await clock.sleep(10)
+    page = read(metrics)
+    assert (page["stream_connected",], page["wal_lag_seconds", NEAR]) == (0, 10)
+
+
+def test_without_a_stream_there_is_no_lag_to_know(metrics: Metrics) -> None:
+    metrics.closed()
+    assert math.isnan(read(metrics)["wal_lag_seconds", NEAR])
+
+
 def test_a_server_that_went_back_is_no_negative_lag(metrics: Metrics) -> None:
     metrics.notify(moved(3000, near=5000, far=5000))
     assert read(metrics)["wal_lag_bytes", NEAR] == 0

@@ -105,8 +105,8 @@ class Lease:
     async def run(self) -> None:
         """Rewrite the heartbeat, at each destination at its own pace, until cancelled.
 
-        Raises LeaseHeldError that names the other writer when a higher number is seen, or ours in other hands. A process
-        that was suspended notices at once: the pause until the next heartbeat is over when it wakes.
+        Raises LeaseHeldError that names the other writer when a higher number is seen, or ours in other hands. A
+        process that was suspended notices at once: the pause until the next heartbeat is over when it wakes.
         """
         try:
             async with asyncio.TaskGroup() as group:

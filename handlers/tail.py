@@ -78,15 +78,16 @@ class TailShipper:
         synchronous: Callable[[], bool],
         clock: Clock,
         notify: Callable[[Notice], None],
-        stored: Callable[[str, Lsn, Lsn], None],
+        stored: Callable[[str, WalFile, Lsn, Lsn], None],
         failed: Callable[[Outlet, str, WalshipError], Awaitable[None]],
         fold_at: int = 256,
     ) -> None:
         """``encode``: key and plaintext → the object; the shipper closes its body. ``epoch``: number of our lease.
 
         ``interval`` in seconds. ``synchronous``: whether commits wait for us now. ``stored``: called with the
-        destination and the range ``[start, end)`` of WAL that is durable there by now, per segment in order and without
-        a hole. ``failed``: tells, and marks the outlet down unless only this object is wrong.
+        destination, the segment, and the range ``[start, end)`` of WAL that is durable there by now, per segment in
+        order and without a hole; the segment tells the timeline, because what was written behind a fork is not of the
+        new one. ``failed``: tells, and marks the outlet down unless only this object is wrong.
         """
         self._wal = wal
         self._outlet = outlet
@@ -154,8 +155,8 @@ class TailShipper:
             self._last = segment
             self._courses.append(Course(segment, self._epoch))
         for course in self._courses:
-            # Dropped means that the required destinations have the finished segment: it is owed to this one and will
-            # be copied. To hold on to it would fill the memory while a destination that is not required is away.
+            # Dropped means that a destination has the finished segment: it is owed to this one and will be copied. To
+            # hold on to it would fill the memory while this destination is away.
             dropped = course.segment.whole and course.segment not in self._wal.segments
             course.closed = course.closed or dropped or course.segment.file in self._finished
             if not course.folding and course.foldable(self._fold_at):
@@ -229,7 +230,7 @@ class TailShipper:
             self._pause = FIRST_PAUSE
             for name in course.landed(cut):
                 start = course.segment.start
-                self._stored(self._outlet.name, start + name.start, start + name.end)
+                self._stored(self._outlet.name, name.file, start + name.start, start + name.end)
         self._wake.set()
 
     async def _put(self, key: str, plain: Buffer) -> float:

@@ -160,7 +160,6 @@ class Streaming:
             failed=self._uploader.failed,
         )
 
-    def _tail_stored(self, destination: str, start: Lsn, end: Lsn) -> None:
-        durable = self.receiver.durable
-        if durable is not None and durable.stored(destination, start, end):
+    def _tail_stored(self, destination: str, file: WalFile, start: Lsn, end: Lsn) -> None:
+        if self.receiver.stored(destination, file, start, end):
             self.receiver.report_soon()

@@ -1,0 +1,85 @@
+"""Is the server the one whose WAL is stored? Its bytes are compared with the stored ones where both have some.
+
+System identifier and timeline do not tell: a server that was rolled back to a snapshot has the same ones, and once it
+has written past the stored position nothing else would ever notice (POSTGRES.md, item 14).
+"""
+
+from __future__ import annotations
+
+from infra.postgres.connect import RefusedError
+from infra.postgres.walstream import fetch_part
+from infra.wiring import Site
+from pipeline.catalog import wal_key
+from pipeline.errors import ObjectMissing, SourceError
+from pipeline.lineage import Lineage
+from pipeline.objects import MAX_HEAD, read_header
+from pipeline.resume import GoOn
+from pipeline.runs import Runs
+from pipeline.wal import Lsn, WalFile
+
+#: SQLSTATE of "requested WAL segment has already been removed".
+_REMOVED = "58P01"
+
+
+async def check_overlap(site: Site, lineage: Lineage, stored: dict[int, Runs], where: GoOn) -> None:
+    """Compare the last finished segment before ``where``, and the tail that is stored from there on.
+
+    Raises SourceError (lasting) if the server has other bytes; what it no longer has cannot be compared.
+    """
+    size = lineage.segment_size
+    number = where.lsn // size
+    timeline = lineage.newest(number - 1).timeline
+    if number and number - 1 in stored.get(timeline, Runs()):
+        await _compare_segment(site, WalFile.segment(timeline, where.lsn - size, size))
+    leg = next(leg for leg in lineage.legs if leg.timeline == where.timeline)
+    await _compare_tail(site, WalFile.segment(where.timeline, where.lsn, size), leg.end)
+
+
+async def _compare_segment(site: Site, file: WalFile) -> None:
+    server = await _from_server(site, file, site.facts.segment_size)
+    if server is None:
+        return
+    name = wal_key(file)
+    for store in site.stores:
+        try:
+            body = await store.get(name, (0, MAX_HEAD))
+        except ObjectMissing:
+            continue
+        header, _ = read_header(name, b"".join(body.chunks()))
+        if header.fingerprint != site.keys.fingerprint(name, server):
+            raise _other_bytes(file, store.name, file.start(site.facts.segment_size))
+        return
+
+
+async def _compare_tail(site: Site, file: WalFile, fork: Lsn | None) -> None:
+    size = site.facts.segment_size
+    try:
+        tail = await site.fetch.tail(file, size, lenient=True)
+    except ObjectMissing:
+        return  # being removed: the finished segment is stored by now
+    if tail is None or not tail.reach:
+        return
+    reach = tail.reach if fork is None else min(tail.reach, fork - file.start(size))
+    server = await _from_server(site, file, reach)
+    if server is not None and server != tail.content[:reach]:
+        at = next(n for n, (ours, theirs) in enumerate(zip(tail.content, server, strict=False)) if ours != theirs)
+        raise _other_bytes(file, "the repository", file.start(size) + at)
+
+
+async def _from_server(site: Site, file: WalFile, length: int) -> bytearray | None:
+    """The beginning of the segment; None if the server has removed it."""
+    try:
+        return await fetch_part(site.settings, file, site.facts.segment_size, length)
+    except RefusedError as error:
+        if error.state == _REMOVED:
+            return None
+        raise
+
+
+def _other_bytes(file: WalFile, place: str, lsn: Lsn) -> SourceError:
+    return SourceError(
+        f"the server's WAL is not the one that is stored: segment {file} at {place} has other bytes at or behind {lsn}",
+        hint="was the server rolled back to a snapshot, or is it a clone? what is stored stays as it is and can be"
+        " restored; to go on with this server, let it ship to a new repository (another prefix, then walship init)",
+        lasting=True,
+    )

@@ -77,9 +77,9 @@ Message: TypeAlias = WalData | Keepalive | TimelineEnded
 class WalStream:
     """One START_REPLICATION. Owns the use of the connection, not the connection: close both.
 
-    Every method raises SourceError when the connection is lost, RefusedError (``state``: SQLSTATE) when the server ended
-    the stream with an error: 58P01 the WAL is removed, XX000 it was asked for what it does not have. What arrived before
-    is handed out first. After an error only ``close`` is allowed.
+    ``take`` and ``wait`` raise SourceError when the connection is lost, RefusedError (``state``: SQLSTATE) when the
+    server ended the stream with an error: 58P01 the WAL is removed, XX000 it was asked for what it does not have. What
+    arrived before is handed out first. After an error only ``close`` is allowed.
     """
 
     def __init__(self, connection: ReplicationConnection) -> None:
@@ -169,9 +169,9 @@ class WalStream:
     async def report(self, flush: Lsn, *, now: datetime, ask: bool = False) -> None:
         """Tell the server that everything before ``flush`` is durable: it may release commits, and forget that WAL.
 
-        Written and flushed are one to us; applied is never reported. ``flush`` 0: we live, and say nothing of positions.
-        ``ask``: the server shall answer with a Keepalive at once. Never waits: while the socket takes nothing, only the
-        newest report is kept, and goes out when it can.
+        Written and flushed are one to us; applied is never reported. ``flush`` 0: we live, and say nothing of
+        positions. ``ask``: the server shall answer with a Keepalive at once. Never waits, and never raises for the
+        connection's sake: while the socket takes nothing, only the newest report is kept, and goes out when it can.
         """
         stamp = int((now - _EPOCH).total_seconds() * 1_000_000)
         self._report = _STATUS.pack(b"r", flush, flush, 0, stamp, ask)
@@ -323,12 +323,19 @@ class WalStream:
 
 
 async def fetch_segment(settings: Settings, file: WalFile, segment_size: int, *, timeout: float = 60.0) -> bytearray:
-    """The bytes of one finished segment, by a connection of its own and without a slot.
+    """The bytes of one finished segment. See ``fetch_part``."""
+    return await fetch_part(settings, file, segment_size, segment_size, timeout=timeout)
 
-    Raises RefusedError (58P01: the server has removed it), SourceError if its timeline ends inside it, if it takes
+
+async def fetch_part(
+    settings: Settings, file: WalFile, segment_size: int, length: int, *, timeout: float = 60.0
+) -> bytearray:
+    """The first ``length`` bytes of a segment, by a connection of its own and without a slot.
+
+    Raises RefusedError (58P01: the server has removed it), SourceError if its timeline ends inside them, if it takes
     longer than ``timeout`` seconds, or if the connection breaks.
     """
-    whole = bytearray()
+    part = bytearray()
     start = file.start(segment_size)
     try:
         async with (
@@ -340,21 +347,22 @@ async def fetch_segment(settings: Settings, file: WalFile, segment_size: int, *,
                 raise _ends_in(file, stream)
             never = asyncio.Event()
             try:
-                while len(whole) < segment_size:
+                while len(part) < length:
                     message = stream.take()
                     if message is None:
                         await stream.wait(never, reading=True, seconds=timeout)
                     elif isinstance(message, TimelineEnded):
                         raise _ends_in(file, message)
                     elif isinstance(message, WalData):
-                        whole += message.data[: segment_size - len(whole)]
+                        part += message.data[: length - len(part)]
             finally:
                 await stream.close()
     except TimeoutError:
         raise SourceError(
-            f"PostgreSQL sent {len(whole)} of {segment_size} bytes of segment {file.name} in {timeout:g} seconds"
+            f"PostgreSQL sent {len(part)} of {length} bytes of segment {file.name} in {timeout:g} seconds",
+            hint="if its WAL ends there, it was rolled back to an older state than the stored one",
         ) from None
-    return whole
+    return part
 
 
 def _ends_in(file: WalFile, ended: TimelineEnded) -> SourceError:

@@ -1,20 +1,55 @@
-"""The stream source: WAL over the replication protocol, from wherever the primary is, into the open WAL in memory."""
+"""The stream source: WAL over the replication protocol, from wherever the primary is, into the open WAL in memory.
+
+Per connect: who is it, is it the one to follow, where does its slot stand (``primary``); then, timeline by timeline,
+
+    WalStream ──> Assembly (segments, compared with what was sent before) ──> OpenWal, and SegmentReady when whole
+    Durable ──> the flush position, reported as soon as it moves, at least each second, never for what is not durable
+
+At the end of a timeline the stream waits until that is durable; then come the first bytes of the next, then its history
+file, in this order: a history in the repository whose first bytes are not there would lead a restore past the fork.
+All that a broken connection has brought is kept, and the next one goes on at the open segment's first byte.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
+from infra.postgres.connect import RefusedError, connect
+from infra.postgres.replication import ReplicationConnection
+from infra.postgres.walstream import TimelineEnded, WalData, WalStream
 from infra.settings import Settings
+from infra.sources.announced import Announced
+from infra.sources.assembly import ROLLED_BACK, Assembly
+from infra.sources.primary import Primary, leg_after, leg_of, look_at, prepare_slot, refuse_old, stretches
+from infra.sources.server_watch import ServerWatch
 from pipeline.contracts import Buffer, Clock
 from pipeline.durable import Durable
-from pipeline.events import Event, Notice
-from pipeline.lineage import Lineage
+from pipeline.errors import SourceError, WalshipError, foreseen
+from pipeline.events import Event, GapOpened, HistoryReady, Notice, StreamLost, StreamStarted, TimelineLeft, WalMoved
+from pipeline.lineage import Leg, Lineage
 from pipeline.openwal import OpenWal
 from pipeline.resume import GoOn
 from pipeline.wal import Lsn, WalFile
 
 #: Seconds that a server that shuts down is held up at most by what is not durable.
 GRACE = 10.0
+#: Shortest and longest pause in seconds between attempts to connect.
+PAUSES = (1.0, 10.0)
+#: Seconds between reports that nothing has caused, and between answers to keepalives.
+_REPORT = 1.0
+_ANSWER = 0.1
+
+
+class Resume(Protocol):
+    """Where the repository ends: the first segment of the lineage that is missing, not before ``after``.
+
+    None if nothing is stored. See ``pipeline.resume``.
+    """
+
+    async def __call__(self, lineage: Lineage, after: int = 0) -> GoOn | None: ...
 
 
 class Receiver:
@@ -29,57 +64,85 @@ class Receiver:
         system_id: str,
         segment_size: int,
         wal: OpenWal,
-        resume: Callable[[Lineage], Awaitable[GoOn | None]],
+        resume: Resume,
         make_durable: Callable[[Lsn], Durable],
         clock: Clock,
         notify: Callable[[Notice], None],
         grace: float = GRACE,
+        pauses: tuple[float, float] = PAUSES,
     ) -> None:
-        """``resume``: where the repository ends on that lineage; asked once, at the first connect.
+        """``resume`` is asked at the first connect and behind a gap, ``make_durable`` once: for where the stream begins.
 
-        ``make_durable``: called once, with the position where the stream begins. ``grace``: see ``GRACE``.
+        ``grace`` and ``pauses``: see ``GRACE`` and ``PAUSES``.
         """
+        self._settings = settings
+        self._system_id = system_id
+        self._size = segment_size
+        self._wal = wal
+        self._resume = resume
+        self._make_durable = make_durable
+        self._clock = clock
+        self._notify = notify
+        self._grace = grace
+        self._pauses = pauses
+        self._wake = asyncio.Event()
+        self._announced = Announced(settings, segment_size)
+        self._assembly = Assembly(wal, segment_size, self._announced.segment)
         #: Whether commits wait for us; polled, so it may be seconds old.
         self.synchronous = False
         #: None until the first connect.
         self.durable: Durable | None = None
         #: The server's timeline and where it came from. None until the first connect.
         self.lineage: Lineage | None = None
+        #: End of the server's WAL, as far as it has told.
+        self.current = Lsn(0)
+        #: The timeline whose beginning is held back in ``durable`` until its history is stored; 0: none ever was.
+        self._held = 0
+        #: That history, until its turn has come.
+        self._history: bytes | None = None
+        #: Where WAL begins again behind what the server has removed; None: no gap has opened.
+        self._after: Lsn | None = None
+        #: Where stored segments begin again behind the first that are missing.
+        self._hole_end: Lsn | None = None
+        self._slot_lies = False
+        self._received_any = False
+        #: ``host:port`` of the server.
+        self._place = ""
 
     @property
     def received(self) -> Lsn:
         """End of what has arrived."""
-        raise NotImplementedError
+        return self._assembly.received
 
-    @property
-    def current(self) -> Lsn:
-        """End of the server's WAL, as far as it has told."""
-        raise NotImplementedError
+    # -- the source
 
-    async def run(self) -> None:
-        """Connect, receive, connect again, until cancelled."""
-        raise NotImplementedError
-
-    async def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncIterator[Event]:
         """What is ready. See ``pipeline.contracts.Source``."""
-        raise NotImplementedError
-        yield
+        return self._announced.events()
 
     async def ready(self, event: Event) -> None:
         """Before ``read``: have the bytes in memory again, from the server, if ``stored_somewhere`` let them go."""
-        raise NotImplementedError
+        await self._announced.ready(event)
 
     def read(self, event: Event) -> Buffer:
         """The bytes of a segment or a history; no copy. See ``pipeline.contracts.Source``."""
-        raise NotImplementedError
+        return self._announced.read(event)
 
     async def done(self, event: Event) -> None:
         """Durable at every required destination. See ``pipeline.contracts.Source``."""
-        raise NotImplementedError
+        self.stored_somewhere(event)
+        self._announced.forget(event)
+        if isinstance(event, HistoryReady) and self.durable is not None:
+            for destination in self.durable.reached():
+                self.durable.release(destination)
 
     def stored_somewhere(self, event: Event) -> None:
         """The object is durable somewhere, though not everywhere: its memory is given back. Idempotent."""
-        raise NotImplementedError
+        if (segment := self._announced.release(event)) is not None:
+            self._assembly.drop(segment)
+        self._wake.set()
+
+    # -- what is durable
 
     def stored(self, destination: str, file: WalFile, start: int, end: int) -> bool:
         """Bytes ``[start, end)`` (positions) of that segment, or tail of it, are durable there.
@@ -87,8 +150,263 @@ class Receiver:
         Tells ``durable``, as far as they belong to the server's lineage (bytes that an old primary wrote behind a fork
         do not, and must never be acknowledged to the new one). Returns whether that took the destination further.
         """
-        raise NotImplementedError
+        leg = leg_of(self.lineage, file.timeline) if self.lineage is not None else None
+        if leg is None or self.durable is None:
+            return False
+        end = end if leg.end is None else min(leg.end, end)
+        moved = start < end and self.durable.stored(destination, start, end)
+        if moved:
+            self.report_soon()
+        return moved
 
     def report_soon(self) -> None:
         """``durable`` has moved: the server is told at once, not within the second."""
-        raise NotImplementedError
+        self._wake.set()
+
+    # -- running
+
+    async def run(self) -> None:
+        """Connect, receive, connect again, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tell_for_ever())
+            group.create_task(self._connect_for_ever())
+
+    async def _connect_for_ever(self) -> None:
+        pause, longest = self._pauses
+        while True:
+            self._received_any = False
+            try:
+                await self._connect_once()
+            except (WalshipError, BaseExceptionGroup) as caught:
+                error = foreseen(caught)
+                if error is None:
+                    raise
+                if self._received_any:
+                    pause = self._pauses[0]
+                if isinstance(error, SourceError) and error.lasting:
+                    pause = longest
+                self._notify(StreamLost(error.fact, error.hint, pause))
+            await self._clock.sleep(pause)
+            pause = min(longest, pause * 2)
+
+    async def _connect_once(self) -> None:
+        settings = self._settings
+        async with await ReplicationConnection.open(settings, application_name=settings.slot) as replication:
+            async with await connect(settings) as control:
+                primary = await look_at(replication, control, system_id=self._system_id, segment_size=self._size)
+                self._agree(primary)
+                kept = await prepare_slot(replication, control, settings.slot, renew=self._slot_lies)
+                self._slot_lies = False
+            self.current = primary.lsn
+            await self._find_position(primary, kept)
+            async with asyncio.TaskGroup() as group:
+                pid = replication.pgconn.backend_pid
+                watch = ServerWatch(settings, pid, clock=self._clock, synchronous=self._set_synchronous)
+                watching = group.create_task(watch.run())
+                await self._follow(replication, primary, kept, watch)
+                watching.cancel()
+
+    def _agree(self, primary: Primary) -> None:
+        """Follow the server, or refuse it."""
+        if self.durable is None or self.lineage is None:
+            self.lineage = primary.lineage
+            return
+        assembly = self._assembly
+        refuse_old(primary, self.lineage, assembly.timeline, assembly.received)
+        self.lineage = primary.lineage
+        leg = leg_of(self.lineage, assembly.timeline)
+        if leg is not None and leg.end is not None and leg.end < assembly.received:
+            left = max(assembly.received, *self.durable.reached().values())
+            self.durable.leave(leg.end)
+            assembly.leave(leg.end)
+            self._notify(TimelineLeft(leg.timeline, leg.end, left))
+
+    async def _find_position(self, primary: Primary, kept: Lsn) -> None:
+        """Where the stream begins: known but for the first time, and behind a gap. ``kept``: the slot's beginning."""
+        if self.durable is not None and self._after is None:
+            return
+        go = await self._resume(primary.lineage, self._after or 0)
+        if go is None:
+            lsn = max(Lsn(kept // self._size * self._size), self._after or Lsn(0))
+            timeline = primary.lineage.newest(lsn // self._size).timeline
+        else:
+            timeline, lsn = go.timeline, go.lsn
+        self._hole_end = go.hole_end if go is not None else None
+        self._after = None
+        self._assembly.begin_at(timeline, lsn)
+        if self.durable is None:
+            self.durable = self._make_durable(lsn)
+        else:
+            self.durable.skip_to(lsn)
+        self._begin_leg(primary)
+
+    def _begin_leg(self, primary: Primary) -> None:
+        """On the server's last timeline: what lies behind the fork counts only with the history that leads there."""
+        timeline = self._assembly.timeline
+        leg = primary.lineage.legs[-1]
+        if leg.timeline == timeline and timeline > 1 and timeline != self._held and self.durable is not None:
+            self.durable.hold(leg.begin)
+            self._held = timeline
+            self._history = primary.history
+
+    # -- streaming
+
+    async def _follow(
+        self, replication: ReplicationConnection, primary: Primary, kept: Lsn, watch: ServerWatch
+    ) -> None:
+        """One timeline after the other; ends only with an error."""
+        while True:
+            leg = leg_of(primary.lineage, self._assembly.timeline)
+            assert leg is not None
+            if leg.end is None or self._assembly.received < leg.end:
+                await self._stream(replication, primary, kept, watch)
+                if self._assembly.received != leg.end:
+                    raise SourceError(
+                        f"timeline {leg.timeline} of PostgreSQL at {primary.place} ended at {self._assembly.received}",
+                        hint="it is looked at anew",
+                    )
+            await self._go_over(replication, primary, leg)
+
+    async def _stream(
+        self, replication: ReplicationConnection, primary: Primary, kept: Lsn, watch: ServerWatch
+    ) -> None:
+        """Receive one timeline to its end."""
+        timeline, begin = self._assembly.timeline, self._assembly.rewind()
+        try:
+            stream = await WalStream.start(replication, slot=self._settings.slot, timeline=timeline, lsn=begin)
+            if isinstance(stream, TimelineEnded):
+                return
+            try:
+                self._started(primary.place)
+                await self._receive(stream, kept, watch)
+            finally:
+                await stream.close()
+        except RefusedError as error:
+            raise self._explained(error, primary, begin, kept) from None
+
+    async def _receive(self, stream: WalStream, kept: Lsn, watch: ServerWatch) -> None:
+        """Data in, reports out, until the timeline ends."""
+        assert self.durable is not None
+        asked = False
+        reported, reported_at = Lsn(0), -_REPORT
+        while True:
+            self._wake.clear()
+            now = self._clock.monotonic()
+            self._assembly.go_on(now)
+            while self._assembly.room and (message := stream.take()) is not None:
+                self._received_any = True
+                if isinstance(message, TimelineEnded):
+                    self._wal.tell()
+                    return
+                self.current = max(self.current, message.server_end)
+                if isinstance(message, WalData):
+                    self._assembly.take(message.start, message.data, now)
+                elif message.reply_requested:
+                    asked = True
+                    watch.asked(message.server_end)
+            self._wal.tell()
+            self._tell_history()
+            now = self._clock.monotonic()
+            flush = self.durable.flush(self._assembly.received, now)
+            # Below its restart_lsn the slot would move back; and a server that differs must not take ours for its own.
+            flush = flush if flush >= kept and self._assembly.verified else Lsn(0)
+            if flush > reported or now - reported_at >= (_ANSWER if asked else _REPORT):
+                await stream.report(flush, now=self._clock.now())
+                asked, reported, reported_at = False, flush, now
+            self._leave_if_held_up(watch, now)
+            pause = reported_at + (_ANSWER if asked else _REPORT) - now
+            await stream.wait(self._wake, reading=self._assembly.room, seconds=max(pause, 0.001))
+
+    def _leave_if_held_up(self, watch: ServerWatch, now: float) -> None:
+        if watch.leaving is not None and now - watch.leaving >= self._grace:
+            raise SourceError(
+                f"PostgreSQL is shutting down and has waited {self._grace:g} seconds for WAL that is not durable yet:"
+                " the connection is closed, so that it can",
+                hint="nothing is lost as long as its disk lives: the slot keeps the rest until it is up again",
+            )
+
+    async def _go_over(self, replication: ReplicationConnection, primary: Primary, leg: Leg) -> None:
+        """From the end of a timeline to the first byte of the next one's first segment."""
+        assert self.durable is not None
+        assert leg.end is not None
+        segment = self._assembly.end()
+        while self.durable.flush(leg.end, self._clock.monotonic()) < leg.end:
+            self._wake.clear()
+            self._tell_history()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _REPORT)
+        if segment is not None:
+            self._assembly.drop(segment)
+        if leg.timeline > 1 and leg.timeline != self._held:
+            # One that was passed through: nobody has asked for its history, and it may be restored to as well.
+            with contextlib.suppress(RefusedError):  # the server need not have it any more
+                self._announced.history(leg.timeline, await replication.timeline_history(leg.timeline))
+        self.durable.forget_ahead()
+        following = leg_after(primary.lineage, leg.timeline)
+        self._assembly.begin_at(following.timeline, Lsn(leg.end // self._size * self._size))
+        self._begin_leg(primary)
+
+    def _tell_history(self) -> None:
+        """Its turn comes when the first bytes of its timeline are stored."""
+        if self._history is not None and self.durable is not None and self.durable.begun:
+            self._announced.history(self._held, self._history)
+            self._history = None
+
+    # -- what is said
+
+    def _set_synchronous(self, *, synchronous: bool) -> None:
+        if synchronous != self.synchronous:
+            self.synchronous = synchronous
+            self._wal.tell()
+            self._started(self._place)
+
+    def _started(self, place: str) -> None:
+        self._place = place
+        self._notify(StreamStarted(place, self._assembly.timeline, self._assembly.received, self.synchronous))
+
+    def _explained(self, error: RefusedError, primary: Primary, begin: Lsn, kept: Lsn) -> SourceError:
+        """What the server's refusal means, and what is done about it at the next attempt."""
+        match error.state:
+            case "58P01":
+                return self._open_gap(error, primary, begin, kept)
+            case "55000":
+                self._slot_lies = True  # it is lost
+                return error
+            case "XX000":
+                return SourceError(error.fact, hint=ROLLED_BACK, lasting=True)
+            case _:
+                return error
+
+    def _open_gap(self, error: RefusedError, primary: Primary, begin: Lsn, kept: Lsn) -> SourceError:
+        """WAL from ``begin`` on is removed: go on at what the slot keeps, or at what is stored before that."""
+        end = min(Lsn(kept // self._size * self._size), self._hole_end or kept)
+        if end <= begin:
+            self._slot_lies = True  # it does not keep what it says; a new one tells where WAL begins
+            return error
+        for leg, first, last in stretches(primary.lineage, self._assembly.timeline, begin, end):
+            self._notify(
+                GapOpened(
+                    leg.timeline,
+                    WalFile.segment(leg.timeline, first, self._size),
+                    WalFile.segment(leg.timeline, last, self._size),
+                    hint="take a new base backup now: `walship backup`; nothing can be restored across the gap",
+                )
+            )
+        self._after = end
+        return SourceError(
+            f"PostgreSQL at {primary.place} has removed WAL that was not stored, from {begin} to {end}: {error.fact}",
+            hint="take a new base backup; max_slot_wal_keep_size, if set, is too small for how long stores were away",
+        )
+
+    async def _tell_for_ever(self) -> None:
+        """How far everybody is, each second, connected or not."""
+        while True:
+            await self._clock.sleep(_REPORT)
+            if (durable := self.durable) is None:
+                continue
+            now, received = self._clock.monotonic(), self._assembly.received
+            reached = durable.reached()
+            self._assembly.forget_before(min(reached.values(), default=received))
+            age = {name: self._assembly.age(lsn, now) for name, lsn in reached.items()}
+            flush = durable.flush(received, now)
+            self._notify(WalMoved(self._assembly.timeline, max(self.current, received), received, flush, reached, age))

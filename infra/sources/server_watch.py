@@ -1,0 +1,110 @@
+"""What a WAL sender does not tell: whether commits wait for us, and whether its server wants to shut down.
+
+A server that shuts down waits until all it sent is durable, and says so only by keepalives that ask for an answer.
+New connections are told, so a new one is made when something looks like it: keepalives in a burst, or the end of the
+connection that looks. That one is also made anew every so often, as a *smart* shutdown waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Protocol
+
+import psycopg
+
+from infra.postgres.connect import Connection, connect
+from infra.settings import Settings
+from pipeline.contracts import Clock
+from pipeline.errors import SourceError
+from pipeline.wal import Lsn
+
+#: Seconds between looks.
+_PERIOD = 2.0
+#: Seconds after which the connection is replaced.
+_RENEW = 30.0
+#: So many keepalives that ask for an answer, at an unchanged end, within so many seconds, are a burst.
+_BURST = 5
+_BURST_SECONDS = 2.0
+
+_STATE = "select sync_state from pg_stat_replication where pid = %s"
+
+
+class Told(Protocol):
+    """Whoever wants to know whether commits wait for us."""
+
+    def __call__(self, *, synchronous: bool) -> None: ...
+
+
+class ServerWatch:
+    """Beside one stream; ``run`` until cancelled."""
+
+    def __init__(self, settings: Settings, pid: int, *, clock: Clock, synchronous: Told) -> None:
+        """``pid`` is that of our WAL sender; ``synchronous`` is told at each look whether commits wait for it."""
+        self._settings = settings
+        self._pid = pid
+        self._clock = clock
+        self._tell = synchronous
+        self._suspected = asyncio.Event()
+        self._asked: deque[float] = deque(maxlen=_BURST)
+        self._end = Lsn(0)
+        #: Since when the server is known to shut down, in monotonic seconds; None: it does not.
+        self.leaving: float | None = None
+
+    def asked(self, end: Lsn) -> None:
+        """A keepalive that asks for an answer has come; ``end`` as it says."""
+        now = self._clock.monotonic()
+        if end != self._end:
+            self._asked.clear()
+        self._end = end
+        self._asked.append(now)
+        if len(self._asked) == _BURST and now - self._asked[0] < _BURST_SECONDS:
+            self._asked.clear()
+            self._suspected.set()
+
+    async def run(self) -> None:
+        """Look every two seconds, and at once when the server is suspected to shut down."""
+        connection: Connection | None = None
+        made = 0.0
+        try:
+            while True:
+                now = self._clock.monotonic()
+                suspected = self._suspected.is_set()
+                self._suspected.clear()
+                if connection is not None and (suspected or now - made > _RENEW):
+                    await connection.close()
+                    connection = None
+                if connection is None:
+                    connection, made = await self._connect(suspected=suspected), now
+                if connection is not None and not await self._look(connection):
+                    await connection.close()
+                    connection = None
+                    self._suspected.set()
+                try:
+                    await asyncio.wait_for(self._suspected.wait(), _PERIOD)
+                except TimeoutError:
+                    continue
+        finally:
+            if connection is not None:
+                await connection.close()
+
+    async def _connect(self, *, suspected: bool) -> Connection | None:
+        try:
+            connection = await connect(self._settings)
+        except SourceError as error:
+            # In whichever language: who asks for answers in a burst and lets nobody in is shutting down.
+            if (suspected or "shutting down" in error.fact) and self.leaving is None:
+                self.leaving = self._clock.monotonic()
+            return None
+        self.leaving = None
+        return connection
+
+    async def _look(self, connection: Connection) -> bool:
+        """Ask; False if the connection is gone."""
+        try:
+            row = await (await connection.execute(_STATE, (self._pid,))).fetchone()
+        except psycopg.Error:
+            return False
+        if row is not None:
+            self._tell(synchronous=row[0] in ("sync", "quorum", "potential"))
+        return True

@@ -326,6 +326,7 @@ async def test_a_holder_that_was_killed_here_is_not_waited_for(tmp_path: Path, n
         ({"birth": 0}, True),
         ({"pid": 0}, True),
         ({"pid": -1}, True),
+        ({"pid": -(2**31) + 1}, True),
         ({}, True),
     ],
 )
@@ -337,6 +338,17 @@ async def test_only_a_process_of_this_machine_can_be_known_to_have_ended(
     await write(store, 1, json.dumps(await said(store, 1) | changed).encode())
     assert (await take(store, clock=clock)).epoch == 2
     assert (clock.passed > 0) == waits
+
+
+async def test_where_machines_cannot_be_told_apart_nobody_is_known_to_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("infra.storage.heartbeat._machine", str)  # as where there is no /proc
+    store, clock = MemoryStore(), FastClock()
+    await take(store)
+    await write(store, 1, json.dumps(await said(store, 1) | {"pid": 2**31 - 1}).encode())
+    await take(store, clock=clock)
+    assert clock.passed >= TTL
 
 
 # -- destinations that fail
@@ -381,7 +393,9 @@ async def test_a_store_that_lets_nothing_be_written_is_passed_over_and_one_must_
 async def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.storage.lease.ANSWER", 0.1)
     slow, here = Faulty(MemoryStore("slow"), delay={"list": 60}), MemoryStore("here")
-    assert (await take(slow, here)).epoch == 1
+    await write(here, 1, b"?")
+    assert (await take(slow, here)).epoch == 2
+    assert slow.count("list") == 1, "not at each look"
     with pytest.raises(StoreError, match="slow has not answered in 0 s") as refused:
         await take(slow)
     assert refused.value.passing
@@ -417,6 +431,22 @@ async def test_who_takes_over_while_we_watch_is_watched_anew() -> None:
     clock = Meanwhile(overtake)
     assert (await take(store, clock=clock)).epoch == 3
     assert clock.passed >= TTL * 1.5
+
+
+async def test_who_loses_at_one_destination_gives_back_what_it_took_at_others() -> None:
+    one, two = MemoryStore("one"), MemoryStore("two")
+
+    class Race(Faulty):
+        """Somebody else, for whom this destination is down, takes the number at the other one meanwhile."""
+
+        async def _begin(self, operation: str, key: str) -> int:
+            if (operation, key) == ("put", lease_key(1)) and not await numbers(two):
+                await write(two, 1, b"?")
+            return await super()._begin(operation, key)
+
+    lease = await take(Race(one), two)
+    assert lease.epoch == 2
+    assert (await said(one, 1))["released"] is True
 
 
 # -- holding it
@@ -466,6 +496,25 @@ async def test_heartbeats_go_on_and_old_leases_are_deleted(store: Store) -> None
         await lease.run()
     assert clock.passed == TTL  # three pauses of a third
     assert await numbers(store) == list(range(20 - KEPT, 21))
+
+
+async def test_after_a_heartbeat_that_took_long_the_next_one_is_due_at_once() -> None:
+    clock = FastClock()
+
+    class Slow(Faulty):
+        async def _begin(self, operation: str, key: str) -> int:
+            number = await super()._begin(operation, key)
+            if operation == "list":
+                clock.passed += 2 * TTL
+            if number > 3:
+                raise LeaseHeldError("enough")
+            return number
+
+    lease = await take(MemoryStore(), clock=clock)
+    lease._places[0].store = Slow(lease._places[0].store)
+    with pytest.raises(LeaseHeldError, match="enough"):
+        await lease.run()
+    assert clock.passed == 4 * 2 * TTL
 
 
 async def test_a_store_that_refuses_deletes_keeps_old_leases_and_nothing_else_happens() -> None:

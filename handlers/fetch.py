@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 from handlers.stitch import read_tail  # fetch in two files: one object, and all tails of a segment
 from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
@@ -21,6 +22,8 @@ from pipeline.wal import SEGMENT_SIZES, WalFile, parse_history
 #: A backup_info of a cluster of 16 TB is 64 MB; a history file a few hundred bytes.
 _MOST_INFO = 256 << 20
 _MOST_HISTORY = 1 << 20
+#: How often a segment is looked for whose tails go while they are read.
+_LOOKS = 5
 
 
 class Fetcher:
@@ -115,7 +118,9 @@ async def read_catalog(
     segment_size: int | None = None,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Catalog:
-    """List the destinations and read each backup_info and history: what any of them has is there.
+    """List the destinations and read each backup_info, history and tail: what any of them has is there.
+
+    Tails are read of segments only that are finished nowhere, and not kept: how far they reach is.
 
     What cannot be read is a problem of the catalog, not an error; so is a destination that cannot be listed, unless it
     was the last one. ``segment_size`` in bytes is needed only where there is neither a backup nor a segment.
@@ -139,16 +144,50 @@ async def read_catalog(
             listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
         except (IntegrityError, StoreError) as error:
             listing.unreadable_history(file.timeline, error.fact)
-    size = listing.segment_size or segment_size or await _measured(listing, fetch)
-    catalog = listing.catalog(size or SEGMENT_SIZES[4])
+    size = listing.segment_size or segment_size or await _measured(listing, fetch) or SEGMENT_SIZES[4]
+    for file in listing.unfinished(size):
+        await _join(listing, destinations, fetch, file, size)
+    catalog = listing.catalog(size)
     for problem in catalog.problems:
         notify(problem)
     return catalog
 
 
+async def _join(listing: Listing, destinations: Sequence[Store], fetch: Fetch, file: WalFile, size: int) -> None:
+    """What the tails of a segment make that is not finished; or by now it is."""
+    fact = "they went while they were read"
+    for _ in range(_LOOKS):
+        made = None
+        try:
+            made = await fetch.tail(file, size, lenient=True)
+        except ObjectMissing as error:
+            fact = error.fact
+        except StoreError as error:
+            listing.problem(f"the tails of segment {file} cannot be read: {error.fact}")
+            return
+        if (made is None or made.reach < size) and await _is_there(destinations, wal_key(file)):
+            listing.add(wal_key(file))
+            return
+        if made is not None:
+            listing.add_tail(made)
+            return
+    listing.problem(f"the tails of segment {file} cannot be read: {fact}")
+
+
+async def _is_there(destinations: Sequence[Store], key: str) -> bool:
+    """Whether any destination has it; what one that does not answer has is not known."""
+    for store in destinations:
+        with suppress(StoreError):
+            await store.head(key)
+            return True
+    return False
+
+
 async def _list(store: Store, listing: Listing) -> set[str]:
-    async for info in store.list("wal/"):
-        listing.add(info.key)
+    # In this order: tails go once the finished segment is there, so each segment is seen in one of the two.
+    for prefix in ("tail/", "wal/"):
+        async for info in store.list(prefix):
+            listing.add(info.key)
     names = set()
     async for info in store.list("base/", shallow=True):
         # A folder proves nothing: whether there is a backup in it, its backup_info tells.

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 from handlers.checksum import check_stored  # a leaf: plain bytes in, verdict out
 from pipeline.backup import BackupInfo
-from pipeline.catalog import Catalog, Hole, Runs, data_key_name, index_key, info_key, manifest_key, part_key, wal_key
+from pipeline.catalog import Catalog, data_key_name, index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
 from pipeline.lineage import Lineage, WalPath
 from pipeline.objects import Header
+from pipeline.runs import Hole, Runs
 from pipeline.wal import Lsn, WalFile
 
 #: Objects that are read at the same time.

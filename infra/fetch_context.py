@@ -85,7 +85,7 @@ class FetchContext:
                     {"timeline": leg.timeline, "begin": str(leg.begin), "end": str(leg.end) if leg.end else None}
                     for leg in self.lineage.legs
                 ],
-                "planned": [[s.timeline, s.first, s.end] for s in self.planned],
+                "planned": [[s.timeline, s.first, s.end, s.tail] for s in self.planned],
                 "allow_unencrypted": self.allow_unencrypted,
                 "keys": self.keys.decode(),
                 "credentials": self.credentials,
@@ -108,7 +108,7 @@ class FetchContext:
                 tuple(members["destinations"]),
                 members["system_id"],
                 Lineage(legs, members["segment_size"]),
-                tuple(Stretch(timeline, first, end) for timeline, first, end in members["planned"]),
+                tuple(Stretch(timeline, first, end, tail=tail) for timeline, first, end, tail in members["planned"]),
                 members["allow_unencrypted"],
                 members["keys"].encode(),
                 dict(members["credentials"]),

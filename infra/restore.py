@@ -207,7 +207,7 @@ async def feeding(
     """Serve WAL to the server on a restored directory for as long as the block lasts."""
     server = WalServer(fetch, plan.lineage, plan.path.stretches)
     feed = Feed(
-        directory / FOLDER / FEED, server.read, plan.path.files(), plan.lineage.segment_size, owner=owner, notify=say
+        directory / FOLDER / FEED, server.read, plan.path.finished(), plan.lineage.segment_size, owner=owner, notify=say
     )
     feed.open()
     task = asyncio.create_task(feed.serve())

@@ -1,20 +1,19 @@
 """The layout of a repository, and what a listing of it means.
 
-Object names are keys below ``<destination>/<system identifier>/``. Nothing is ever inferred from a folder. A listing of
-a hundred thousand segments becomes a few ranges of segment numbers (``Runs``): position in the WAL divided by the size
-of a segment.
+Object names are keys below ``<destination>/<system identifier>/``. Nothing is ever inferred from a folder.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.backup import BackupInfo
 from pipeline.errors import IntegrityError, RecoveryError
 from pipeline.lineage import Leg, Lineage, WalPath
+from pipeline.runs import Hole, Runs, Window
+from pipeline.tail import Stitched, TailName
 from pipeline.wal import Fork, Lsn, WalFile, WalKind, segments_per_log
 
 #: For people and a first look; not a walship object.
@@ -76,78 +75,6 @@ def backup_of(key: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """A set of segment numbers as half-open ranges, ascending, with holes between them."""
-
-    ranges: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def of(cls, numbers: Iterable[int]) -> Runs:
-        ranges: list[tuple[int, int]] = []
-        first = end = None
-        for number in sorted(set(numbers)):
-            if first is None or end is None:
-                first = number
-            elif number != end:
-                ranges.append((first, end))
-                first = number
-            end = number + 1
-        if first is not None and end is not None:
-            ranges.append((first, end))
-        return cls(tuple(ranges))
-
-    def __contains__(self, number: int) -> bool:
-        return self.reach(number) > number
-
-    def __len__(self) -> int:
-        return sum(end - first for first, end in self.ranges)
-
-    def __bool__(self) -> bool:
-        return bool(self.ranges)
-
-    def __iter__(self) -> Iterator[int]:
-        for first, end in self.ranges:
-            yield from range(first, end)
-
-    def reach(self, number: int) -> int:
-        """The first number from ``number`` on that is not in the set."""
-        at = bisect_right(self.ranges, number, key=lambda run: run[0]) - 1
-        return max(number, self.ranges[at][1]) if at >= 0 else number
-
-    def holes(self) -> tuple[tuple[int, int], ...]:
-        """What is missing between the first and the last."""
-        return tuple((end, first) for (_, end), (first, _) in zip(self.ranges, self.ranges[1:], strict=False))
-
-    @property
-    def last(self) -> int:
-        """The greatest number. ValueError for the empty set."""
-        if not self.ranges:
-            raise ValueError("an empty set has no last member")
-        return self.ranges[-1][1] - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Hole:
-    """Consecutive segments of a timeline that are missing between stored ones."""
-
-    first: WalFile
-    last: WalFile
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What one backup can be rolled forward to on one timeline: from its end to the last byte without a hole."""
-
-    backup: BackupInfo
-    timeline: int
-    start: Lsn
-    end: Lsn
-    #: The first segment that is missing although later ones are stored.
-    missing: WalFile | None
-
-
-@dataclass(frozen=True, slots=True)
 class Catalog:
     """What a repository holds. Pure: made from a listing by ``Listing``."""
 
@@ -160,6 +87,8 @@ class Catalog:
     segments: dict[int, Runs] = field(default_factory=dict)
     #: ``.partial`` segments by timeline.
     partials: dict[int, Runs] = field(default_factory=dict)
+    #: Open segments, of which nothing but tails is stored: timeline → segment number → bytes that can be joined.
+    tails: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     histories: dict[int, tuple[Fork, ...]] = field(default_factory=dict)
     #: Timelines whose stored history could not be read, and why: what they descend from is not known, not "nothing".
     unreadable: dict[int, str] = field(default_factory=dict)
@@ -170,6 +99,8 @@ class Catalog:
     examples: tuple[str, ...] = ()
     #: What could not be read, one sentence each: a damaged backup_info is no reason not to use the others.
     problems: tuple[str, ...] = ()
+    #: Tails that cannot be joined, one sentence each: recovery ends before them.
+    tail_notices: tuple[str, ...] = ()
 
     def backup(self, name: str) -> BackupInfo:
         """The backup of that name. Raises RecoveryError."""
@@ -181,14 +112,30 @@ class Catalog:
 
     @property
     def newest_timeline(self) -> int:
-        """The greatest timeline of which anything is stored, like PostgreSQL's ``latest``; 1 if nothing is."""
-        return max([1, *self.segments, *self.histories, *self.unreadable, *(b.timeline for b in self.backups)])
+        """The greatest timeline that has begun, like PostgreSQL's ``latest``; 1 if none has."""
+        return max([1, *(timeline for timeline in self.timelines if self.begun(timeline))])
 
     @property
     def timelines(self) -> tuple[int, ...]:
         """All timelines of which anything is stored."""
         backups = (b.timeline for b in self.backups)
-        return tuple(sorted({*self.segments, *self.partials, *self.histories, *self.unreadable, *backups}))
+        stored = {*self.segments, *self.partials, *self.tails, *self.histories, *self.unreadable, *backups}
+        return tuple(sorted(stored))
+
+    def begun(self, timeline: int) -> bool:
+        """Whether more of the timeline is stored than where it began: bytes behind its fork, or a backup.
+
+        PostgreSQL archives the history first, and then may die: a restore that followed it would end at the fork and
+        leave out what the old timeline had behind it. One whose history cannot be read counts: nobody knows.
+        """
+        if timeline in self.segments or timeline in self.partials or timeline in self.unreadable:
+            return True
+        forks = self.histories.get(timeline, ())
+        fork = forks[-1].lsn if forks else 0
+        tails = self.tails.get(timeline, {})
+        if any(number * self.segment_size + reach > fork for number, reach in tails.items() if reach):
+            return True
+        return any(backup.timeline == timeline for backup in self.backups)
 
     def lineage(self, timeline: int) -> Lineage:
         """The timeline with its ancestors. Raises RecoveryError when its history cannot be read, or makes no sense.
@@ -226,7 +173,7 @@ class Catalog:
         ``end``) if the lineage is known to go on behind it.
         """
         wanted = self.known_end(lineage) if end is None else end
-        return lineage.path(self.has_segment, self.has_partial, start, wanted)
+        return lineage.path(self, start, wanted)
 
     def heirs(self, backup: BackupInfo) -> tuple[Lineage, ...]:
         """What the backup can be followed on: its own timeline and the newest one that descends from it, if another.
@@ -235,6 +182,8 @@ class Catalog:
         """
         found: list[Lineage] = []
         for timeline in self.timelines:
+            if timeline != backup.timeline and not self.begun(timeline):
+                continue
             try:
                 lineage = self.lineage(timeline)
             except RecoveryError:
@@ -250,7 +199,7 @@ class Catalog:
             for lineage in self.heirs(backup):
                 path = self.wal_path(lineage, backup.start_lsn)
                 if path.end >= backup.stop_lsn:
-                    found.append(Window(backup, lineage.timeline, backup.stop_lsn, path.end, path.missing))
+                    found.append(Window(backup, lineage.timeline, backup.stop_lsn, path.end, path.missing, path.tail))
         return tuple(found)
 
     def holes(self) -> tuple[Hole, ...]:
@@ -267,21 +216,31 @@ class Catalog:
     def has_partial(self, timeline: int, number: int) -> bool:
         return number in self.partials.get(timeline, _EMPTY)
 
+    def tail_reach(self, timeline: int, number: int) -> int:
+        """Bytes of the segment that can be joined from tails; 0 if there are none, or not the first one."""
+        return self.tails.get(timeline, {}).get(number, 0)
+
+    def end_of(self, timeline: int) -> Lsn:
+        """Behind the last byte that is stored of a timeline, holes or not; a ``.partial`` counts as a whole segment."""
+        size = self.segment_size
+        ends = [(runs.last + 1) * size for runs in (self.segments.get(timeline), self.partials.get(timeline)) if runs]
+        ends += [number * size + reach for number, reach in self.tails.get(timeline, {}).items() if reach]
+        return Lsn(max(ends, default=0))
+
     def file(self, timeline: int, number: int) -> WalFile:
         """The segment of that number."""
         return WalFile.segment(timeline, number * self.segment_size, self.segment_size)
 
     def known_end(self, lineage: Lineage) -> Lsn:
-        """Up to where the lineage is known to have WAL, holes or not: its last fork, or the end of the last segment.
+        """Up to where the lineage is known to have WAL, holes or not: its last fork, or the end of the last segment,
+        finished or open.
 
         What an old timeline has behind its fork does not count.
         """
         ends = [lineage.legs[-1].begin]
         for leg in lineage.legs:
-            for runs in (self.segments.get(leg.timeline), self.partials.get(leg.timeline)):
-                if runs:
-                    end = Lsn((runs.last + 1) * self.segment_size)
-                    ends.append(end if leg.end is None else min(end, leg.end))
+            end = self.end_of(leg.timeline)
+            ends.append(end if leg.end is None else min(end, leg.end))
         return max(ends)
 
 
@@ -295,6 +254,8 @@ class Listing:
         self._system_id = system_id
         self._segments: dict[int, set[tuple[int, int]]] = {}
         self._partials: dict[int, set[tuple[int, int]]] = {}
+        self._tails: dict[int, dict[int, int]] = {}
+        self._tail_notices: list[str] = []
         self._labels: set[str] = set()
         self._unknown: set[str] = set()
         self._backups: dict[str, BackupInfo] = {}
@@ -303,10 +264,15 @@ class Listing:
         self._problems: list[str] = []
         #: Timelines whose history file was listed.
         self.history_files: set[WalFile] = set()
+        #: Segments of which tails were listed.
+        self.tail_files: set[WalFile] = set()
 
     def add(self, key: str) -> None:
-        """A key below ``wal/``; folders (they end in ``/``) say nothing."""
+        """A key below ``wal/`` or ``tail/``; folders (they end in ``/``) say nothing."""
         if key.endswith("/"):
+            return
+        if tail := TailName.parse(key):
+            self.tail_files.add(tail.file)
             return
         file = parse_wal_key(key)
         if file is None:
@@ -325,6 +291,23 @@ class Listing:
             self.problem(f"backup {backup.name} belongs to the cluster {backup.system_id}, not to {self._system_id}")
         else:
             self._backups[backup.name] = backup
+
+    def unfinished(self, segment_size: int) -> list[WalFile]:
+        """Segments of which tails were listed and nothing finished, and that some backup may need: to be joined."""
+        done = {(timeline, *member) for timeline, members in self._segments.items() for member in members}
+        per_log = segments_per_log(segment_size)
+        first = min((backup.start_lsn for backup in self._backups.values()), default=Lsn(0))
+        return sorted(
+            file
+            for file in self.tail_files
+            if file.seg < per_log and file.end(segment_size) > first and (file.timeline, file.log, file.seg) not in done
+        )
+
+    def add_tail(self, made: Stitched) -> None:
+        """What the tails of an open segment make; its content is not kept."""
+        number = made.file.start(len(made.content)) // len(made.content)
+        self._tails.setdefault(made.file.timeline, {})[number] = made.usable
+        self._tail_notices += made.notices
 
     def add_history(self, timeline: int, forks: tuple[Fork, ...]) -> None:
         self._histories[timeline] = forks
@@ -360,12 +343,14 @@ class Listing:
             backups=tuple(sorted(self._backups.values(), key=lambda b: (b.stopped, b.stop_lsn, b.name))),
             segments=self._runs(self._segments, segment_size, unknown, ""),
             partials=self._runs(self._partials, segment_size, unknown, ".partial"),
+            tails={timeline: dict(reaches) for timeline, reaches in self._tails.items()},
             histories=dict(self._histories),
             unreadable=dict(self._unreadable),
             labels=len(self._labels),
             unknown=len(unknown),
             examples=tuple(sorted(unknown)[:5]),
             problems=tuple(self._problems),
+            tail_notices=tuple(self._tail_notices),
         )
 
     @staticmethod

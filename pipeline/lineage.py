@@ -11,18 +11,31 @@ without looking at where those ended: given such a file it replays past the fork
   the WAL ends there, as nothing of the new timeline can be replayed without that segment;
 - an older leg's file behind its fork is not part of the path, and is answered absent;
 - ``.partial`` (what the promoted server archived of the old timeline's open segment) stands in for an older leg's last
-  segment in the same way, and for the last segment of the lineage when no finished one is stored.
+  segment in the same way, and for the last segment of the lineage when no finished one is stored;
+- tails that can be joined from the segment's beginning on stand in for any segment that is not stored finished: the
+  path goes on behind them only where they are the whole segment. A timeline's tails without a byte behind its fork are
+  not used: the older timeline has all of that, and perhaps more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from pipeline.wal import Lsn, WalFile, WalKind
 
-#: Is the segment of (timeline, number) stored?
-Stored = Callable[[int, int], bool]
+
+class Stored(Protocol):
+    """What is stored of the segment of (timeline, number)."""
+
+    def has_segment(self, timeline: int, number: int) -> bool: ...
+
+    def has_partial(self, timeline: int, number: int) -> bool: ...
+
+    def tail_reach(self, timeline: int, number: int) -> int:
+        """Bytes that can be joined from tails, 0 if none can."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +55,8 @@ class Serve:
     files: tuple[WalFile, ...]
     #: Bytes of the segment that belong to the lineage; behind them zeros are served. None: all.
     cut: int | None
+    #: Bytes that older timelines have of the segment as well: tails count only if they reach further.
+    begin: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +68,8 @@ class Stretch:
     end: int
     #: The last of them is a ``.partial``.
     partial: bool = False
+    #: Not 0: it is one segment that is stored as tails only, which have so many of its bytes.
+    tail: int = 0
 
     def holds(self, file: WalFile, segment_size: int) -> bool:
         """Whether that segment is one of them."""
@@ -65,7 +82,8 @@ class WalPath:
 
     stretches: tuple[Stretch, ...]
     start: Lsn
-    #: The first byte that is not there: the end of the last segment, or a fork whose new timeline's segment is absent.
+    #: The first byte that is not there: the end of the last segment or of its tails, or a fork whose new timeline's
+    #: segment is absent.
     end: Lsn
     #: The first missing segment, if there is more behind it (or more was asked for); None if the WAL just ends.
     missing: WalFile | None
@@ -78,12 +96,18 @@ class WalPath:
                 yield self._file(stretch.timeline, number)
 
     def stored(self) -> Iterator[WalFile]:
-        """The same, as they are stored: a ``.partial`` under its own name."""
-        for stretch in self.stretches:
+        """The same, as they are stored: a ``.partial`` under its own name, and none of what is stored as tails."""
+        for stretch in (stretch for stretch in self.stretches if not stretch.tail):
             for number in range(stretch.first, stretch.end):
                 file = self._file(stretch.timeline, number)
                 partial = stretch.partial and number == stretch.end - 1
                 yield _partial(file) if partial else file
+
+    def finished(self) -> Iterator[WalFile]:
+        """As ``files``, without what is stored as tails: those may have grown by the time they are asked for."""
+        for stretch in (stretch for stretch in self.stretches if not stretch.tail):
+            for number in range(stretch.first, stretch.end):
+                yield self._file(stretch.timeline, number)
 
     def backwards(self) -> Iterator[WalFile]:
         """The last segment first."""
@@ -93,6 +117,11 @@ class WalPath:
 
     def _file(self, timeline: int, number: int) -> WalFile:
         return WalFile.segment(timeline, number * self.segment_size, self.segment_size)
+
+    @property
+    def tail(self) -> int:
+        """Bytes at its end that come from tails of an open segment; 0 if it ends otherwise."""
+        return self.stretches[-1].tail if self.stretches else 0
 
     @property
     def count(self) -> int:
@@ -143,9 +172,10 @@ class Lineage:
             cut = leg.end - start
         # A .partial is complete up to the fork only; in the middle of a leg it would end recovery silently.
         may_be_partial = cut is not None or leg.end is None or leg.end == start + self.segment_size
-        return Serve((file, _partial(file)) if may_be_partial else (file,), cut)
+        files = (file, _partial(file)) if may_be_partial else (file,)
+        return Serve(files, cut, max(0, leg.begin - start))
 
-    def path(self, segment: Stored, partial: Stored, start: Lsn, wanted: Lsn) -> WalPath:
+    def path(self, stored: Stored, start: Lsn, wanted: Lsn) -> WalPath:
         """The segments from ``start`` up to ``wanted``, or up to the first missing one. See ``Catalog.wal_path``."""
         size = self.segment_size
         number = start // size
@@ -154,45 +184,52 @@ class Lineage:
         # At least the segment with the start is always needed.
         wanted = max(wanted, Lsn(start + 1))
         while reached < wanted:
-            leg, whole = self._provider(number, segment, partial)
-            if leg is None:
+            found = self._provider(number, stored)
+            if found is None:
                 break
-            _extend(stretches, leg.timeline, number, partial=not segment(leg.timeline, number))
+            stretch, leg, whole = found
+            _extend(stretches, stretch)
             if not whole:
-                reached = Lsn((number + 1) * size) if leg.end is None else min(leg.end, Lsn((number + 1) * size))
+                edge = reached + (stretch.tail or size)
+                reached = edge if leg.end is None else min(leg.end, edge)
                 break
             number += 1
             reached = Lsn(number * size)
         missing = None
         if reached < wanted:
-            # Also where a .partial, or an older timeline's file up to the fork, stands in for what is missing.
+            # Also where a .partial, tails, or an older timeline's file up to the fork stand in for what is missing.
             missing = WalFile.segment(self.newest(number).timeline, number * size, size)
         return WalPath(tuple(stretches), start, reached, missing, size)
 
-    def _provider(self, number: int, segment: Stored, partial: Stored) -> tuple[Leg | None, bool]:
-        """Whose file serves the segment, and whether the path goes on behind it."""
+    def _provider(self, number: int, stored: Stored) -> tuple[Stretch, Leg, bool] | None:
+        """What serves the segment, whose it is, and whether the path goes on behind it."""
         newest = self.newest(number)
-        if segment(newest.timeline, number):
-            return newest, True
-        edge = Lsn((number + 1) * self.segment_size)
+        size = self.segment_size
+        if stored.has_segment(newest.timeline, number):
+            return Stretch(newest.timeline, number, number + 1), newest, True
+        edge = Lsn((number + 1) * size)
         for leg in reversed(self.legs):
-            if leg.begin >= edge or (leg.end is not None and leg.end <= edge - self.segment_size):
+            if leg.begin >= edge or (leg.end is not None and leg.end <= edge - size):
                 continue
-            whole = leg is newest and leg.end == edge
-            if leg is not newest and segment(leg.timeline, number):
-                return leg, False
-            if partial(leg.timeline, number) and (leg.end is None or leg.end <= edge):
-                return leg, whole
-        return None, False
+            ends = leg is newest and leg.end == edge
+            if leg is not newest and stored.has_segment(leg.timeline, number):
+                return Stretch(leg.timeline, number, number + 1), leg, False
+            if stored.has_partial(leg.timeline, number) and (leg.end is None or leg.end <= edge):
+                return Stretch(leg.timeline, number, number + 1, partial=True), leg, ends
+            tail = stored.tail_reach(leg.timeline, number)
+            if edge - size + tail > max(leg.begin, edge - size):
+                return Stretch(leg.timeline, number, number + 1, tail=tail), leg, leg is newest and tail == size
+        return None
 
 
 def _partial(file: WalFile) -> WalFile:
     return WalFile(file.timeline, file.log, file.seg, WalKind.PARTIAL, f"{file.name}.partial")
 
 
-def _extend(stretches: list[Stretch], timeline: int, number: int, *, partial: bool) -> None:
+def _extend(stretches: list[Stretch], following: Stretch) -> None:
     last = stretches[-1] if stretches else None
-    if last and last.timeline == timeline and last.end == number and not last.partial:
-        stretches[-1] = Stretch(timeline, last.first, number + 1, partial)
+    joins = last and last.timeline == following.timeline and last.end == following.first
+    if last and joins and not (last.partial or last.tail or following.tail):
+        stretches[-1] = Stretch(last.timeline, last.first, following.end, following.partial)
     else:
-        stretches.append(Stretch(timeline, number, number + 1, partial))
+        stretches.append(following)

@@ -129,9 +129,9 @@ def choose(able: tuple[BackupInfo, ...], target: Target, backup: str | None) -> 
 def check_start(backup: BackupInfo, path: WalPath) -> None:
     """Without the WAL up to its own end a backup is not consistent. Raises RecoveryError."""
     if path.end < backup.stop_lsn:
+        lack = f"segment {path.missing} is missing" if path.missing else f"the stored WAL ends at LSN {path.end}"
         raise RecoveryError(
-            f"segment {path.missing} is missing, and backup {backup.name} cannot become consistent before its end"
-            f" at LSN {backup.stop_lsn}",
+            f"{lack}, and backup {backup.name} cannot become consistent before its end at LSN {backup.stop_lsn}",
             hint="choose another backup with --backup; walship list shows what each can reach",
         )
 
@@ -255,11 +255,14 @@ def remarks(catalog: Catalog, lineage: Lineage) -> tuple[str, ...]:
         found.append(f"timeline {catalog.newest_timeline} is newer than timeline {lineage.timeline}, which is restored")
     if timeline_setting(catalog, lineage) == "current":
         found.append(f"the history of timeline {lineage.timeline} is not stored; only its own backups can be restored")
-    for leg in lineage.legs[:-1]:
-        runs = catalog.segments.get(leg.timeline)
-        if runs and leg.end is not None and (runs.last + 1) * catalog.segment_size > leg.end:
-            found.append(
-                f"timeline {leg.timeline} has WAL behind LSN {leg.end}, where the restored history left it:"
-                f" commits there are not restored; --timeline {leg.timeline} brings them back"
-            )
-    return tuple(found) + catalog.problems
+    for timeline in catalog.timelines:
+        if timeline > lineage.timeline and not catalog.begun(timeline):
+            fork = catalog.histories[timeline][-1].lsn if catalog.histories.get(timeline) else Lsn(0)
+            found.append(f"timeline {timeline} began at LSN {fork}, nothing of it is stored: it is not followed")
+    found += [
+        f"timeline {leg.timeline} has WAL behind LSN {leg.end}, where the restored history left it:"
+        f" commits there are not restored; --timeline {leg.timeline} brings them back"
+        for leg in lineage.legs[:-1]
+        if leg.end is not None and catalog.end_of(leg.timeline) > leg.end
+    ]
+    return (*found, *catalog.tail_notices, *catalog.problems)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.catalog import Runs
 from pipeline.lineage import Lineage
+from pipeline.runs import Runs
 from pipeline.wal import Lsn
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # the contracts name ``Stitched``
 
 #: Bytes of the hash in front.
 HASH_SIZE = 32
+#: Bytes of the header of a segment's first page (``XLogLongPageHeaderData``).
+_FIRST_HEADER = 40
 
 _KEY = re.compile(r"tail/(?P<file>[0-9A-F]{24})/(?P<epoch>[0-9a-f]{8})-(?P<start>[0-9a-f]{8})-(?P<end>[0-9a-f]{8})")
 
@@ -81,6 +83,11 @@ class Stitched:
     reach: int
     #: What people have to know: tails that do not fit, and why. One sentence each.
     notices: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> int:
+        """``reach``, or 0 if not even the first page's header is there: no recovery can begin to read that."""
+        return self.reach if self.reach >= _FIRST_HEADER else 0
 
 
 def stitch(file: WalFile, parts: Iterable[TailPart], segment_size: int) -> Stitched:

@@ -11,8 +11,9 @@ from handlers.fetch import read_catalog
 from handlers.plan import last_moment
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.wiring import Site, open_site
-from pipeline.catalog import Catalog, Window
+from pipeline.catalog import Catalog
 from pipeline.errors import IntegrityError, RecoveryError, StoreError
+from pipeline.runs import Window
 from pipeline.targets import show
 from pipeline.wal import Lsn
 
@@ -68,6 +69,11 @@ def _until_words(window: Window, moments: dict[tuple[int, Lsn], datetime | None]
     return show(until)
 
 
+def _tail_words(window: Window) -> str:
+    """Where the end is the open segment's, which is stored as tails so far."""
+    return f", the last {human(window.tail)} of it in tails of the open segment" if window.tail else ""
+
+
 def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -> dict[str, Any]:
     return {
         "system_id": catalog.system_id,
@@ -96,6 +102,7 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
                 "from_lsn": str(w.start),
                 "to": end.isoformat() if (end := _until(w, moments)) else None,
                 "to_lsn": str(w.end),
+                "tail_bytes": w.tail,
                 "missing": str(w.missing) if w.missing else None,
             }
             for w in catalog.windows()
@@ -103,6 +110,7 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
         "holes": [{"first": h.first.name, "last": h.last.name, "segments": h.count} for h in catalog.holes()],
         "unknown": {"objects": catalog.unknown, "examples": list(catalog.examples)},
         "problems": list(catalog.problems),
+        "tail_notices": list(catalog.tail_notices),
     }
 
 
@@ -120,7 +128,8 @@ def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) ->
                 end = f"; segment {window.missing} is missing" if window.missing else ""
                 until = _until_words(window, moments)
                 lines.append(f"  restorable on timeline {window.timeline}: {show(backup.stopped)} to {until}{end}")
-                lines.append(f"    LSN {window.start} to {window.end}")
+                lines.append(f"    LSN {window.start} to {window.end}{_tail_words(window)}")
+    lines += [f"tail: {notice}" for notice in catalog.tail_notices]
     lines += [f"hole: {h.count} segments are missing, {h.first} to {h.last}" for h in catalog.holes()]
     if catalog.unknown:
         lines.append(f"not walship's: {catalog.unknown} objects below wal/, for example {', '.join(catalog.examples)}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.catalog import Catalog, Listing, Runs, wal_key
+from pipeline.catalog import Catalog, Listing, wal_key
 from pipeline.errors import RecoveryError
 from pipeline.lineage import Leg, Lineage
+from pipeline.runs import Runs
 from pipeline.wal import Fork, Lsn, WalFile, history_name
 
 SIZE = 1 << 20
@@ -45,6 +46,16 @@ def worlds(draw: st.DrawFn) -> World:
     if legs:
         listing.add_history(timeline, tuple(legs))
     catalog = listing.catalog(SIZE)
+    # As the listing does: only of what is not stored finished. Four quarters are a whole segment.
+    tails = {
+        t: {
+            n: quarters * QUARTER
+            for n, quarters in draw(st.dictionaries(st.integers(0, 12), st.integers(0, 4), max_size=3)).items()
+            if not catalog.has_segment(t, n)
+        }
+        for t in range(1, timeline + 1)
+    }
+    catalog = replace(catalog, tails=tails)
     return World(catalog, Lineage(lineage_legs(legs, timeline), SIZE))
 
 
@@ -85,7 +96,13 @@ def answered(world: World, timeline: int, number: int) -> list[tuple[int, int] |
                 truth(world.lineage, timeline, number * SIZE + q * QUARTER) if q * QUARTER < cut else None
                 for q in range(4)
             ]
-    return None
+    reach = world.catalog.tail_reach(timeline, number)
+    if reach <= serve.begin:
+        return None
+    cut = min(reach, SIZE if serve.cut is None else serve.cut)
+    return [
+        truth(world.lineage, timeline, number * SIZE + q * QUARTER) if q * QUARTER < cut else None for q in range(4)
+    ]
 
 
 def replay(world: World, start: int) -> int:
@@ -123,6 +140,7 @@ def test_recovery_never_sees_another_history_and_ends_where_the_plan_says(world:
     assert path.count == len([*path.files()]) == len([*path.backwards()])
     assert [*path.files()] == [*path.backwards()][::-1]
     assert sum(1 for file in path.stored() if file.name.endswith(".partial")) == sum(s.partial for s in path.stretches)
+    assert len([*path.stored()]) == len([*path.finished()]) == path.count - sum(1 for s in path.stretches if s.tail)
 
 
 @given(worlds(), st.integers(0, 40))

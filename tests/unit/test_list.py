@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from infra.cli.list import _until, _until_words
-from pipeline.catalog import Window
+from pipeline.runs import Window
 from pipeline.targets import show
 from pipeline.wal import Lsn
 from tests.unit.test_recovery import backup

@@ -8,9 +8,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pipeline.backup import BackupInfo
-from pipeline.catalog import Catalog, Runs
+from pipeline.catalog import Catalog
 from pipeline.errors import RecoveryError
 from pipeline.recovery import Ending, candidates, check_start, choose, remarks, settle, timeline_setting
+from pipeline.runs import Runs
 from pipeline.targets import Action, Target, TargetKind
 from pipeline.wal import Fork, Lsn
 
@@ -163,7 +164,7 @@ def test_a_backup_whose_own_wal_is_missing() -> None:
 
 def test_a_history_without_its_first_segment_is_a_hole_and_no_bytes_behind_the_fork() -> None:
     early = replace(CATALOG, backups=CATALOG.backups[:2], segments={1: CATALOG.segments[1]})
-    lineage, able = candidates(early, Target(), None)
+    lineage, able = candidates(early, Target(timeline=2), None)
     path = early.wal_path(lineage, able[0].start_lsn)
     assert path.end == Lsn(30 * SIZE + 512)
     assert path.missing is None, "all that timeline 2 is known to have, up to the fork, is there"
@@ -171,6 +172,46 @@ def test_a_history_without_its_first_segment_is_a_hole_and_no_bytes_behind_the_f
     gone = replace(early, segments={1: Runs(((2, 30),))})
     path = gone.wal_path(lineage, able[0].start_lsn)
     assert str(path.missing) == "00000002000000000000001E"
+
+
+def test_a_timeline_of_which_only_the_history_is_stored_is_not_followed() -> None:
+    """PostgreSQL archives the history first: what timeline 1 has behind the fork must not be lost for nothing."""
+    fork = 30 * SIZE + 512
+    early = replace(CATALOG, backups=CATALOG.backups[:2], segments={1: CATALOG.segments[1]})
+    for tails in ({}, {2: {30: 0}}, {2: {30: 400}}, {2: {30: 512}}):
+        catalog = replace(early, tails=tails)
+        lineage, _ = candidates(catalog, Target(), None)
+        assert lineage.timeline == catalog.newest_timeline == 1
+        said = remarks(catalog, lineage)
+        assert said == (f"timeline 2 began at LSN {Lsn(fork)}, nothing of it is stored: it is not followed",)
+        assert [w.timeline for w in catalog.windows()] == [1, 1]
+    begun = replace(early, tails={2: {30: 513}})
+    lineage, able = candidates(begun, Target(), None)
+    assert lineage.timeline == 2
+    assert begun.wal_path(lineage, able[0].start_lsn).end == Lsn(fork + 1)
+    assert any("--timeline 1 brings them back" in remark for remark in remarks(begun, lineage))
+
+
+def test_what_is_left_behind_on_the_old_timeline_is_told_though_it_is_only_in_a_tail() -> None:
+    catalog = replace(CATALOG, backups=CATALOG.backups[:2], segments={1: Runs(((2, 30),)), 2: Runs(((30, 51),))})
+    lineage = catalog.lineage(2)
+    assert remarks(replace(catalog, tails={1: {30: 512}}), lineage) == ()
+    left = replace(catalog, tails={1: {30: 600}})
+    assert "timeline 1 has WAL behind LSN 0/1E00200" in remarks(left, lineage)[0]
+    assert left.wal_path(left.lineage(1), Lsn(20 * SIZE)).end == Lsn(30 * SIZE + 600)
+
+
+def test_a_backup_that_the_stored_wal_does_not_reach_the_end_of() -> None:
+    """Nothing is missing between: the WAL just ends, in the middle of a segment."""
+    last = backup("last", 36, ended=40)
+    catalog = Catalog("7", SIZE, (last,), {1: Runs(((36, 37),))}, tails={1: {37: SIZE // 2 - 8}})
+    path = catalog.wal_path(catalog.lineage(1), last.start_lsn)
+    with pytest.raises(RecoveryError, match=r"the stored WAL ends at LSN 0/257FFF8, and backup last cannot"):
+        check_start(last, path)
+    enough = replace(catalog, tails={1: {37: SIZE // 2}})
+    check_start(last, enough.wal_path(catalog.lineage(1), last.start_lsn))
+    (window,) = enough.windows()
+    assert (window.end, window.tail) == (last.stop_lsn, SIZE // 2)
 
 
 def test_the_timeline_is_a_number_unless_postgresql_could_not_know_it() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.catalog import Runs
 from pipeline.lineage import Leg, Lineage
 from pipeline.resume import GoOn, go_on
+from pipeline.runs import Runs
 from pipeline.wal import Lsn
 
 MB = 1 << 20

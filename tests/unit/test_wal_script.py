@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from handlers.feed import Feed
+from handlers.fetch import Fetcher
 from infra.postgres.wal_script import FEED, FOLDER, RESTORE_COMMAND, SCRIPT, script
 from infra.restore import feeding as serving
-from pipeline.contracts import Buffer, Fetched
-from pipeline.errors import ObjectMissing, RecoveryError, StoreError
+from pipeline.contracts import Buffer
+from pipeline.errors import RecoveryError, StoreError
 from pipeline.targets import Target
 from pipeline.wal import WalFile
+from tests.keys import SYSTEM_ID, chain, plain_keys
 from tests.unit.test_recovery_files import plan
 
 SIZE = 1 << 20
@@ -228,10 +230,8 @@ async def test_a_request_that_follows_an_answer_at_once_is_not_lost(data: Path) 
 async def test_a_feed_that_cannot_write_any_more_says_so_and_leaves_it_to_fetch_wal(data: Path) -> None:
     lay(data, "exit 44")
 
-    async def nothing(name: str, *, backup: str | None = "", most: int = 0) -> Fetched:
-        raise ObjectMissing(f"{name} is missing ({backup}, {most})")
-
     said: list[str] = []
+    nothing = Fetcher([], chain(plain_keys()), SYSTEM_ID)
     async with serving(nothing, plan(Target()), data, owner=None, say=said.append) as feed:
         (data / FOLDER / FEED / "stage").rmdir()
         assert await ask_feed(data, SEGMENT) == 1, "what fetch-wal says"

@@ -9,6 +9,7 @@ does not stay behind: loudly, and until it has caught up. With none left, commit
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 
 from pipeline.events import Notice, SyncDegraded, SyncRestored
@@ -34,8 +35,8 @@ class Durable:
         """
         self._required = {name for name, required in destinations.items() if required}
         self._reached: dict[str, Lsn] = dict.fromkeys(destinations, origin) | dict(behind or {})
-        #: Stored ahead of a hole: destination → ranges by start.
-        self._ahead: dict[str, dict[int, int]] = {name: {} for name in destinations}
+        #: Stored ahead of a hole: destination → ranges, ascending, apart from each other and from its position.
+        self._ahead: dict[str, list[tuple[int, int]]] = {name: [] for name in destinations}
         self._notify = notify
         self._patience = patience
         self._degraded: set[str] = set()
@@ -47,20 +48,21 @@ class Durable:
 
     def stored(self, destination: str, start: int, end: int) -> bool:
         """``[start, end)`` is durable there; returns whether that took its position further."""
-        reached, ahead = self._reached[destination], self._ahead[destination]
-        if start > reached:
-            ahead[start] = max(end, ahead.get(start, 0))
+        if start > self._reached[destination]:
+            _add(self._ahead[destination], start, end)
             return False
-        if end <= reached:
+        if end <= self._reached[destination]:
             return False
-        reached = Lsn(end)
-        for begin in sorted(ahead):
-            if begin > reached:
-                break
-            reached = Lsn(max(reached, ahead.pop(begin)))
-        self._reached[destination] = reached
+        self._advance(destination, end)
         self._behind.pop(destination, None)
         return True
+
+    def _advance(self, destination: str, position: int) -> None:
+        """It has everything before ``position``, and what was ahead and follows without a hole."""
+        ahead = self._ahead[destination]
+        while ahead and ahead[0][0] <= position:
+            position = max(position, ahead.pop(0)[1])
+        self._reached[destination] = Lsn(position)
 
     def leave(self, fork: Lsn) -> None:
         """The server has left its timeline at ``fork``: what is durable behind it is not of its lineage any more.
@@ -69,7 +71,7 @@ class Durable:
         """
         for name, ahead in self._ahead.items():
             self._reached[name] = min(fork, self._reached[name])
-            self._ahead[name] = {start: min(end, fork) for start, end in ahead.items() if start < fork}
+            self._ahead[name] = [(start, min(end, fork)) for start, end in ahead if start < fork]
         self._flush = min(fork, self._flush)
 
     def forget_ahead(self) -> None:
@@ -83,7 +85,8 @@ class Durable:
 
     def release(self, destination: str) -> None:
         """The history of the new timeline is stored there."""
-        self._held.pop(destination, None)
+        if self._held.pop(destination, None) is not None:
+            self._behind.pop(destination, None)
 
     @property
     def begun(self) -> bool:
@@ -93,8 +96,8 @@ class Durable:
 
     def skip_to(self, lsn: Lsn) -> None:
         """Nothing before ``lsn`` will ever come: a gap has opened, and is told by whoever found it."""
-        for name in self._reached:
-            self._reached[name] = max(lsn, self._reached[name])
+        for name, reached in self._reached.items():
+            self._advance(name, max(lsn, reached))
 
     def reached(self) -> dict[str, Lsn]:
         """Destination → up to where it has everything."""
@@ -109,14 +112,19 @@ class Durable:
         """The position to report. ``received``: end of what has arrived; ``now`` in monotonic seconds."""
         self._judge(received, now)
         counting = self._required - self._degraded
-        durable = min((min(self._reached[n], self._held.get(n, self._reached[n])) for n in counting), default=Lsn(0))
+        durable = min(map(self._counts_to, counting), default=Lsn(0))
         self._flush = max(self._flush, durable)
         return self._flush
+
+    def _counts_to(self, destination: str) -> Lsn:
+        """Up to where what is stored there can be restored."""
+        reached = self._reached[destination]
+        return min(reached, self._held.get(destination, reached))
 
     def _judge(self, received: Lsn, now: float) -> None:
         """Who counts. A destination that makes headway, however slowly, is not given up."""
         for name in sorted(self._required):
-            reached = self._reached[name]
+            reached = self._counts_to(name)
             if name in self._degraded:
                 if reached >= self._flush:
                     self._degraded.discard(name)
@@ -133,5 +141,16 @@ class Durable:
         if late != counting:
             for name in sorted(late):
                 self._degraded.add(name)
-                said = f"{name} has stored nothing for {self._patience:g} seconds and is at LSN {self._reached[name]}"
+                said = f"{name} has stored nothing for {self._patience:g} seconds and is at LSN {self._counts_to(name)}"
                 self._notify(SyncDegraded(name, said))
+
+
+def _add(ranges: list[tuple[int, int]], start: int, end: int) -> None:
+    """Add ``[start, end)`` to ascending ranges, joining what touches: a destination that catches up for hours meanwhile
+    gets more tails than fit into memory one by one.
+    """
+    first = bisect_left(ranges, start, key=lambda each: each[1])
+    last = bisect_right(ranges, end, key=lambda each: each[0])
+    if first < last:
+        start, end = min(start, ranges[first][0]), max(end, ranges[last - 1][1])
+    ranges[first:last] = [(start, end)]

@@ -19,6 +19,10 @@ from pipeline.wal import Lsn, WalFile
 #: Arrivals closer together than this, in seconds, are remembered as one.
 _GRAIN = 0.01
 
+#: So many arrivals are remembered of a segment; then every other one of the older half is forgotten. A segment may be
+#: open for weeks, and it is the last seconds that matter.
+_MOST_MARKS = 4096
+
 
 @dataclass(slots=True, eq=False)
 class OpenSegment:
@@ -51,16 +55,23 @@ class OpenSegment:
         return memoryview(self.data)[begin:end]
 
     def arrived(self, offset: int) -> float:
-        """When the byte at ``offset`` arrived, in monotonic seconds: that moment or a hundredth of a second before."""
+        """When the byte at ``offset`` arrived, in monotonic seconds: that moment, or somewhat before.
+
+        A hundredth of a second, and more only for bytes with thousands of arrivals behind them.
+        """
         at = bisect_right(self._marks, offset, key=lambda mark: mark[0]) - 1
         return self._marks[max(at, 0)][1]
 
     def append(self, data: Buffer, now: float) -> None:
-        """``now`` in monotonic seconds."""
+        """Bytes that fit into the segment; ``now`` in monotonic seconds."""
+        end = self.filled + len(data)
+        assert end <= len(self.data)
         if not self._marks or now - self._marks[-1][1] >= _GRAIN:
             self._marks.append((self.filled, now))
-        self.data[self.filled : self.filled + len(data)] = data
-        self.filled += len(data)
+            if len(self._marks) > _MOST_MARKS:
+                del self._marks[1 : _MOST_MARKS // 2 : 2]
+        self.data[self.filled : end] = data
+        self.filled = end
 
 
 class OpenWal:

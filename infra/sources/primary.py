@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import psycopg
-
 from infra.postgres import slots
-from infra.postgres.connect import Connection, RefusedError
+from infra.postgres.connect import Connection
+from infra.postgres.control import rows
 from infra.postgres.replication import ReplicationConnection
-from infra.postgres.slots import Slot
 from infra.sources.assembly import ROLLED_BACK
 from pipeline.errors import SourceError
 from pipeline.lineage import Leg, Lineage
@@ -34,8 +32,7 @@ async def look_at(
     replication: ReplicationConnection, control: Connection, *, system_id: str, segment_size: int
 ) -> Primary:
     """Who is there. Raises SourceError: another cluster, or a standby."""
-    conn = replication.pgconn
-    place = f"{conn.host.decode()}:{conn.port.decode()}"
+    place = replication.place
     server = await replication.identify_system()
     if server.system_id != system_id:
         raise SourceError(
@@ -43,7 +40,8 @@ async def look_at(
             hint="check POSTGRES_HOST and POSTGRES_PORT; a new cluster needs a repository of its own: `walship init`",
             lasting=True,
         )
-    if await _in_recovery(control):
+    ((in_recovery,),) = await rows(control, "select pg_is_in_recovery()")
+    if in_recovery:
         raise SourceError(
             f"PostgreSQL at {place} is a standby, and is not followed",
             hint="list the hosts of all nodes in POSTGRES_HOST: the one that is primary is found by itself",
@@ -60,14 +58,6 @@ async def look_at(
         begin = fork.lsn
     legs.append(Leg(server.timeline, begin, None))
     return Primary(place, Lineage(tuple(legs), segment_size), server.lsn, history)
-
-
-async def _in_recovery(control: Connection) -> bool:
-    try:
-        row = await (await control.execute("select pg_is_in_recovery()")).fetchone()
-    except psycopg.Error as error:
-        raise SourceError(f"PostgreSQL broke the connection: {' '.join(str(error).split())}") from None
-    return row is not None and bool(row[0])
 
 
 def refuse_old(primary: Primary, lineage: Lineage, timeline: int, received: Lsn) -> None:
@@ -137,32 +127,16 @@ async def prepare_slot(
     if slot is not None:
         slots.refuse_foreign(slot)
         if slot.active:
-            raise SourceError(
-                f"the replication slot {name} is in use by {slot.holder}",
-                hint="a connection of ours that broke is noticed by the server within wal_sender_timeout; a second"
-                " service needs another WALSHIP_SLOT",
-            )
+            raise slot.in_use
         if slot.lost or slot.restart_lsn is None or renew:
             await slots.drop(replication, name)
             slot = None
     if slot is None:
-        slot = await _create(replication, control, name)
-    assert slot.restart_lsn is not None
-    return slot.restart_lsn
-
-
-async def _create(replication: ReplicationConnection, control: Connection, name: str) -> Slot:
-    try:
         await slots.create(replication, name)
-    except RefusedError as error:
-        raise SourceError(
-            f"the replication slot {name} cannot be made: {error.fact}",
-            hint=error.hint or "raise max_replication_slots, or remove a slot that nobody uses",
-        ) from None
-    slot = await slots.look(control, name)
+        slot = await slots.look(control, name)
     if slot is None or slot.restart_lsn is None:
         raise SourceError(
-            f"the replication slot {name} was made and keeps no WAL",
-            hint="connections go to several servers: POSTGRES_HOST must lead to one",
+            f"the replication slot {name} was made and is not there",
+            hint="connections go to several servers: POSTGRES_HOST must lead to one primary",
         )
-    return slot
+    return slot.restart_lsn

@@ -71,7 +71,7 @@ class Receiver:
         grace: float = GRACE,
         pauses: tuple[float, float] = PAUSES,
     ) -> None:
-        """``resume`` is asked at the first connect and behind a gap, ``make_durable`` once: for where the stream begins.
+        """``resume`` is asked at the first connect and behind a gap, ``make_durable`` once: where does it begin.
 
         ``grace`` and ``pauses``: see ``GRACE`` and ``PAUSES``.
         """

@@ -11,9 +11,8 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-import psycopg
-
-from infra.postgres.connect import Connection, connect
+from infra.postgres.connect import Connection, RefusedError, connect
+from infra.postgres.control import rows
 from infra.settings import Settings
 from pipeline.contracts import Clock
 from pipeline.errors import SourceError
@@ -93,7 +92,8 @@ class ServerWatch:
             connection = await connect(self._settings)
         except SourceError as error:
             # In whichever language: who asks for answers in a burst and lets nobody in is shutting down.
-            if (suspected or "shutting down" in error.fact) and self.leaving is None:
+            down = isinstance(error, RefusedError) and error.state == "57P03"
+            if (suspected or down) and self.leaving is None:
                 self.leaving = self._clock.monotonic()
             return None
         self.leaving = None
@@ -102,9 +102,9 @@ class ServerWatch:
     async def _look(self, connection: Connection) -> bool:
         """Ask; False if the connection is gone."""
         try:
-            row = await (await connection.execute(_STATE, (self._pid,))).fetchone()
-        except psycopg.Error:
+            found = await rows(connection, _STATE, (self._pid,))
+        except SourceError:
             return False
-        if row is not None:
-            self._tell(synchronous=row[0] in ("sync", "quorum", "potential"))
+        if found:
+            self._tell(synchronous=found[0][0] in ("sync", "quorum", "potential"))
         return True

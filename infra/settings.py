@@ -36,8 +36,10 @@ class Settings(BaseSettings):
     # Without .env, which ``load`` reads: pydantic would replace ${…} in a passphrase, and pass over broken lines.
     model_config = SettingsConfigDict(extra="ignore", case_sensitive=True, env_ignore_empty=True)
 
+    #: One server, or several separated by commas: the primary is looked for among them.
     postgres_host: str = _env("POSTGRES_HOST", default="localhost")
-    postgres_port: int = _env("POSTGRES_PORT", default=5432, ge=1, le=65535)
+    #: One port for all of them, or one for each. See ``servers``.
+    postgres_port: str = _env("POSTGRES_PORT", default="5432")
     postgres_username: str = _env("POSTGRES_USERNAME", default="postgres")
     postgres_password: SecretStr = _env("POSTGRES_PASSWORD", default=SecretStr(""))
     postgres_connection_mode: Literal["docker", "host"] = _env("POSTGRES_CONNECTION_MODE", default="host")
@@ -77,10 +79,10 @@ class Settings(BaseSettings):
 
     @field_validator("destinations", "required", "sources", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _several(cls, value: Any) -> Any:
         """``a,b`` → ``("a", "b")``; ``all`` means nothing is left out."""
         if isinstance(value, str):
-            parts = tuple(part.strip() for part in value.split(",") if part.strip())
+            parts = _split(value)
             return () if parts == ("all",) else parts
         return value
 
@@ -91,8 +93,22 @@ class Settings(BaseSettings):
             listen_address(value)
         return value
 
+    @field_validator("postgres_port", mode="before")
+    @classmethod
+    def _ports(cls, value: Any) -> str:
+        text = str(value)
+        for port in text.split(","):
+            if not re.fullmatch(r"\s*[0-9]{1,5}\s*", port) or not 1 <= int(port) <= 65535:
+                raise ValueError(f"{port.strip()!r} is no port; one is a number from 1 to 65535")
+        return text
+
     @model_validator(mode="after")
     def _agree(self) -> Settings:
+        hosts, ports = len(_split(self.postgres_host)), len(_split(self.postgres_port))
+        if not hosts:
+            raise ValueError("POSTGRES_HOST names no server")
+        if ports not in (1, hosts):
+            raise ValueError(f"POSTGRES_PORT has {ports} ports for {hosts} servers; give one for all, or one for each")
         if unknown := set(self.required) - set(self.destinations):
             raise ValueError(f"WALSHIP_REQUIRED names {', '.join(sorted(unknown))}, which is no destination")
         if len(set(self.destinations)) != len(self.destinations):
@@ -106,6 +122,12 @@ class Settings(BaseSettings):
         if (self.backup_encryption_enabled or self.wal_encrypted) and not self.passphrase:
             raise ValueError("encryption is on, and BACKUP_ENCRYPTION_PASSWORD (or its _FILE) is empty")
         return self
+
+    @property
+    def servers(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of each server, in the order given."""
+        hosts, ports = _split(self.postgres_host), _split(self.postgres_port)
+        return tuple(zip(hosts, map(int, ports * len(hosts) if len(ports) == 1 else ports), strict=True))
 
     @property
     def wal_encrypted(self) -> bool:
@@ -125,6 +147,10 @@ def listen_address(listen: str) -> tuple[str, int]:
     if not bare or (":" in bare and bare == host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError("it must be host:port, for example 127.0.0.1:9432")
     return bare, int(port)
+
+
+def _split(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def load(env_file: Path | None = None) -> Settings:

@@ -26,6 +26,8 @@ FETCH_NAME = "walship_fetch"
 
 #: Seconds to wait for the server's greeting.
 TIMEOUT = 10
+#: The same where other servers are to be asked as well: a primary that vanished holds up the way to the next one.
+TIMEOUT_OF_SEVERAL = 4
 
 Connection: TypeAlias = AsyncConnection[tuple[Any, ...]]
 
@@ -36,6 +38,10 @@ class RefusedError(SourceError):
     def __init__(self, fact: str, *, state: str, hint: str = "", lasting: bool = False) -> None:
         super().__init__(fact, hint=hint, lasting=lasting)
         self.state = state
+
+
+class StandbyError(SourceError):
+    """The server is a standby, and a primary was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +59,60 @@ class _Who:
 
 
 async def connect(
-    settings: Settings, *, replication: bool = False, application_name: str = CONTROL_NAME, dbname: str = "postgres"
-) -> Connection:
+    settings: Settings, *, replication: bool = False, application_name: str = CONTROL_NAME, dbname: str = "postgres",
+    any_server: bool = False,
+) -> Connection:  # fmt: skip
     """A connection in autocommit; the caller closes it. With ``replication`` it speaks the replication protocol.
 
-    Raises SourceError: unreachable, refused, not permitted … each with the next step as hint, never with a secret.
+    Where the settings name several servers, to the one that is primary now (libpq's ``target_session_attrs``), or with
+    ``any_server`` to the first that answers; ``place`` tells which. A single server is taken as it is.
+
+    Raises SourceError: unreachable, refused, not permitted … each with the next step as hint, never with a secret. It
+    is RefusedError with 57P03 where the server takes no connections: it starts, shuts down or recovers.
     """
     # POSTGRES_CONNECTION_MODE: in either mode the host is taken as given. What `docker` means for localhost
     # (host.docker.internal) comes with the container image.
-    who = _Who(settings.postgres_host, settings.postgres_port, settings.postgres_username, replication)
+    several = len(settings.servers) > 1
     parameters: dict[str, str | int] = {
-        "host": who.host,
-        "port": who.port,
-        "user": who.user,
+        "user": settings.postgres_username,
         "application_name": application_name,
-        "connect_timeout": TIMEOUT,
+        "connect_timeout": TIMEOUT_OF_SEVERAL if several else TIMEOUT,
         # A SQL_ASCII database would hand out bytes of any encoding.
         "client_encoding": "UTF8",
-    }
+        # A network that is cut, or a host that vanished, is noticed within half a minute, not in hours.
+        "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "tcp_user_timeout": 30_000,
+    }  # fmt: skip
     # libpq takes no database for a physical replication connection, but a password file may ask for its name.
     parameters |= {"replication": "true"} if replication else {"dbname": dbname}
     if password := settings.postgres_password.get_secret_value():
         parameters["password"] = password
-    try:
-        return await AsyncConnection.connect(make_conninfo("", **parameters), autocommit=True)
-    except psycopg.Error as error:
-        raise _explain(who, str(error)) from None
+    if several and not any_server:
+        # Not "read-write": a primary that is read-only by default is still the one that writes the WAL.
+        parameters["target_session_attrs"] = "primary"
+    # One after the other by ourselves: libpq's words for several failures can't be told apart by server.
+    errors: list[SourceError] = []
+    for host, port in settings.servers:
+        try:
+            return await AsyncConnection.connect(make_conninfo("", host=host, port=port, **parameters), autocommit=True)
+        except psycopg.Error as error:
+            errors.append(_explain(_Who(host, port, settings.postgres_username, replication), str(error)))
+    raise errors[0] if len(errors) == 1 else _none_of(errors, primary=not any_server)
+
+
+def place(connection: Connection) -> str:
+    """Which server it is connected to: ``host:port``."""
+    return f"{connection.info.host}:{connection.info.port}"
+
+
+def _none_of(errors: list[SourceError], *, primary: bool) -> SourceError:
+    """Several servers, each with its own reason; and the hint of the first that says more than that it is a standby."""
+    wanted = "none of the servers is a primary that can be reached" if primary else "none of the servers can be reached"
+    fact = f"{wanted}: {'; '.join(error.fact for error in errors)}"
+    telling = [error for error in errors if not isinstance(error, StandbyError)]
+    hint = telling[0].hint if telling else "promote one of them, or add the primary to POSTGRES_HOST"
+    if states := [error.state for error in telling if isinstance(error, RefusedError)]:
+        return RefusedError(fact, state=states[0], hint=hint)
+    return SourceError(fact, hint=hint)
 
 
 def _explain(who: _Who, words: str) -> SourceError:
@@ -86,7 +120,9 @@ def _explain(who: _Who, words: str) -> SourceError:
     for pattern, make in _REASONS:
         if match := re.search(pattern, words):
             fact, hint = make(who, match)
-            return SourceError(fact, hint=hint)
+            if make is _not_yet:
+                return RefusedError(fact, state="57P03", hint=hint)
+            return (StandbyError if make is _standby else SourceError)(fact, hint=hint)
     return SourceError(
         f"PostgreSQL at {who.place} refused the user {who.user}: {_last_line(words)}",
         hint="check POSTGRES_HOST, POSTGRES_PORT, POSTGRES_USERNAME and POSTGRES_PASSWORD",
@@ -172,6 +208,10 @@ def _not_yet(who: _Who, match: re.Match[str]) -> _Told:
     )
 
 
+def _standby(who: _Who, _: re.Match[str]) -> _Told:
+    return f"PostgreSQL at {who.place} is a standby", "let POSTGRES_HOST name the primary too"
+
+
 _HBA = (
     r"(?:no pg_hba.conf entry for|pg_hba.conf rejects) (?P<replication>replication )?"
     r"(?:connection (?:from|for) )?host \"(?P<host>[^\"]+)\""
@@ -194,5 +234,6 @@ _REASONS: tuple[tuple[str, Callable[[_Who, re.Match[str]], _Told]], ...] = (
     (r"role \"[^\"]+\" (?:does not exist|is not permitted to log in)", _no_role),
     (r"(?:password|[A-Za-z0-9]+) authentication failed for user[^\n]*|no password supplied", _password),
     (r"the database system is [^\n]*", _not_yet),
+    (r"server is in hot standby mode", _standby),
     (_GONE, _unreachable),
 )

@@ -17,7 +17,7 @@ import psycopg
 from psycopg.pq import DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
-from infra.postgres.connect import BACKUP_NAME, Connection, RefusedError, connect
+from infra.postgres.connect import BACKUP_NAME, Connection, RefusedError, connect, place
 from infra.settings import Settings
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn
@@ -40,7 +40,7 @@ class SystemIdentity:
 
 
 class ReplicationConnection:
-    """One command at a time. After any error but RefusedError (a command that was refused) it is of no use: close it."""
+    """One command at a time. After any error but RefusedError it is of no use: close it."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -62,6 +62,11 @@ class ReplicationConnection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def place(self) -> str:
+        """Which of the servers it is: ``host:port``."""
+        return place(self._connection)
 
     @property
     def pgconn(self) -> PGconn:
@@ -140,8 +145,11 @@ class ReplicationConnection:
             try:
                 size, message = self._conn.get_copy_data(1)
                 if size == 0:
-                    await self._readable()
+                    # First what is there already: to watch the socket for each message costs more than to read it.
                     self._conn.consume_input()
+                    size, message = self._conn.get_copy_data(1)
+                    await (self._readable() if size == 0 else asyncio.sleep(0))
+                if size == 0:
                     continue
             except psycopg.Error as error:
                 raise lost(error) from None
@@ -152,8 +160,10 @@ class ReplicationConnection:
     async def _next(self) -> PGresult | None:
         try:
             while self._conn.is_busy():
-                await self._readable()
+                # Before the wait, too: with TLS, libpq may hold back bytes that the socket no longer tells of.
                 self._conn.consume_input()
+                if self._conn.is_busy():
+                    await self._readable()
             return self._conn.get_result()
         except psycopg.Error as error:
             raise lost(error) from None

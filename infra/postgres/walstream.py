@@ -130,7 +130,7 @@ class WalStream:
         message, self._held = self._held, None
         if message is None:
             message = self._next()
-        if message is None and self._failure is not None:
+        if message is None and self._failure is not None and not self._copy_ended:
             raise self._failure
         return message
 
@@ -141,20 +141,18 @@ class WalStream:
         our kernel's buffers are full, and nothing piles up here. A connection that is closed is noticed all the same,
         as SourceError; what was not read by then is given up (the server has it).
         """
-        if self._copy_ended:
-            if not self._over:
-                self._held = await self._finish()
-            return
         self._listen(reading)
         if reading:
             self._fill()
-        elif self._failure is None and _hung_up(self._descriptor):
+        elif self._failure is None and not self._copy_ended and _hung_up(self._descriptor):
             raise lost("the server closed it")
+        if self._copy_ended and not self._over:
+            self._held = await self._finish()
         if self._held is None and self._failure is not None:
             raise self._failure
         self._waiter = self._loop.create_future()
         try:
-            if wake.is_set() or (reading and (self._held is not None or self._copy_ended)):
+            if wake.is_set() or (self._held is not None and (reading or self._over)):
                 await asyncio.sleep(0)  # whoever calls us in a loop must not keep the others out
                 return
             self._watch(wake)
@@ -236,7 +234,7 @@ class WalStream:
         self._wake()
 
     def _listen(self, reading: bool) -> None:  # noqa: FBT001 - it is the parameter of ``wait``
-        if reading == self._reader or self._failure is not None:
+        if reading == self._reader or self._failure is not None or self._over:
             return
         if reading:
             self._loop.add_reader(self._descriptor, self._readable)
@@ -245,7 +243,7 @@ class WalStream:
         self._reader = reading
 
     async def _finish(self) -> TimelineEnded:
-        """The server has ended the copy: find out why."""
+        """The server has ended the copy: find out why. What it said before it left counts, not that it left."""
         self._deafen()  # the connection itself waits from here on
         self._over = True
         result = await self._connection.result()

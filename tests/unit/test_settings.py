@@ -96,7 +96,7 @@ def test_another_file_can_stand_for_dotenv(home: Path) -> None:
     (home / "other").write_text("POSTGRES_PASSWORD_FILE=secret\n", "utf-8")
     (home / "secret").write_text("correct horse", "utf-8")
     settings = load(home / "other")
-    assert (settings.postgres_port, secret_of(settings, "POSTGRES_PASSWORD")) == (5432, "correct horse")
+    assert (settings.postgres_port, secret_of(settings, "POSTGRES_PASSWORD")) == ("5432", "correct horse")
     with pytest.raises(ConfigError, match="there is no setting WALSHIP_SPOLDIR") as raised:
         load()
     assert raised.value.hint == "did you mean WALSHIP_SPOOL_DIR?"

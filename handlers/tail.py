@@ -215,7 +215,11 @@ class TailShipper:
         self._tailed.add(course.segment.file)
         task = group.create_task(self._deliver(course, cut, plain))
         self._flight.add(task)
-        task.add_done_callback(self._flight.discard)
+        task.add_done_callback(self._settled)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._flight.discard(task)
+        self._wake.set()  # only now: whoever wakes counts what is in flight
 
     async def _deliver(self, course: Course, cut: Cut, plain: Buffer) -> None:
         key = cut.tail.name.key
@@ -231,7 +235,6 @@ class TailShipper:
             for name in course.landed(cut):
                 start = course.segment.start
                 self._stored(self._outlet.name, name.file, start + name.start, start + name.end)
-        self._wake.set()
 
     async def _put(self, key: str, plain: Buffer) -> float:
         """Encode and store; returns how many seconds the destination took."""

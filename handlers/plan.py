@@ -68,6 +68,8 @@ async def plan_restore(
             ending = await _ending(reader, path, chosen)
             stop, notice = settle(target, chosen, path, ending, now)
     said += [notice] if notice else []
+    if path.tail:
+        said.append(f"the end of the WAL, {path.tail} bytes before LSN {path.end}, comes from tails of an open segment")
     last = ending.last_transaction if ending else None
     if target.kind is TargetKind.LATEST and last:
         said.append(f"the last transaction that is stored ended at {show(last)}")

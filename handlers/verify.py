@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from handlers.checksum import check_stored  # a leaf: plain bytes in, verdict out
+from handlers.verify_tails import check_tails  # verification in two files: this one, and what is peculiar to tails
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog, data_key_name, index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.chain import Chain, Expected
@@ -69,8 +70,10 @@ class Report:
     #: Gaps that a recovery from one of the backups would come to, on its own timeline or on the newest that descends
     #: from it: also the missing first segment of a timeline. What no backup reaches across does not count.
     holes: tuple[Hole, ...]
-    #: As the catalog says: backup_info that cannot be read and the like.
+    #: As the catalog says: backup_info that cannot be read, tails that cannot be joined, and the like.
     problems: tuple[str, ...]
+    #: What is wrong and does no harm.
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -96,6 +99,7 @@ class Report:
             ],
             "holes": [{"first": str(h.first), "last": str(h.last), "segments": h.count} for h in self.holes],
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
         }  # fmt: skip
 
 
@@ -108,6 +112,7 @@ class _Tally:
     good: set[str] = field(default_factory=set)
     #: Objects below ``keys/`` that are whole: name → destination → trailer.
     keys: dict[str, dict[str, str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     #: Destination → ids of the data keys that its objects name, each with an object that does.
     used: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -144,16 +149,18 @@ async def verify(
                 await gate.acquire()
                 task = group.create_task(_check(store, wanted, catalog.system_id, chain, tally, progress))
                 task.add_done_callback(lambda _: gate.release())
+        await _tails(store, catalog, backups if backup else (), chain, tally, progress)
     _check_keys(destinations, tally)
     verdicts = tuple(_verdict(b, ways[b.name], tally.good) for b in backups)
     holes = sorted({hole for found in ways.values() for way in found for hole in way.holes}, key=lambda h: h.first)
-    problems = catalog.problems + tuple(
+    astray = [
         f"backup {b.name} cannot be used: the history of timeline {b.timeline} does not lead to it"
         for b in backups
         if not ways[b.name]
-    )
+    ]
+    problems = (*catalog.problems, *catalog.tail_notices, *astray)
     faults = tuple(sorted(tally.faults, key=lambda f: (f.destination, f.name)))
-    return Report(tally.objects, tally.size, faults, verdicts, tuple(holes), problems)
+    return Report(tally.objects, tally.size, faults, verdicts, tuple(holes), problems, tuple(tally.warnings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +186,9 @@ def _holes(catalog: Catalog, lineage: Lineage, start: Lsn) -> Iterator[Hole]:
     while (missing := catalog.wal_path(lineage, start).missing) is not None:
         first = missing.start(size) // size
         stored = catalog.segments.get(missing.timeline, Runs())
-        # It ends with the next stored segment, the next timeline, or all that is known of the lineage.
-        ends = [n for n, _ in stored.ranges] + [leg.begin // size for leg in lineage.legs] + [-(-end // size)]
+        # It ends with the next stored segment, finished or open, the next timeline, or all that is known of the lineage.
+        tails = [n for n, reach in catalog.tails.get(missing.timeline, {}).items() if reach]
+        ends = [n for n, _ in stored.ranges] + tails + [leg.begin // size for leg in lineage.legs] + [-(-end // size)]
         stop = min((n for n in ends if n > first), default=first + 1)
         yield Hole(missing, catalog.file(missing.timeline, stop - 1), stop - first)
         start = Lsn(stop * size)
@@ -244,6 +252,34 @@ async def _wanted(
     # With a whole verification, what is left is what another destination has and this one lacks.
     for name in sorted(needed):
         yield _Wanted(name)
+
+
+async def _tails(
+    store: Store,
+    catalog: Catalog,
+    only: Sequence[BackupInfo],
+    chain: Chain | None,
+    tally: _Tally,
+    progress: Callable[[int, int], None],
+) -> None:
+    """All tails of a destination, or those that lie behind the start of the backups in ``only``."""
+
+    def count(objects: int, size: int) -> None:
+        tally.objects += objects
+        tally.size += size
+        progress(tally.objects, tally.size)
+
+    start = min((info.start_lsn for info in only), default=Lsn(0))
+    try:
+        report = await check_tails(store, catalog, start, chain=chain, progress=count)
+    except StoreError as error:
+        tally.faults.append(Fault(store.name, "tail/", "unreadable", error.fact))
+        return
+    tally.faults += [Fault(store.name, fault.name, fault.kind, fault.fact) for fault in report.faults]
+    tally.warnings += report.warnings
+    used = tally.used.setdefault(store.name, {})
+    for key, name in report.used.items():
+        used.setdefault(key, name)
 
 
 def objects_of(info: BackupInfo) -> list[_Wanted]:

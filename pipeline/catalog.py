@@ -203,12 +203,15 @@ class Catalog:
         return tuple(found)
 
     def holes(self) -> tuple[Hole, ...]:
-        """Every gap between stored segments of one timeline."""
-        return tuple(
-            Hole(self.file(timeline, first), self.file(timeline, end - 1), end - first)
-            for timeline in sorted(self.segments)
-            for first, end in self.segments[timeline].holes()
-        )
+        """Every gap between stored segments of one timeline, the open one at its end included."""
+        found: list[Hole] = []
+        for timeline in sorted({*self.segments, *self.tails}):
+            runs, tails = self.segments.get(timeline, _EMPTY), self.tails.get(timeline, {})
+            last = max((number for number, reach in tails.items() if reach), default=None)
+            if joined := [n for n, reach in tails.items() if reach == self.segment_size or n == last]:
+                runs = Runs.of([*runs, *joined])
+            found += [Hole(self.file(timeline, n), self.file(timeline, end - 1), end - n) for n, end in runs.holes()]
+        return tuple(found)
 
     def has_segment(self, timeline: int, number: int) -> bool:
         return number in self.segments.get(timeline, _EMPTY)
@@ -307,7 +310,11 @@ class Listing:
         """What the tails of an open segment make; its content is not kept."""
         number = made.file.start(len(made.content)) // len(made.content)
         self._tails.setdefault(made.file.timeline, {})[number] = made.usable
-        self._tail_notices += made.notices
+        if made.notices:
+            end = Lsn(number * len(made.content) + made.reach)
+            self._tail_notices.append(
+                f"the tails of segment {made.file} reach LSN {end} and no further: {'; '.join(made.notices)}"
+            )
 
     def add_history(self, timeline: int, forks: tuple[Fork, ...]) -> None:
         self._histories[timeline] = forks

@@ -79,6 +79,7 @@ class RestorePlan:
             "wal_bytes": self.path.size,
             "wal_start": str(self.path.start),
             "wal_end": str(self.path.end),
+            "wal_tail_bytes": self.path.tail,
             "last_transaction": self.last_transaction.isoformat() if self.last_transaction else None,
             "notices": list(self.notices),
         }

@@ -74,4 +74,5 @@ def _lines(report: Report) -> list[str]:
             lines.append(f"  segment {backup.hole} is missing: nothing behind it can be reached")
     lines += [f"hole: {hole.count} segments, {hole.first} to {hole.last}" for hole in report.holes]
     lines += [f"problem: {problem}" for problem in report.problems]
+    lines += [f"warning: {warning}" for warning in report.warnings]
     return lines

@@ -23,9 +23,10 @@ class Slot:
     active: bool
     #: Process of the WAL sender that uses it.
     active_pid: int | None
-    #: Application name of that WAL sender; empty if nobody uses it, or if we may not see it.
+    #: Application name of that WAL sender; empty if nobody uses it.
     application_name: str
-    #: Who uses it, for people: ``walship, process 123, from 10.0.0.7``; empty if nobody.
+    #: Who uses it, for people: ``walship (process 123 of the server, from 10.0.0.7)``; empty if nobody. The address
+    #: only if the role is a member of pg_monitor.
     holder: str
     #: As PostgreSQL says it: reserved, extended, unreserved, lost; empty if it keeps nothing yet.
     wal_status: str
@@ -84,7 +85,7 @@ async def look(control: Connection, name: str) -> Slot | None:
     holder = ""
     if pid is not None:
         where = f", from {address}" if address else ""
-        holder = f"{program or 'a program whose name we may not see'} (process {pid} of the server{where})"
+        holder = f"{program or 'a program without a name'} (process {pid} of the server{where})"
     return Slot(
         name=name, physical=physical, temporary=temporary, restart_lsn=restart_lsn, active=active, active_pid=pid,
         application_name=program, holder=holder, wal_status=status or "", safe_wal_size=safe, retained=retained,

@@ -139,7 +139,8 @@ class WalStream:
 
         May return early. With ``reading=False`` nothing is taken from the socket: the server stops sending when its and
         our kernel's buffers are full, and nothing piles up here. A connection that is closed is noticed all the same,
-        as SourceError; what was not read by then is given up (the server has it).
+        as SourceError (where the buffers are full: once a ``report`` was sent that nobody took); what was not read by
+        then is given up.
         """
         self._listen(reading)
         if reading:
@@ -290,10 +291,13 @@ class WalStream:
 
     def _watch(self, wake: asyncio.Event) -> None:
         """One task for as long as the event stays unset, not one for each wait."""
-        if self._watcher is not None and not self._watcher.done():
-            if self._watched is wake:
+        if self._watcher is not None:
+            if self._watcher.done():
+                self._watcher.result()
+            elif self._watched is wake:
                 return
-            self._watcher.cancel()
+            else:
+                self._watcher.cancel()
 
         async def watch() -> None:
             await wake.wait()

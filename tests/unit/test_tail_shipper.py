@@ -8,10 +8,11 @@ from datetime import datetime
 
 import pytest
 
+from handlers.outlet import Outlet
 from infra.storage.memory import MemoryStore
-from pipeline.contracts import Body
+from pipeline.contracts import Abilities, Body
 from pipeline.errors import ObjectConflict, StoreError
-from pipeline.events import DestinationFailed, ObjectStored
+from pipeline.events import DestinationFailed, DestinationHampered, ObjectStored
 from pipeline.openwal import OpenSegment
 from pipeline.tail import TailName
 from pipeline.wal import Lsn, WalFile
@@ -337,8 +338,6 @@ async def test_another_writer_of_our_epoch_is_an_error() -> None:
     stranger = Tails(it.store, clock)
     other = stranger.wal.begin(FILE, SIZE)
     other.append(b"other bytes", 0)
-    for tail in (it, stranger):
-        tail.outlet.abilities = None
     async with running(stranger):
         stranger.wal.tell()
         await clock.pass_by(1)
@@ -403,6 +402,27 @@ async def test_killed_at_rest_it_leaves_no_task() -> None:
         await clock.pass_by(0.5)
     await settled()
     assert asyncio.all_tasks() == before
+
+
+async def test_a_store_that_ignores_conditions_is_told_of() -> None:
+    it, clock = await tails()
+    it.store = Careless(it.store.store)
+    it.outlet = Outlet(it.store)
+    it.shipper._outlet = it.outlet
+    async with running(it):
+        segment = it.begin()
+        for _ in range(2):
+            before = len(it.stored)
+            it.grow(segment, b"x")
+            await clock.pass_by(1)
+            await until(lambda before=before: len(it.stored) > before)  # type: ignore[misc]  # bound for the loop
+    assert it.told(DestinationHampered) == [DestinationHampered("memory", "ignores conditions")]
+
+
+class Careless(Faulty):
+    async def probe(self, key: str, body: Body) -> Abilities:
+        await super().probe(key, body)
+        return Abilities(conditional_put=False, remark="ignores conditions")
 
 
 async def test_positions_are_of_the_segment() -> None:

@@ -3,112 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from handlers.body import joined
 from infra.clock import SystemClock
-from infra.storage.heartbeat import Heartbeat
 from infra.storage.lease import KEPT, Lease, LeaseHeldError, lease_key
 from infra.storage.local import LocalStore
 from infra.storage.memory import MemoryStore
 from infra.storage.retry import AT_ONCE, Retrying
 from infra.storage.rooted import Rooted
-from pipeline.contracts import Clock, Store
+from pipeline.contracts import Store
 from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody
 from tests.clock import FastClock
+from tests.leases import DOWN, TTL, Meanwhile, beat, numbers, said, silent, take, write
 from tests.stores import Faulty, s3_store
-
-ROOT = Path(__file__).parents[2]
-TTL = 15.0
-DOWN = StoreError("nobody answers", passing=True)
-
-#: A process that takes the lease in a folder, says its number, renews it, and says what ended that.
-HOLDER = """
-import asyncio, sys
-from pathlib import Path
-from infra.clock import SystemClock
-from infra.storage.heartbeat import Heartbeat
-from infra.storage.lease import Lease
-from infra.storage.local import LocalStore
-from pipeline.errors import SourceError
-
-async def main():
-    ttl = float(sys.argv[2])
-    lease = await Lease.acquire([LocalStore(Path(sys.argv[1]))], clock=SystemClock(), ttl=ttl, tell=lambda _: None)
-    print(lease.epoch, flush=True)
-    try:
-        await lease.run()
-    except SourceError as error:
-        print(lease.lost.is_set(), error, flush=True)
-
-asyncio.run(main())
-"""
-
-
-class Meanwhile(FastClock):
-    """Whenever somebody sleeps by this clock, something happens elsewhere."""
-
-    def __init__(self, act: Callable[[], Awaitable[None]]) -> None:
-        super().__init__()
-        self._act = act
-
-    async def sleep(self, seconds: float) -> None:
-        await self._act()
-        await super().sleep(seconds)
-
-
-def silent(_line: str) -> None:
-    """Told, and not of interest."""
-
-
-async def take(*stores: Store, clock: Clock | None = None, tell: Callable[[str], None] = silent) -> Lease:
-    return await Lease.acquire(stores, clock=clock or FastClock(), ttl=TTL, tell=tell, server="spool /spool")
-
-
-async def beat(lease: Lease) -> None:
-    """One heartbeat at each destination that answers."""
-    for place in lease._places:
-        with contextlib.suppress(StoreError):
-            await lease._beat(place)
-
-
-async def said(store: Store, number: int) -> dict[str, Any]:
-    members = json.loads(joined(await store.get(lease_key(number))))
-    assert isinstance(members, dict)
-    return members
-
-
-async def write(store: Store, number: int, content: bytes) -> None:
-    await store.put(lease_key(number), MemoryBody((content,)), replace=True)
-
-
-async def numbers(store: Store) -> list[int]:
-    return sorted([int(info.key.removeprefix("lease/"), 16) async for info in store.list("lease/")])
-
-
-@contextlib.contextmanager
-def process(folder: Path, ttl: float = TTL) -> Iterator[subprocess.Popen[str]]:
-    """A holder of lease 1 in a process of its own."""
-    command = [sys.executable, "-c", HOLDER, str(folder), str(ttl)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "1\n"
-            yield holder
-        finally:
-            holder.kill()
 
 
 @pytest.fixture(params=["memory", "local", "s3"])
@@ -260,7 +174,7 @@ async def test_a_name_from_a_lease_cannot_play_tricks_on_a_terminal() -> None:
     assert len(told[0]) < 400
 
 
-# -- giving it back, and holders that have ended
+# -- giving it back
 
 
 async def test_after_a_release_the_next_writer_need_not_wait(store: Store) -> None:
@@ -296,157 +210,6 @@ async def test_a_release_touches_no_lease_of_another() -> None:
     await first.release()
     assert await numbers(store) == []
     assert second.epoch == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_holder_that_was_killed_here_is_not_waited_for(tmp_path: Path, number: signal.Signals) -> None:
-    clock = FastClock()
-    with process(tmp_path) as holder:
-        holder.send_signal(number)
-        if number == signal.SIGKILL:
-            # Ended, and not yet noticed by its parent.
-            await asyncio.to_thread(os.waitid, os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
-            assert (await take(LocalStore(tmp_path), clock=clock)).epoch == 2
-            holder.wait()
-            ended = Heartbeat.decode(joined(await LocalStore(tmp_path).get(lease_key(1))))
-            assert ended is not None
-            assert ended.holder.ended(), "and once it is noticed"
-        else:
-            assert (await take(LocalStore(tmp_path), clock=clock)).epoch == 2
-    assert (clock.passed >= TTL) == (number == signal.SIGSTOP), "what is stopped may wake"
-
-
-@pytest.mark.parametrize(
-    ("changed", "waits"),
-    [
-        ({"birth": 1}, False),  # the number is ours now; whoever had it began at another time
-        ({"pid": 2**31 - 1}, False),
-        ({"pid": 2**31 - 1, "machine": "another"}, True),  # whether it lives there cannot be seen from here
-        ({"pid": 2**31 - 1, "machine": ""}, True),
-        ({"birth": 0}, True),
-        ({"pid": 0}, True),
-        ({"pid": -1}, True),
-        ({"pid": -(2**31) + 1}, True),
-        ({}, True),
-    ],
-)
-async def test_only_a_process_of_this_machine_can_be_known_to_have_ended(
-    changed: dict[str, object], waits: bool
-) -> None:
-    store, clock = MemoryStore(), FastClock()
-    await take(store)
-    await write(store, 1, json.dumps(await said(store, 1) | changed).encode())
-    assert (await take(store, clock=clock)).epoch == 2
-    assert (clock.passed > 0) == waits
-
-
-async def test_where_machines_cannot_be_told_apart_nobody_is_known_to_have_ended(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("infra.storage.heartbeat._machine", str)  # as where there is no /proc
-    store, clock = MemoryStore(), FastClock()
-    await take(store)
-    await write(store, 1, json.dumps(await said(store, 1) | {"pid": 2**31 - 1}).encode())
-    await take(store, clock=clock)
-    assert clock.passed >= TTL
-
-
-# -- destinations that fail
-
-
-async def test_a_destination_that_is_down_gets_the_lease_when_it_is_back() -> None:
-    away, here, told = Faulty(MemoryStore("away")), MemoryStore("here"), list[str]()
-    away.down = {"list": DOWN}
-    lease = await take(away, here, tell=told.append)
-    assert (lease.epoch, await numbers(here)) == (1, [1])
-    away.down = {"list": DOWN, "put": DOWN}
-    turns = 0
-
-    async def mend() -> None:
-        nonlocal turns
-        turns += 1
-        if turns == 20:
-            away.down = {}
-        if turns == 40:
-            raise StoreError("enough")
-
-    lease._clock = Meanwhile(mend)
-    with pytest.raises(StoreError, match="enough"):
-        await lease.run()
-    assert await numbers(away) == [1]
-    assert (await said(away.store, 1))["instance"] == lease.holder.instance
-    assert told == ["the lease cannot be renewed at away: nobody answers", "the lease is renewed at away again"]
-
-
-async def test_a_store_that_lets_nothing_be_written_is_passed_over_and_one_must_let() -> None:
-    sealed, here = Faulty(MemoryStore("sealed"), down={"put": DOWN}), MemoryStore("here")
-    assert (await take(sealed, here)).epoch == 1
-    with pytest.raises(StoreError) as refused:
-        await take(sealed)
-    assert refused.value is DOWN
-    sealed.down = {"list": DOWN}
-    with pytest.raises(StoreError) as refused:
-        await take(sealed)
-    assert refused.value is DOWN
-
-
-async def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.storage.lease.ANSWER", 0.1)
-    slow, here = Faulty(MemoryStore("slow"), delay={"list": 60}), MemoryStore("here")
-    await write(here, 1, b"?")
-    assert (await take(slow, here)).epoch == 2
-    assert slow.count("list") == 1, "not at each look"
-    with pytest.raises(StoreError, match="slow has not answered in 0 s") as refused:
-        await take(slow)
-    assert refused.value.passing
-
-
-async def test_the_highest_number_anywhere_counts() -> None:
-    low, high = MemoryStore("low"), MemoryStore("high")
-    await write(low, 3, b"?")
-    await write(high, 9, b"?")
-    lease = await take(low, high)
-    assert lease.epoch == 10
-    assert (await numbers(low), await numbers(high)) == ([3, 10], [9, 10])
-
-
-async def test_a_change_at_any_destination_is_life() -> None:
-    stores = [MemoryStore("one"), MemoryStore("two")]
-    first = await take(*stores)
-    first._places[0].store = Faulty(stores[0], down={"list": DOWN})
-    with pytest.raises(LeaseHeldError, match="lease/00000001 at two"):
-        await take(*stores, clock=Meanwhile(lambda: beat(first)))
-
-
-async def test_who_takes_over_while_we_watch_is_watched_anew() -> None:
-    store, clock, taken = MemoryStore(), FastClock(), False
-    await take(store)
-
-    async def overtake() -> None:
-        nonlocal taken
-        if clock.passed > TTL / 2 and not taken:
-            taken = True
-            await write(store, 2, b"?")
-
-    clock = Meanwhile(overtake)
-    assert (await take(store, clock=clock)).epoch == 3
-    assert clock.passed >= TTL * 1.5
-
-
-async def test_who_loses_at_one_destination_gives_back_what_it_took_at_others() -> None:
-    one, two = MemoryStore("one"), MemoryStore("two")
-
-    class Race(Faulty):
-        """Somebody else, for whom this destination is down, takes the number at the other one meanwhile."""
-
-        async def _begin(self, operation: str, key: str) -> int:
-            if (operation, key) == ("put", lease_key(1)) and not await numbers(two):
-                await write(two, 1, b"?")
-            return await super()._begin(operation, key)
-
-    lease = await take(Race(one), two)
-    assert lease.epoch == 2
-    assert (await said(one, 1))["released"] is True
 
 
 # -- holding it
@@ -537,63 +300,3 @@ async def test_a_lease_that_was_deleted_or_damaged_is_written_again() -> None:
     await write(store, 1, b"?")
     await beat(lease)
     assert (await said(store, 1))["instance"] == lease.holder.instance
-
-
-async def test_a_process_that_was_paused_past_its_lease_stops_when_it_wakes(tmp_path: Path) -> None:
-    with process(tmp_path, ttl=1.2) as holder:
-        holder.send_signal(signal.SIGSTOP)
-        second = await Lease.acquire([LocalStore(tmp_path)], clock=SystemClock(), ttl=1.2, tell=silent)
-        assert second.epoch == 2
-        holder.send_signal(signal.SIGCONT)
-        last, _ = await asyncio.to_thread(holder.communicate, timeout=30)
-    assert last.startswith(
-        f"True another service writes to this repository: {second.holder.words} holds lease/00000002"
-    )
-    assert holder.returncode == 0
-
-
-# -- cancelled
-
-
-@dataclass
-class Cancelling(Faulty):
-    """Cancels a task when its turn has come: before a call, or when the call is done."""
-
-    task: asyncio.Task[Any] | None = None
-    at: int = 0
-    after: bool = False
-
-    async def _begin(self, operation: str, key: str) -> int:
-        number = await super()._begin(operation, key)
-        self._strike(after=False)
-        return number
-
-    def _end(self, operation: str, number: int) -> None:
-        super()._end(operation, number)
-        self._strike(after=True)
-
-    def _strike(self, *, after: bool) -> None:
-        if self.task and len(self.calls) == self.at and after == self.after:
-            self.task.cancel()
-
-
-@pytest.mark.parametrize("after", [False, True])
-async def test_cancelled_at_any_call_it_leaves_no_task_and_no_holder(after: bool) -> None:
-    async def work(store: Store) -> None:
-        lease = await take(store, MemoryStore("other"))
-        try:
-            await lease.run()
-        finally:
-            await lease.release()
-
-    for at in range(1, 30):
-        store = Cancelling(MemoryStore(), at=at, after=after)
-        await write(store, 1, b"?")
-        store.calls.clear()
-        store.task = asyncio.create_task(work(store))
-        with pytest.raises(asyncio.CancelledError):
-            await store.task
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-        clock = FastClock()
-        lease = await take(store.store, clock=clock)
-        assert (lease.epoch, clock.passed > 0) in ((2, True), (3, False)), f"cancelled at call {at}: {store.calls}"

@@ -186,7 +186,7 @@ def _holes(catalog: Catalog, lineage: Lineage, start: Lsn) -> Iterator[Hole]:
     while (missing := catalog.wal_path(lineage, start).missing) is not None:
         first = missing.start(size) // size
         stored = catalog.segments.get(missing.timeline, Runs())
-        # It ends with the next stored segment, finished or open, the next timeline, or all that is known of the lineage.
+        # It ends with the next stored segment, finished or open, the next timeline, or the end of the lineage.
         tails = [n for n, reach in catalog.tails.get(missing.timeline, {}).items() if reach]
         ends = [n for n, _ in stored.ranges] + tails + [leg.begin // size for leg in lineage.legs] + [-(-end // size)]
         stop = min((n for n in ends if n > first), default=first + 1)

@@ -17,7 +17,7 @@ from pipeline.openwal import OpenSegment
 from pipeline.tail import TailName
 from pipeline.wal import Lsn, WalFile
 from tests.stores import Faulty
-from tests.tails import FILE, SIZE, HandClock, Tails, founded, running, settled, until
+from tests.tailing import FILE, SIZE, HandClock, Tails, founded, running, settled, until
 
 NEXT = FILE.next(SIZE)
 START = FILE.start(SIZE)

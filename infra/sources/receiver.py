@@ -22,13 +22,14 @@ from infra.postgres.replication import ReplicationConnection
 from infra.postgres.walstream import TimelineEnded, WalData, WalStream
 from infra.settings import Settings
 from infra.sources.announced import Announced
-from infra.sources.assembly import ROLLED_BACK, Assembly
-from infra.sources.primary import Primary, leg_after, leg_of, look_at, prepare_slot, refuse_old, stretches
+from infra.sources.assembly import Assembly
+from infra.sources.primary import Primary, leg_after, leg_of, look_at, prepare_slot, refuse_old
+from infra.sources.refusals import Refusals
 from infra.sources.server_watch import ServerWatch
 from pipeline.contracts import Buffer, Clock
 from pipeline.durable import Durable
 from pipeline.errors import SourceError, WalshipError, foreseen
-from pipeline.events import Event, GapOpened, HistoryReady, Notice, StreamLost, StreamStarted, TimelineLeft, WalMoved
+from pipeline.events import Event, HistoryReady, Notice, StreamLost, StreamStarted, TimelineLeft, WalMoved
 from pipeline.lineage import Leg, Lineage
 from pipeline.openwal import OpenWal
 from pipeline.resume import GoOn
@@ -100,11 +101,7 @@ class Receiver:
         self._held = 0
         #: That history, until its turn has come.
         self._history: bytes | None = None
-        #: Where WAL begins again behind what the server has removed; None: no gap has opened.
-        self._after: Lsn | None = None
-        #: Where stored segments begin again behind the first that are missing.
-        self._hole_end: Lsn | None = None
-        self._slot_lies = False
+        self._refusals = Refusals(notify)
         self._received_any = False
         #: ``host:port`` of the server.
         self._place = ""
@@ -195,8 +192,8 @@ class Receiver:
             async with await connect(settings) as control:
                 primary = await look_at(replication, control, system_id=self._system_id, segment_size=self._size)
                 self._agree(primary)
-                kept = await prepare_slot(replication, control, settings.slot, renew=self._slot_lies)
-                self._slot_lies = False
+                kept = await prepare_slot(replication, control, settings.slot, renew=self._refusals.slot_lies)
+                self._refusals.slot_lies = False
             self.current = primary.lsn
             await self._find_position(primary, kept)
             async with asyncio.TaskGroup() as group:
@@ -223,16 +220,16 @@ class Receiver:
 
     async def _find_position(self, primary: Primary, kept: Lsn) -> None:
         """Where the stream begins: known but for the first time, and behind a gap. ``kept``: the slot's beginning."""
-        if self.durable is not None and self._after is None:
+        if self.durable is not None and self._refusals.after is None:
             return
-        go = await self._resume(primary.lineage, self._after or 0)
+        go = await self._resume(primary.lineage, self._refusals.after or 0)
         if go is None:
-            lsn = max(Lsn(kept // self._size * self._size), self._after or Lsn(0))
+            lsn = max(Lsn(kept // self._size * self._size), self._refusals.after or Lsn(0))
             timeline = primary.lineage.newest(lsn // self._size).timeline
         else:
             timeline, lsn = go.timeline, go.lsn
-        self._hole_end = go.hole_end if go is not None else None
-        self._after = None
+        self._refusals.hole_end = go.hole_end if go is not None else None
+        self._refusals.after = None
         self._assembly.begin_at(timeline, lsn)
         if self.durable is None:
             self.durable = self._make_durable(lsn)
@@ -282,7 +279,7 @@ class Receiver:
             finally:
                 await stream.close()
         except RefusedError as error:
-            raise self._explained(error, primary, begin, kept) from None
+            raise self._refusals.explain(error, primary, timeline=timeline, begin=begin, kept=kept) from None
 
     async def _receive(self, stream: WalStream, kept: Lsn, watch: ServerWatch) -> None:
         """Data in, reports out, until the timeline ends."""
@@ -313,12 +310,12 @@ class Receiver:
             if flush > reported or now - reported_at >= (_ANSWER if asked else _REPORT):
                 await stream.report(flush, now=self._clock.now())
                 asked, reported, reported_at = False, flush, now
-            self._leave_if_held_up(watch, now)
+            self._leave_if_held_up(watch)
             pause = reported_at + (_ANSWER if asked else _REPORT) - now
             await stream.wait(self._wake, reading=self._assembly.room, seconds=max(pause, 0.001))
 
-    def _leave_if_held_up(self, watch: ServerWatch, now: float) -> None:
-        if watch.leaving is not None and now - watch.leaving >= self._grace:
+    def _leave_if_held_up(self, watch: ServerWatch) -> None:
+        if watch.held_up(reading=self._assembly.room) >= self._grace:
             raise SourceError(
                 f"PostgreSQL is shutting down and has waited {self._grace:g} seconds for WAL that is not durable yet:"
                 " the connection is closed, so that it can",
@@ -363,40 +360,6 @@ class Receiver:
     def _started(self, place: str) -> None:
         self._place = place
         self._notify(StreamStarted(place, self._assembly.timeline, self._assembly.received, self.synchronous))
-
-    def _explained(self, error: RefusedError, primary: Primary, begin: Lsn, kept: Lsn) -> SourceError:
-        """What the server's refusal means, and what is done about it at the next attempt."""
-        match error.state:
-            case "58P01":
-                return self._open_gap(error, primary, begin, kept)
-            case "55000":
-                self._slot_lies = True  # it is lost
-                return error
-            case "XX000":
-                return SourceError(error.fact, hint=ROLLED_BACK, lasting=True)
-            case _:
-                return error
-
-    def _open_gap(self, error: RefusedError, primary: Primary, begin: Lsn, kept: Lsn) -> SourceError:
-        """WAL from ``begin`` on is removed: go on at what the slot keeps, or at what is stored before that."""
-        end = min(Lsn(kept // self._size * self._size), self._hole_end or kept)
-        if end <= begin:
-            self._slot_lies = True  # it does not keep what it says; a new one tells where WAL begins
-            return error
-        for leg, first, last in stretches(primary.lineage, self._assembly.timeline, begin, end):
-            self._notify(
-                GapOpened(
-                    leg.timeline,
-                    WalFile.segment(leg.timeline, first, self._size),
-                    WalFile.segment(leg.timeline, last, self._size),
-                    hint="take a new base backup now: `walship backup`; nothing can be restored across the gap",
-                )
-            )
-        self._after = end
-        return SourceError(
-            f"PostgreSQL at {primary.place} has removed WAL that was not stored, from {begin} to {end}: {error.fact}",
-            hint="take a new base backup; max_slot_wal_keep_size, if set, is too small for how long stores were away",
-        )
 
     async def _tell_for_ever(self) -> None:
         """How far everybody is, each second, connected or not."""

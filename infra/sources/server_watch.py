@@ -21,7 +21,7 @@ from pipeline.wal import Lsn
 #: Seconds between looks.
 _PERIOD = 2.0
 #: Seconds after which the connection is replaced.
-_RENEW = 30.0
+_RENEW = 10.0
 #: So many keepalives that ask for an answer, at an unchanged end, within so many seconds, are a burst.
 _BURST = 5
 _BURST_SECONDS = 2.0
@@ -47,8 +47,12 @@ class ServerWatch:
         self._suspected = asyncio.Event()
         self._asked: deque[float] = deque(maxlen=_BURST)
         self._end = Lsn(0)
-        #: Since when the server is known to shut down, in monotonic seconds; None: it does not.
-        self.leaving: float | None = None
+        #: When we last looked because of a burst.
+        self._probed = -_PERIOD
+        #: The server lets nobody in: it shuts down.
+        self._closed = False
+        #: Since when it waits for us and nobody else, in monotonic seconds; None: it does not.
+        self._since: float | None = None
 
     def asked(self, end: Lsn) -> None:
         """A keepalive that asks for an answer has come; ``end`` as it says."""
@@ -57,9 +61,26 @@ class ServerWatch:
             self._asked.clear()
         self._end = end
         self._asked.append(now)
-        if len(self._asked) == _BURST and now - self._asked[0] < _BURST_SECONDS:
-            self._asked.clear()
+        if self._bursting(now) and now - self._probed >= _PERIOD:
+            self._probed = now
             self._suspected.set()
+
+    def held_up(self, *, reading: bool) -> float:
+        """Seconds for which the server has waited for us alone to shut down; 0 if it does not.
+
+        A *smart* shutdown lets clients work on, for hours: only keepalives in a burst tell that they are gone. Where
+        nothing is read no keepalive arrives, but then nothing is lost by leaving either.
+        """
+        now = self._clock.monotonic()
+        if not self._closed or (reading and not self._bursting(now)):
+            self._since = None
+            return 0.0
+        if self._since is None:
+            self._since = now
+        return now - self._since
+
+    def _bursting(self, now: float) -> bool:
+        return len(self._asked) == _BURST and now - self._asked[0] < _BURST_SECONDS
 
     async def run(self) -> None:
         """Look every two seconds, and at once when the server is suspected to shut down."""
@@ -93,10 +114,9 @@ class ServerWatch:
         except SourceError as error:
             # In whichever language: who asks for answers in a burst and lets nobody in is shutting down.
             down = isinstance(error, RefusedError) and error.state == "57P03"
-            if (suspected or down) and self.leaving is None:
-                self.leaving = self._clock.monotonic()
+            self._closed = self._closed or suspected or down
             return None
-        self.leaving = None
+        self._closed = False
         return connection
 
     async def _look(self, connection: Connection) -> bool:

@@ -163,8 +163,11 @@ class Rig:
         return self.sql(f"select 1 {_OURS} and state = 'streaming' and flush_lsn is not null") != []
 
     def caught_up(self) -> None:
-        """Wait until all that is written at this moment has been reported durable by the stream."""
-        ((end,),) = self.sql("select pg_current_wal_insert_lsn()::text")
+        """Wait until the stream has reported something durable that is written now, and all before it.
+
+        Something new: what was durable already says nothing of whether the stream still comes.
+        """
+        ((end,),) = self.sql("select pg_logical_emit_message(true, 'walship', '')::text")
         self.wait(
             lambda: self.sql(f"select 1 {_OURS} and flush_lsn >= '{end}'") != [], f"the stream is durable up to {end}"
         )

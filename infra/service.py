@@ -25,13 +25,13 @@ from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
 from infra.sources.watcher import SpoolWatcher
-from infra.storage.lease import Lease
+from infra.storage.lease import Lease, LeaseHeldError
 from infra.streaming import Streaming
 from infra.wiring import Shipping, Site, open_destinations, open_shipping, open_site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Source
 from pipeline.dispatcher import Dispatcher, Handle, endless, none_left
-from pipeline.errors import ConfigError, IntegrityError, SourceError, StoreError, WalshipError, foreseen
+from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, SourceError, StoreError, WalshipError, foreseen
 from pipeline.events import Acknowledged, BackupReady, Event, Notice
 from pipeline.reconcile import Reconciler
 
@@ -110,27 +110,13 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: 
         pause = min(LONGEST_PAUSE, pause * 2)
 
 
-class LeaseHeldError(SourceError):
-    """Another writer ships to this repository."""
-
-
-async def _keep(lease: Lease) -> None:
-    try:
-        await lease.run()
-    except SourceError as error:
-        raise LeaseHeldError(error.fact, hint=error.hint) from None
-
-
 @asynccontextmanager
 async def _holding_lease(site: Site) -> AsyncIterator[Lease]:
     """Nobody else ships this cluster meanwhile; the next writer need not wait when we are through."""
     what = f"spool {site.settings.spool_dir}" if "watch" in site.settings.sources else f"slot {site.settings.slot}"
-    try:
-        lease = await Lease.acquire(
-            site.stores, clock=site.clock, tell=lambda line: log.info("lease", said=line), server=what
-        )
-    except SourceError as error:
-        raise LeaseHeldError(error.fact, hint=error.hint) from None
+    lease = await Lease.acquire(
+        site.stores, clock=site.clock, tell=lambda line: log.info("lease", said=line), server=what
+    )
     try:
         yield lease
     finally:
@@ -145,10 +131,10 @@ def _can_pass(error: WalshipError, spool: Path | None) -> bool:
     The spool is in other hands while a backup or a switch that found no service ships it; they give it back. So is
     the lease, until the other writer ends.
     """
+    if isinstance(error, LeaseHeldError | ObjectConflict):
+        return True  # the next attempt has a number of its own, or is told whose turn it is
     if isinstance(error, StoreError):
         return error.passing
-    if isinstance(error, LeaseHeldError):
-        return True
     return isinstance(error, SourceError) and spool is not None and holder(spool) not in (None, os.getpid())
 
 
@@ -200,7 +186,7 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
     async with asyncio.TaskGroup() as group:
         group.create_task(shipping.uploader.run())
         if lease is not None:
-            group.create_task(_keep(lease))
+            group.create_task(lease.run())
         if watcher is not None:
             group.create_task(_tell_of_server(site))
             group.create_task(_keep_history(site, shipping.service))

@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -20,6 +20,7 @@ from infra.storage.memory import MemoryStore
 from pipeline.catalog import REPOSITORY, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Abilities, Buffer, Clock
+from pipeline.errors import ObjectMissing
 from pipeline.events import Notice
 from pipeline.objects import TRAILER_SIZE, MemoryBody, read_header
 from pipeline.openwal import OpenSegment, OpenWal
@@ -150,13 +151,15 @@ class Tails:
         return sorted((name.start, name.end) for name in await self.names(file))
 
     async def recover(self, file: WalFile = FILE) -> Stitched:
-        """What the tails that are stored give, as a restore joins them."""
-        parts = []
-        for name in await self.names(file):
-            body = await self.store.store.get(name.key)
-            _, plain = self.chain.decode(Expected(name.key, "7"), body.chunks())
-            parts.append(TailPart(name, bytes(plain[:HASH_SIZE]), bytes(plain[HASH_SIZE:])))
-        return stitch(file, parts, self.size)
+        """What the tails that are stored give, as a restore joins them: one that vanishes means looking again."""
+        while True:
+            with suppress(ObjectMissing):
+                return stitch(file, [await self._part(name) for name in await self.names(file)], self.size)
+
+    async def _part(self, name: TailName) -> TailPart:
+        body = await self.store.store.get(name.key)
+        _, plain = self.chain.decode(Expected(name.key, "7"), body.chunks())
+        return TailPart(name, bytes(plain[:HASH_SIZE]), bytes(plain[HASH_SIZE:]))
 
 
 async def founded(name: str = "memory") -> Faulty:

@@ -18,6 +18,8 @@ from infra.keys import Policy, open_keyring
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts
 from infra.postgres.problems import problems
+from infra.postgres.senders import StreamFacts, read_stream_facts
+from infra.postgres.stream_problems import stream_problems, stream_words
 from infra.repository import Destination, RepositoryFacts, find
 from infra.repository import read_facts as read_repository
 from infra.settings import SECRETS, Settings
@@ -49,13 +51,16 @@ def _wrong(subject: str, error: WalshipError) -> Finding:
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
     """Try everything, one finding after the other. Writes one small object to each destination and removes it."""
     server: ServerFacts | None = None
+    stream: StreamFacts | None = None
     try:
         async with await connect(settings) as connection:
             server = await read_facts(connection)
+            if "stream" in settings.sources:
+                stream = await read_stream_facts(connection, settings.slot)
     except SourceError as error:
         yield _wrong("server", error)
     if server is not None:
-        async for finding in _server(server, settings):
+        async for finding in _server(server, stream, settings):
             yield finding
     async for finding in _spool(settings):
         yield finding
@@ -79,16 +84,20 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             )
 
 
-async def _server(server: ServerFacts, settings: Settings) -> AsyncIterator[Finding]:
-    found = problems(server, settings)
-    for problem in found:
+async def _server(server: ServerFacts, stream: StreamFacts | None, settings: Settings) -> AsyncIterator[Finding]:
+    found = problems(server, settings) + (stream_problems(server, stream, settings) if stream else [])
+    for problem in sorted(found, key=lambda problem: problem.severity):
         error = SourceError(problem.fact, hint=problem.hint) if problem.severity == "error" else None
         yield Finding("server", problem.severity, problem.fact, problem.hint, error)
     if not any(problem.severity == "error" for problem in found):
-        mode = server.archive_library or server.archive_command
-        yield Finding(
-            "server", "ok", f"PostgreSQL {server.major}, cluster {server.system_identifier}, archives by {mode}"
-        )
+        ways = {
+            "watch": f"archives by {server.archive_library or server.archive_command}",
+            "stream": f"streams its WAL through the slot {settings.slot}",
+        }
+        how = " and ".join(ways[source] for source in ways if source in settings.sources)
+        yield Finding("server", "ok", f"PostgreSQL {server.major}, cluster {server.system_identifier}, {how}")
+    for words in stream_words(server, stream, settings) if stream else []:
+        yield Finding("server", "ok", words)
     try:
         async with await connect(settings, replication=True):
             yield Finding("server", "ok", "accepts replication connections")
@@ -97,10 +106,18 @@ async def _server(server: ServerFacts, settings: Settings) -> AsyncIterator[Find
 
 
 async def _spool(settings: Settings) -> AsyncIterator[Finding]:
+    if not settings.sources:
+        hint = "set WALSHIP_SOURCES=stream, or watch,stream, or watch: without a source no WAL is shipped"
+        yield _wrong("settings", ConfigError("WALSHIP_SOURCES names no source", hint=hint))
+        return
+    if "watch" not in settings.sources:
+        if settings.spool_dir is not None:
+            fact = f"WALSHIP_SPOOL_DIR is {settings.spool_dir}, and nobody empties it: WALSHIP_SOURCES is without watch"
+            yield Finding("spool", "warning", fact, "set WALSHIP_SOURCES=watch,stream, or let PostgreSQL not archive")
+        return
     if settings.spool_dir is None:
-        yield _wrong(
-            "spool", ConfigError("WALSHIP_SPOOL_DIR is not set", hint="it is the folder PostgreSQL archives into")
-        )
+        hint = "it is the folder PostgreSQL archives into; for the stream alone, set WALSHIP_SOURCES=stream"
+        yield _wrong("spool", ConfigError("WALSHIP_SPOOL_DIR is not set", hint=hint))
         return
     try:
         check_spool(settings.spool_dir)

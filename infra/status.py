@@ -10,13 +10,17 @@ from typing import Any
 from handlers.fetch import Fetcher
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.senders import StreamFacts, read_stream_facts
+from infra.postgres.sync import meaning
+from infra.reach import leads_to, unbroken, with_claimed_tails
 from infra.sources.spool import SpoolState, holder, look_at_spool
 from infra.wiring import Site
 from pipeline.backup import BackupInfo
-from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
+from pipeline.catalog import Listing, backup_of, checked_info, info_key, wal_key
 from pipeline.contracts import Fetch, Store
-from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, SourceError, StoreError
-from pipeline.wal import Lsn, WalFile, parse_history
+from pipeline.errors import IntegrityError, ObjectMissing, SourceError, StoreError
+from pipeline.tail import TailName
+from pipeline.wal import parse_history
 
 #: Waiting longer than this in the spool is no longer a passing queue.
 SLOW = timedelta(minutes=2)
@@ -35,8 +39,10 @@ class DestinationStatus:
     #: The newest finished segment there, on the server's timeline.
     last_segment: str = ""
     #: Up to here the WAL is there without a hole, from the newest backup on (or from the first segment, if there is no
-    #: backup); None if there is no WAL.
+    #: backup), by finished segments and, as far as their names tell, by tails; None if there is no WAL.
     durable_lsn: str | None = None
+    #: So many bytes of that are in tails alone.
+    tail_bytes: int = 0
     #: The first segment that is missing there although later ones are stored; empty if none is.
     missing: str = ""
     #: Bytes written by the server and not yet there; None if the server or the destination does not answer.
@@ -46,6 +52,30 @@ class DestinationStatus:
     last_backup: str = ""
     #: What could not be read there, one sentence each.
     problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """The stream, as the server tells of it."""
+
+    slot: str
+    #: Empty if walship streams from the slot; else what is in the way.
+    problem: str
+    #: reserved, extended, unreserved, lost; empty if there is no slot, or it keeps nothing.
+    wal_status: str
+    #: Bytes of WAL that the server keeps for the slot.
+    retained_bytes: int
+    #: Bytes that may be written before the slot is in danger; None without a limit.
+    safe_wal_size: int | None
+    #: async, potential, sync or quorum; empty if walship does not stream.
+    sync_state: str
+    #: What commits wait for, by the server's settings.
+    commits: str
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether commits wait for us now."""
+        return self.sync_state in ("sync", "quorum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +93,8 @@ class Status:
     spool_error: str
     #: Process id of the service that ships the spool; None if there is none.
     service: int | None
+    #: None if WALSHIP_SOURCES is without stream, or the server does not answer.
+    stream: StreamStatus | None
     destinations: tuple[DestinationStatus, ...]
     reasons: tuple[str, ...] = field(default=())
 
@@ -78,8 +110,8 @@ class Status:
 async def read_status(site: Site) -> Status:
     """Look at everything. What does not answer is part of the status, never an error."""
     now = site.clock.now()
-    server, server_error = await _server(site)
-    spool_dir = site.settings.spool_dir
+    server, stream, server_error = await _server(site)
+    spool_dir = site.settings.spool_dir if "watch" in site.settings.sources else None
     spool, spool_error = None, ""
     if spool_dir:
         try:
@@ -97,20 +129,48 @@ async def read_status(site: Site) -> Status:
         spool=spool,
         spool_error=spool_error,
         service=holder(spool_dir) if spool_dir else None,
+        stream=_stream(server, stream, site.settings.slot) if server and stream else None,
         destinations=tuple(destinations),
     )
-    return replace(status, reasons=tuple(_reasons(status, server, site.facts.segment_size)))
+    return replace(status, reasons=tuple(_reasons(status, server, site)))
 
 
-async def _server(site: Site) -> tuple[ServerFacts | None, str]:
+async def _server(site: Site) -> tuple[ServerFacts | None, StreamFacts | None, str]:
+    stream = None
     try:
         async with await connect(site.settings) as connection:
             facts = await read_facts(connection)
+            if "stream" in site.settings.sources:
+                stream = await read_stream_facts(connection, site.settings.slot)
     except SourceError as error:
-        return None, error.fact
+        return None, None, error.fact
     if facts.system_identifier != site.facts.system_id:
-        return None, f"the server is the cluster {facts.system_identifier}, not {site.facts.system_id}"
-    return facts, ""
+        return None, None, f"the server is the cluster {facts.system_identifier}, not {site.facts.system_id}"
+    return facts, stream, ""
+
+
+def _stream(server: ServerFacts, stream: StreamFacts, name: str) -> StreamStatus:
+    slot, ours = stream.slot, stream.ours
+    problem = ""
+    if slot is None:
+        problem = f"there is no slot {name}: nothing streams (`walship run` makes it)"
+    elif ours is None:
+        kept = f"it keeps {slot.retained} bytes of WAL"
+        used = f"is used by another program: {slot.holder}" if slot.active else "is idle: nothing streams"
+        problem = f"the slot {name} {used}; {kept}"
+    if slot is not None and slot.lost:
+        problem = f"the slot {name} is lost: the server did not keep its WAL"
+    elif slot is not None and slot.wal_status == "unreserved":
+        problem = f"the slot {name} is about to be lost: it keeps more than max_slot_wal_keep_size"
+    return StreamStatus(
+        slot=name,
+        problem=problem,
+        wal_status=slot.wal_status if slot else "",
+        retained_bytes=slot.retained if slot else 0,
+        safe_wal_size=slot.safe_wal_size if slot else None,
+        sync_state=ours.sync_state if ours else "",
+        commits=meaning(server.synchronous_standby_names, name).fact,
+    )
 
 
 async def _destination(store: Store, site: Site, server: ServerFacts | None, *, required: bool) -> DestinationStatus:
@@ -118,6 +178,8 @@ async def _destination(store: Store, site: Site, server: ServerFacts | None, *, 
     fetch = Fetcher([store], site.chain, site.facts.system_id)
     names = []
     try:
+        # Tails first: a segment that is finished meanwhile is seen in one of the two listings.
+        tails = [tail async for entry in store.list("tail/") if (tail := TailName.parse(entry.key))]
         async for entry in store.list("wal/"):
             listing.add(entry.key)
         async for entry in store.list("base/", shallow=True):
@@ -128,10 +190,10 @@ async def _destination(store: Store, site: Site, server: ServerFacts | None, *, 
         await _read_histories(fetch, listing)
     except StoreError as error:
         return DestinationStatus(store.name, required, error=error.fact)
-    catalog = listing.catalog(site.facts.segment_size)
+    catalog = with_claimed_tails(listing.catalog(site.facts.segment_size), tails)
     timeline = server.timeline if server and server.timeline in catalog.timelines else catalog.newest_timeline
     runs = catalog.segments.get(timeline)
-    durable, missing = unbroken(catalog, timeline, backup)
+    reach = unbroken(catalog, timeline, backup)
     problems = catalog.problems
     if backup is not None and not leads_to(catalog, timeline, backup):
         problems += (f"no base backup leads to timeline {timeline}, where the WAL is now: take one (`walship backup`)",)
@@ -139,36 +201,14 @@ async def _destination(store: Store, site: Site, server: ServerFacts | None, *, 
         store.name,
         required,
         last_segment=catalog.file(timeline, runs.last).name if runs else "",
-        durable_lsn=str(durable) if durable is not None else None,
-        missing=missing.name if missing else "",
-        lag_bytes=max(0, server.wal_lsn - durable) if server and durable is not None else None,
+        durable_lsn=str(reach.lsn) if reach.lsn is not None else None,
+        tail_bytes=reach.in_tails,
+        missing=reach.missing.name if reach.missing else "",
+        lag_bytes=max(0, server.wal_lsn - reach.lsn) if server and reach.lsn is not None else None,
         holes=sum(hole.count for hole in catalog.holes()),
         last_backup=backup.name if backup else "",
         problems=problems,
     )
-
-
-def leads_to(catalog: Catalog, timeline: int, backup: BackupInfo) -> bool:
-    """Whether a restore that begins with the backup can follow that timeline."""
-    try:
-        return catalog.lineage(timeline).holds(backup.timeline, backup.start_lsn)
-    except RecoveryError:
-        return False
-
-
-def unbroken(catalog: Catalog, timeline: int, backup: BackupInfo | None) -> tuple[Lsn | None, WalFile | None]:
-    """How far the WAL that leads to ``timeline`` goes without a hole, and the segment that is missing there, if any.
-
-    It begins with the backup, if that is one that the timeline descends from; else with the timeline's first segment.
-    """
-    if backup is not None and leads_to(catalog, timeline, backup):
-        path = catalog.wal_path(catalog.lineage(timeline), backup.start_lsn)
-        return path.end, path.missing
-    runs = catalog.segments.get(timeline)
-    if not runs:
-        return None, None
-    end = runs.reach(runs.ranges[0][0])
-    return Lsn(end * catalog.segment_size), catalog.file(timeline, end) if end <= runs.last else None
 
 
 async def _newest_backup(names: list[str], fetch: Fetch, listing: Listing) -> BackupInfo | None:
@@ -193,12 +233,14 @@ async def _read_histories(fetch: Fetch, listing: Listing) -> None:
             listing.unreadable_history(file.timeline, error.fact)
 
 
-def _reasons(status: Status, server: ServerFacts | None, segment_size: int) -> Iterator[str]:
+def _reasons(status: Status, server: ServerFacts | None, site: Site) -> Iterator[str]:
     """What keeps the status from being healthy, the gravest first."""
     if status.server_error:
         yield f"server: {status.server_error}"
-    if server and server.archiver.failing:
+    if server and server.archiver.failing and "watch" in site.settings.sources:
         yield f"server: archiving fails since {server.archiver.last_failed_wal}"
+    if status.stream is not None and status.stream.problem:
+        yield f"stream: {status.stream.problem}"
     if status.spool_error:
         yield f"spool: {status.spool_error}"
     if status.spool is not None:
@@ -209,7 +251,7 @@ def _reasons(status: Status, server: ServerFacts | None, segment_size: int) -> I
         if status.spool.refused:
             yield f"spool: {status.spool.refused} files were refused and moved aside"
     for place in status.destinations:
-        for reason in _reasons_of(place, segment_size):
+        for reason in _reasons_of(place, site.facts.segment_size):
             yield f"{place.name}: {reason}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, settings
-from infra.status import Status, read_status
+from infra.status import Status, StreamStatus, read_status
 from infra.wiring import open_site
 
 
@@ -29,8 +29,10 @@ def _lines(status: Status) -> list[str]:
     lines = [f"cluster {status.system_id}: {'all is well' if status.healthy else 'NOT WELL'}"]
     lines += [f"  ! {reason}" for reason in status.reasons]
     lines.append(f"server   {status.server_error or f'WAL written to {status.current_lsn}'}")
-    service = f"process {status.service}" if status.service else "not running"
-    lines.append(f"service  {service}")
+    if status.spool is not None or status.stream is None:
+        lines.append(f"service  {f'process {status.service}' if status.service else 'not running'}")
+    if status.stream is not None:
+        lines += _stream(status.stream)
     if status.spool_error:
         lines.append(f"spool    {status.spool_error}")
     if status.spool is not None:
@@ -45,6 +47,17 @@ def _lines(status: Status) -> list[str]:
             continue
         lag = "unknown" if place.lag_bytes is None else human(place.lag_bytes)
         hole = f", {place.missing} is missing" if place.missing else ""
-        lines.append(f"  last segment {place.last_segment or 'none'}{hole}; behind by {lag}")
+        tails = f" and {human(place.tail_bytes)} in tails, as far as names tell" if place.tail_bytes else ""
+        lines.append(f"  last segment {place.last_segment or 'none'}{tails}{hole}; behind by {lag}")
         lines.append(f"  last backup  {place.last_backup or 'none'}")
     return lines
+
+
+def _stream(stream: StreamStatus) -> list[str]:
+    safe = "" if stream.safe_wal_size is None else f", and can keep {human(max(0, stream.safe_wal_size))} more"
+    kept = f"the slot {stream.slot} keeps {human(stream.retained_bytes)} ({stream.wal_status or 'nothing yet'}){safe}"
+    waits = "commits wait for it" if stream.waited_for else "commits do not wait for it"
+    return [
+        f"stream   {stream.problem or f'WAL streams, {waits}; {kept}'}",
+        f"commits  {stream.commits}",
+    ]

@@ -47,15 +47,13 @@ async def read_tail(
     if not reading.copies:
         return None
     while names := reading.next():
-        for name in names:
-            reading.tried.add(name)
-        gate = asyncio.Semaphore(_WIDTH)
-        async with asyncio.TaskGroup() as group:
-            for name in names:
-                group.create_task(reading.one(name, gate))
+        await reading.all(names)
+    made = await asyncio.to_thread(stitch, file, reading.parts, segment_size)
+    while names := reading.further(made.reach):
+        await reading.all(names)
+        made = await asyncio.to_thread(stitch, file, reading.parts, segment_size)
     if reading.failed and not lenient:
         raise reading.failed[0]
-    made = await asyncio.to_thread(stitch, file, reading.parts, segment_size)
     if gone := [name for name in reading.gone if name.end > made.reach]:
         raise ObjectMissing(f"{gone[0].key} was listed and is gone", hint="the segment may be finished by now")
     lost = [fact for name, fact in sorted(reading.damaged.items()) if name.end > made.reach]
@@ -102,6 +100,17 @@ class _Reading:
         have = [part.name for part in self.parts]
         kept = set(outermost([*have, *(name for name in self.copies if name not in self.tried)]))
         return [name for name in kept if name not in self.tried]
+
+    def further(self, reach: int) -> list[TailName]:
+        """What was not read because another one holds it, which then did not fit: of a clone with the same epoch."""
+        return [name for name in self.copies if name not in self.tried and name.end > reach]
+
+    async def all(self, names: Sequence[TailName]) -> None:
+        self.tried.update(names)
+        gate = asyncio.Semaphore(_WIDTH)
+        async with asyncio.TaskGroup() as group:
+            for name in names:
+                group.create_task(self.one(name, gate))
 
     async def one(self, name: TailName, gate: asyncio.Semaphore) -> None:
         """Read it from the first destination that has it whole."""

@@ -120,6 +120,16 @@ async def test_what_a_fold_holds_is_not_read_again(shelf: Shelf) -> None:
     assert (made.reach, made.notices) == (5000, ())
 
 
+async def test_what_is_only_in_a_fold_that_does_not_fit_is_read(shelf: Shelf) -> None:
+    """A clone with the same epoch has a tail that holds the range of a true one, and other bytes in it."""
+    store = await laid(shelf, *ABC)
+    await lay(store, shelf.chain, FILE, TRUTH[:900] + bytes(SIZE - 900), [(950, 9000)])
+    made = await fetcher(shelf, store).tail(FILE, SIZE)
+    assert made is not None
+    assert (made.reach, bytes(made.content[:5000])) == (5000, TRUTH[:5000])
+    assert "came from another fork" in made.notices[0]
+
+
 async def test_a_tail_with_another_size_than_its_name_says_is_damaged(shelf: Shelf) -> None:
     pieces = [bytes(p) for p in shelf.chain.encode(key(0, 1000), bytes(32 + 999), created=NOW)]
     await shelf.store.put(key(0, 1000), MemoryBody(pieces))

@@ -35,6 +35,21 @@ async def check_overlap(site: Site, lineage: Lineage, stored: dict[int, Runs], w
     await _compare_tail(site, WalFile.segment(where.timeline, where.lsn, size), leg.end)
 
 
+def refuse_demoted(timeline: int, stored: int) -> None:
+    """SourceError (lasting) if the repository has gone over to a later timeline than the server's.
+
+    Commits that it acknowledged would be none for whoever restores the latest state.
+    """
+    if timeline < stored:
+        raise SourceError(
+            f"the server is on timeline {timeline}, and another one has gone over to timeline {stored} in this repository:"
+            " it was primary before, and is not followed",
+            hint="connect walship to the node that was promoted. If there is none, and a clone has shipped here by"
+            f" mistake, remove wal/{stored:08X}* and tail/{stored:08X}* from every destination",
+            lasting=True,
+        )
+
+
 async def _compare_segment(site: Site, file: WalFile) -> None:
     server = await _from_server(site, file, site.facts.segment_size)
     if server is None:

@@ -24,8 +24,15 @@ class Stored:
 
     #: destination → timeline → numbers of segments. A destination that did not answer is not in it.
     segments: dict[str, dict[int, Runs]] = field(default_factory=dict)
-    #: The newest complete backup of each timeline, newest first.
+    #: Complete backups, the newest first: enough of them to find one of any lineage.
     backups: list[BackupInfo] = field(default_factory=list)
+    #: Timelines that a server of this cluster has gone over to: their histories are stored.
+    histories: set[int] = field(default_factory=set)
+
+    @property
+    def newest_timeline(self) -> int:
+        """The greatest timeline that has a history or a finished segment; 1 if nothing is stored."""
+        return max([1, *self.histories, *(timeline for each in self.segments.values() for timeline in each)])
 
     @property
     def anywhere(self) -> dict[int, Runs]:
@@ -45,7 +52,9 @@ async def look_at_stored(site: Site) -> Stored:
     failures: list[StoreError] = []
     for store in site.stores:
         try:
-            stored.segments[store.name] = await _segments(store, site)
+            listing = await _listed(store, site)
+            stored.segments[store.name] = listing.catalog(site.facts.segment_size).segments
+            stored.histories |= {file.timeline for file in listing.history_files}
             async for entry in store.list("base/", shallow=True):
                 name = entry.key.removeprefix("base/").rstrip("/")
                 if backup_of(info_key(name)):
@@ -58,11 +67,11 @@ async def look_at_stored(site: Site) -> Stored:
     return stored
 
 
-async def _segments(store: Store, site: Site) -> dict[int, Runs]:
+async def _listed(store: Store, site: Site) -> Listing:
     listing = Listing(site.facts.system_id)
     async for entry in store.list("wal/"):
         listing.add(entry.key)
-    return listing.catalog(site.facts.segment_size).segments
+    return listing
 
 
 async def _backups(fetch: Fetcher, names: set[str]) -> list[BackupInfo]:

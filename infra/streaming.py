@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from handlers.outlet import Outlet, Parcel
 from handlers.ship import Shipper
 from handlers.tail import TailShipper
-from infra.overlap import check_overlap
+from infra.overlap import check_overlap, refuse_demoted
 from infra.sources.receiver import Receiver
 from infra.stored import Stored, look_at_stored
 from infra.wiring import Shipping, Site
@@ -104,6 +104,7 @@ class Streaming:
     async def _resume(self, lineage: Lineage, after: int = 0) -> GoOn | None:
         """Where nobody has anything: what only some have is copied to the others. See ``pipeline.resume``."""
         self._stored = await look_at_stored(self._site)
+        refuse_demoted(lineage.timeline, self._stored.newest_timeline)
         where = go_on(lineage, self._stored.anywhere, begin=self._stored.begin(lineage), after=after)
         if where is not None:
             await check_overlap(self._site, lineage, self._stored.anywhere, where)

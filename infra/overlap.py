@@ -42,8 +42,8 @@ def refuse_demoted(timeline: int, stored: int) -> None:
     """
     if timeline < stored:
         raise SourceError(
-            f"the server is on timeline {timeline}, and another one has gone over to timeline {stored} in this repository:"
-            " it was primary before, and is not followed",
+            f"the server is on timeline {timeline}, and another one has gone over to timeline {stored} in this"
+            " repository: it was primary before, and is not followed",
             hint="connect walship to the node that was promoted. If there is none, and a clone has shipped here by"
             f" mistake, remove wal/{stored:08X}* and tail/{stored:08X}* from every destination",
             lasting=True,

@@ -115,7 +115,8 @@ def refuse_foreign(slot: Slot) -> None:
 async def create(replication: ReplicationConnection, name: str) -> None:
     """Make the slot; it keeps WAL at once, from the start of the last checkpoint (on a standby: restart point) on.
 
-    Raises RefusedError: 42710 there is one of that name, 53400 no room for one, 55000 wal_level is minimal.
+    Raises RefusedError: 42710 there is one of that name, 53400 there is no room for one. (wal_level minimal shows
+    itself before: with it a server has no WAL senders to connect to.)
     """
     try:
         await replication.rows(f'CREATE_REPLICATION_SLOT "{name}" PHYSICAL RESERVE_WAL')
@@ -129,7 +130,6 @@ _CREATE_HINTS = {
     "42501": "give the role the REPLICATION right: ALTER ROLE … REPLICATION;",
     "42710": "set WALSHIP_SLOT to a name that is free",
     "53400": "raise max_replication_slots and restart the server, or drop a slot that nobody needs",
-    "55000": "set wal_level to replica and max_replication_slots above 0, and restart the server",
 }
 
 

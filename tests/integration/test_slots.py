@@ -11,7 +11,7 @@ from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.walstream import WalStream
 from infra.settings import Settings
 from pipeline.errors import SourceError
-from pipeline.wal import Lsn
+from pipeline.wal import Lsn, WalFile
 from tests.servers import SERVER_VERSIONS, StartServer, server_folder, start_server
 
 __all__ = ["server_folder", "start_server"]
@@ -51,7 +51,18 @@ async def test_a_lost_slot_is_recognised_and_made_anew(major: int, start_server:
         assert slot is not None
         assert (slot.lost, slot.wal_status, slot.restart_lsn, slot.retained) == (True, "lost", None, 0)
 
-        await drop(replication, "walship")
+        # Only 18 refuses it; before, WAL would come, and be kept no longer: so look first.
+        async with await ReplicationConnection.open(settings_for(server), application_name="walship") as trying:
+            lsn = Lsn.parse(server.query("select pg_current_wal_flush_lsn()::text")[0][0])
+            if major >= 18:
+                with pytest.raises(RefusedError, match="invalidated") as refused:
+                    await WalStream.start(trying, slot="walship", timeline=1, lsn=lsn)
+                assert refused.value.state == "55000"
+            else:
+                stream = await WalStream.start(trying, slot="walship", timeline=1, lsn=lsn)
+                assert isinstance(stream, WalStream)
+                await stream.close()
+        await replication.rows("DROP_REPLICATION_SLOT walship WAIT")  # until the server has noticed that we left
         await drop(replication, "walship")  # gone is gone
         await create(replication, "walship")
         slot = await seen(server)
@@ -107,7 +118,27 @@ async def test_a_slot_of_somebody_else_is_left_alone(start_server: StartServer) 
         await stream.close()
 
 
-async def test_a_server_with_minimal_wal_makes_no_slot(start_server: StartServer) -> None:
-    server = start_server(segment_mb=1, settings={"wal_level": "minimal", "max_wal_senders": "0"})
-    with pytest.raises(SourceError, match="WAL sender"):
-        await ReplicationConnection.open(settings_for(server))
+async def test_what_its_files_show_counts_more_than_what_the_server_says(start_server: StartServer) -> None:
+    server = start_server(segment_mb=1)
+    async with await ReplicationConnection.open(settings_for(server)) as replication:
+        await create(replication, "walship")
+    for _ in range(3):
+        server.query("select pg_logical_emit_message(false, '', 'x')")
+        server.query("select pg_switch_wal()")
+    slot = await seen(server)
+    assert slot is not None
+    assert slot.restart_lsn is not None
+    assert (slot.lost, slot.retained >= 2 << 20) == (False, True)
+    (server.data_dir / "pg_wal" / WalFile.segment(1, slot.restart_lsn, 1 << 20).name).unlink()
+    slot = await seen(server)
+    assert slot is not None
+    assert (slot.wal_status, slot.lost) == ("reserved", True)
+
+
+async def test_a_server_without_slots_says_what_to_set(start_server: StartServer) -> None:
+    server = start_server(segment_mb=1, settings={"max_replication_slots": "0"})
+    async with await ReplicationConnection.open(settings_for(server)) as replication:
+        with pytest.raises(RefusedError) as caught:
+            await create(replication, "walship")
+    assert (caught.value.state, caught.value.lasting) == ("53400", True)
+    assert "max_replication_slots" in caught.value.hint

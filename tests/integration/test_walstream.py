@@ -6,13 +6,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from infra.postgres.connect import RefusedError, connect, place
+from infra.postgres.processes import give, run_as
 from infra.postgres.replication import ReplicationConnection
 from infra.postgres.slots import create, look
 from infra.postgres.throwaway import ThrowawayServer
@@ -153,6 +159,43 @@ async def test_the_bytes_are_those_of_the_servers_files_from_below_restart_lsn_o
         await fetch_segment(settings_for(server), WalFile.segment(1, flushed(server), SEGMENT), SEGMENT, timeout=0.2)
 
 
+async def test_tls_brings_the_same_and_holds_nothing_back(start_server: StartServer, server_folder: Path) -> None:
+    certificate, key = server_folder / "server.crt", server_folder / "server.key"
+    self_signed(certificate, key)
+    server = start_server(
+        segment_mb=1,
+        settings={"ssl": "on", "ssl_cert_file": str(certificate), "ssl_key_file": str(key), "wal_keep_size": "100MB"},
+    )
+    start = segment_start(flushed(server))
+    write_wal(server, 8)
+    async with await ReplicationConnection.open(settings_for(server)) as connection:
+        assert connection.pgconn.ssl_in_use
+        stream = await WalStream.start(connection, slot=None, timeline=1, lsn=start)
+        assert isinstance(stream, WalStream)
+        got, _ = await receive(stream, flushed(server) - start)
+        for size in range(0, 40_000, 4_001):  # messages of all sizes, of which none may wait for the next one
+            server.query(f"select pg_logical_emit_message(true, '', repeat('x', {size}))")
+            began = time.monotonic()
+            more, _ = await receive(stream, flushed(server) - start - len(got))
+            got += more
+            assert time.monotonic() - began < 4
+        await stream.close()
+    for at in range(0, len(got) // SEGMENT * SEGMENT, SEGMENT):
+        assert got[at : at + SEGMENT] == wal_file(server, start + at)
+
+
+def self_signed(certificate: Path, key: Path) -> None:
+    """A certificate that nobody has to trust, for the server's user."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, private.public_key(), 1, now, now + timedelta(days=1))
+    certificate.write_bytes(made.sign(private, hashes.SHA256()).public_bytes(Encoding.PEM))
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    key.chmod(0o600)
+    give(certificate, run_as())
+    give(key, run_as())
+
+
 @pytest.mark.parametrize("major", SERVER_VERSIONS)
 async def test_each_refusal_is_told_apart(major: int, start_server: StartServer) -> None:
     server = start_server(major, segment_mb=1)
@@ -199,6 +242,10 @@ async def test_a_timeline_ends_where_the_next_one_begins(
         # Of several servers the primary is meant, whichever comes first; somebody who only looks may take any.
         both = settings_for(standby, primary)
         async with await connect(both) as found, await connect(both, any_server=True) as first:
+            standby.query("select pg_create_physical_replication_slot('walship', true)")
+            slot = await look(first, "walship")  # a standby can be asked, too
+            assert slot is not None
+            assert (slot.wal_status, slot.lost) == ("reserved", False)
             assert (place(found), place(first)) == (f"127.0.0.1:{primary.port}", f"127.0.0.1:{standby.port}")
         end = flushed(primary)
         primary.stop()

@@ -146,3 +146,31 @@ def test_a_level_that_the_codec_does_not_have_is_refused(
     monkeypatch.setenv("WALSHIP_COMPRESSION_LEVEL", level)
     with pytest.raises(ConfigError, match=f"{codec} has no level {level}"):
         load()
+
+
+def test_several_servers_have_one_port_or_one_each() -> None:
+    def servers(host: str, port: int | str) -> tuple[tuple[str, int], ...]:
+        return Settings(_env_file=None, POSTGRES_HOST=host, POSTGRES_PORT=port).servers
+
+    assert servers("db", 5433) == (("db", 5433),)
+    assert servers("a, b", "5432") == (("a", 5432), ("b", 5432))
+    assert servers("a,b", "5432, 5433") == (("a", 5432), ("b", 5433))
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("a,b", "5432,5433,5434", "POSTGRES_PORT has 3 ports for 2 servers"),
+        ("a", "0", "'0' is no port"),
+        ("a,b", "5432,", "'' is no port"),
+        ("a", "65536", "'65536' is no port"),
+        (" , ", "5432", "POSTGRES_HOST names no server"),
+    ],
+)
+def test_ports_that_fit_no_server_are_refused(
+    host: str, port: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTGRES_HOST", host)
+    monkeypatch.setenv("POSTGRES_PORT", port)
+    with pytest.raises(ConfigError, match=words):
+        load()

@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, IntegrityError
 from pipeline.lineage import Leg, Lineage, Stretch
 from pipeline.wal import Lsn, WalFile
 from tests.keys import NOW, SYSTEM_ID, chain, encrypting_keys
+from tests.tails import lay
 
 SIZE = 1 << 20
 OLD, NEW = (WalFile.segment(timeline, 3 * SIZE, SIZE) for timeline in (1, 2))
@@ -77,6 +78,28 @@ async def test_what_was_planned_and_is_gone_is_an_error_and_not_absent(context: 
             await deliver(server, gone.name, tmp_path / "x")
         assert not await deliver(server, WalFile.segment(1, SIZE, SIZE).name, tmp_path / "x")
         assert not await deliver(server, NEW.name, tmp_path / "x")
+
+
+async def test_it_joins_tails_as_they_are_when_they_are_asked_for(tmp_path: Path) -> None:
+    """Each run of ``fetch-wal`` is a new process, and knows what was planned from the file only."""
+    root, path, target = tmp_path / "repository", tmp_path / "context.json", tmp_path / "RECOVERYXLOG"
+    (root / SYSTEM_ID).mkdir(parents=True)
+    store, keys = LocalStore(root / SYSTEM_ID), encrypting_keys()
+    made = FetchContext.of(Settings(), (f"file://{root}",), SYSTEM_ID, LINEAGE, (Stretch(2, 3, 4, tail=1700),), keys)
+    path.write_bytes(made.encode())
+    context, content = FetchContext.read(path), b"\xbb" * SIZE
+    assert context == made
+    async with context.open() as server:
+        with pytest.raises(IntegrityError, match="had 1700 bytes in tails when the restore was planned, and is gone"):
+            await deliver(server, NEW.name, target)
+        for reach, ranges in ((1700, [(0, 300), (300, 1700)]), (1900, [(600, 1900)])):
+            await lay(store, chain(keys, cipher="aes-256-gcm"), NEW, content, ranges)
+            assert await deliver(server, NEW.name, target)
+            assert target.read_bytes() == content[:reach] + bytes(SIZE - reach)
+        # Whoever may write to the store cannot add to it.
+        await lay(store, chain(keys, cipher="none"), NEW, content, [(1900, 2000)])
+        assert await deliver(server, NEW.name, target)
+        assert target.read_bytes() == content[:1900] + bytes(SIZE - 1900)
 
 
 async def test_an_object_of_a_key_it_does_not_know_is_an_error_and_not_absent(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
-from infra.cli.list import _until, _until_words
+from infra.cli.list import _tail_words, _until, _until_words
 from pipeline.runs import Window
 from pipeline.targets import show
 from pipeline.wal import Lsn
@@ -26,6 +27,11 @@ def test_no_window_ends_before_it_begins() -> None:
     for moment in (BACKUP.stopped - timedelta(seconds=1), None):
         assert _until(WINDOW, {KEY: moment}) == BACKUP.stopped
         assert _until_words(WINDOW, {KEY: moment}) == NO_LATER
+
+
+def test_what_comes_from_tails_is_told() -> None:
+    assert _tail_words(WINDOW) == ""
+    assert _tail_words(replace(WINDOW, tail=2048)) == ", the last 2.0 KB of it in tails of the open segment"
 
 
 def test_what_cannot_be_read_is_unknown() -> None:

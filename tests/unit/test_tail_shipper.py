@@ -162,6 +162,37 @@ async def test_synchronous_mode_cuts_at_once_and_the_end_of_a_segment_as_well() 
     await check_recoverable(it, segment)
 
 
+async def test_after_an_outage_finished_segments_come_by_themselves_first() -> None:
+    it, clock = await tails()
+    async with running(it):
+        it.store.down = {"put": passing(), "head": passing()}
+        segment = it.begin()
+        it.grow(segment, b"begun")
+        await clock.pass_by(1)
+        await until(lambda: it.outlet.down)
+        it.grow(segment, bytes(SIZE - 5))
+        await clock.pass_by(600)
+        it.store.down.clear()
+        while it.outlet.down:
+            await clock.pass_by(0.1)
+        await clock.pass_by(4.5)
+        assert len(it.cut) == 1, "what is owed is copied now"
+        await clock.pass_by(1)
+        await until(lambda: it.stored)
+    assert it.stored == [(FILE, START, START + SIZE)]
+
+
+async def test_synchronous_cuts_keep_a_distance() -> None:
+    it, clock = await tails(synchronous=True)
+    async with running(it):
+        segment = it.begin()
+        for _ in range(20):
+            it.grow(segment, b"x")
+            await clock.pass_by(0.0005)
+        await until(lambda: len(it.stored) == len(it.cut))
+        assert 4 <= len(it.cut) <= 6, "10 ms, 2 ms apart"
+
+
 async def test_synchronous_mode_waits_for_the_finished_object_when_much_is_left() -> None:
     size = 4 << 20
     it, clock = await tails(synchronous=True, size=size)
@@ -220,7 +251,7 @@ async def test_several_are_in_flight_spaced_and_acknowledged_in_order() -> None:
 
 
 class Held(Faulty):
-    """Puts of tails wait until the test lets them go."""
+    """Tails are stored, and the answers wait until the test lets them go."""
 
     def __init__(self, store: MemoryStore) -> None:
         super().__init__(store)
@@ -229,10 +260,12 @@ class Held(Faulty):
 
     async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
         self.calls.append(("put", key))
-        if not self.open and key.startswith("tail/"):
-            self.waiting[key] = asyncio.get_running_loop().create_future()
-            await self.waiting[key]
+        turn = asyncio.get_running_loop().create_future()
+        if not self.open:
+            self.waiting[key] = turn
         await self.store.put(key, body, replace=replace, keep_until=keep_until)
+        if not self.open:
+            await turn
 
 
 async def test_a_slow_store_does_not_hold_back_the_next_tail() -> None:
@@ -252,6 +285,34 @@ async def test_a_slow_store_does_not_hold_back_the_next_tail() -> None:
         await until(lambda: it.stored and it.stored[-1][2] == START + 80)
         assert len(it.stored) == 5, "what was due meanwhile goes at once, and together"
     check_order(it)
+
+
+async def test_a_failure_gives_up_all_that_is_in_flight() -> None:
+    held = Held(MemoryStore())
+    held.store = (await founded()).store
+    clock = HandClock()
+    it = Tails(held, clock)
+    async with running(it):
+        segment = it.begin()
+        for _ in range(3):
+            it.grow(segment, bytes(10))
+            await clock.pass_by(1)
+        first, second, third = held.waiting.values()
+        await until(lambda: len(stored_keys(it)) == 3)
+        third.set_result(None)
+        first.set_exception(passing())
+        await until(second.cancelled)
+        held.open = True
+        await clock.pass_by(3)
+        await until(lambda: it.stored)
+    assert it.stored == [(FILE, START, START + 30)]
+    assert await it.ranges() == [(0, 10), (0, 30), (10, 20), (20, 30)]
+    await check_recoverable(it, segment)
+
+
+def stored_keys(it: Tails) -> list[str]:
+    assert isinstance(it.store.store, MemoryStore)
+    return [key for key in it.store.store._objects if key.startswith("tail/")]
 
 
 async def test_what_failed_is_cut_anew_from_the_durable_position_once_the_destination_is_up() -> None:

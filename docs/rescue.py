@@ -9,6 +9,9 @@ in it: any tool that copies files or a bucket makes one. What is read is checked
     rescue.py FOLDER archive BACKUP ARCHIVE FILE     join the parts of an archive (base, or a tablespace's oid) to a tar
     rescue.py FOLDER wal DIR                         decode all WAL into DIR, for restore_command = 'cp DIR/%f %p'
 
+`wal` also joins the tails of segments that are not stored finished, and pads them with zeros, as PostgreSQL wants
+them. If several destinations are left, copy them into one FOLDER first: each may have tails that the others lack.
+
 The passphrase is taken from BACKUP_ENCRYPTION_PASSWORD or from --passphrase-file, else asked for.
 """
 
@@ -261,6 +264,40 @@ def extract_wal(repository, out):
     out.mkdir(parents=True, exist_ok=True)
     for name in repository.names("wal/"):
         (out / name.rsplit("/", 1)[1]).write_bytes(repository.read(name)[0])
+    tails = {}
+    for name in repository.names("tail/"):
+        match = re.fullmatch(r"tail/([0-9A-F]{24})/([0-9a-f]{8})-([0-9a-f]{8})-([0-9a-f]{8})", name)
+        if match and not (out / match[1]).exists():
+            epoch, start, end = (int(number, 16) for number in match.groups()[1:])
+            tails.setdefault(match[1], []).append((epoch, end, start, name))
+    about = repository.folder / "repository.json"
+    size = strict_json(about.read_bytes())["segment_size"] if about.exists() else 16 << 20
+    for segment, found in tails.items():
+        joined = join_tails(repository, found)
+        print(f"{segment}: {len(joined)} bytes from tails", file=sys.stderr)
+        if joined:
+            (out / segment).write_bytes(joined.ljust(size, b"\0"))
+
+
+def join_tails(repository, found):
+    """The bytes of a segment, from its first one on: a tail says by a hash what must come before it."""
+    joined = bytearray()
+    while fitting := [tail for tail in found if tail[2] <= len(joined) < tail[1]]:
+        tail = max(fitting)  # the newest writer's, and of those the longest
+        found.remove(tail)
+        _, end, start, name = tail
+        try:
+            plain = repository.read(name)[0]
+            require(len(plain) == 32 + end - start, f"{name}: its name says another length")
+            there = len(joined) - start
+            right = plain[:32] == hashlib.sha256(joined[:start]).digest() and plain[32 : 32 + there] == joined[start:]
+            require(right, f"{name} does not go on from what was joined up to offset {len(joined)}")
+            joined += plain[32 + there :]
+        except Damaged as error:
+            print(f"passed over: {error}", file=sys.stderr)
+    if lost := [name for _, end, _, name in found if end > len(joined)]:
+        print(f"{lost[0]} and {len(lost) - 1} others lie behind a hole at offset {len(joined)}", file=sys.stderr)
+    return joined
 
 
 def main():

@@ -28,6 +28,7 @@ from pipeline.backup import ArchiveInfo, BackupInfo, Tablespace
 from pipeline.catalog import index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.chain import Chain
 from pipeline.objects import MemoryBody
+from pipeline.tail import TailName
 from pipeline.wal import Lsn, WalFile
 from tests.clock import FastClock
 
@@ -72,6 +73,7 @@ async def main() -> None:
         *[sample for cipher in CIPHERS if cipher != "none" for sample in wal(keys, ENCRYPTED, "zstd", cipher)],
         *[sample for codec in CODECS for sample in wal(plain, PLAIN, codec, "none")],
         *backup(keys),
+        *tails(keys),
     ]
     about = {
         "passphrases": [PASSPHRASE, SECOND],
@@ -121,6 +123,24 @@ def backup(keys: RepositoryKeys) -> Iterator[dict[str, str | int]]:
     yield index
     yield manifest
     yield encode(keys, ENCRYPTED, "zstd", "aes-256-gcm", info_key(BACKUP), info.encode(), BACKUP_ID)
+
+
+#: Of an open segment: the first bytes, and the ranges that two writers stored of them.
+OPEN = WalFile.segment(2, 0x51 << 24, 1 << 24)
+OPEN_END = 12_000
+RANGES = ((1, 0, 4096), (1, 4096, 10_000), (2, 0, 5000), (2, 9000, OPEN_END))
+
+
+def open_end() -> bytes:
+    """What the tails hold together."""
+    return random.Random(2).randbytes(OPEN_END)
+
+
+def tails(keys: RepositoryKeys) -> Iterator[dict[str, str | int]]:
+    """The open end of the WAL, in overlapping tails of two epochs."""
+    for epoch, start, end in RANGES:
+        plain = hashlib.sha256(open_end()[:start]).digest() + open_end()[start:end]
+        yield encode(keys, ENCRYPTED, "zstd", "aes-256-gcm", TailName(OPEN, epoch, start, end).key, plain)
 
 
 def encode(

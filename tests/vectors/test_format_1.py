@@ -18,15 +18,17 @@ import pytest
 from handlers.checksum import check_stored
 from handlers.compress import CODECS
 from handlers.encrypt import CIPHERS
+from handlers.fetch import Fetcher
 from infra.keys import RepositoryKeys, open_keyring
 from infra.ring import open_ring
 from infra.storage.memory import MemoryStore
 from pipeline.backup import BackupInfo
 from pipeline.chain import Expected
 from pipeline.objects import MemoryBody
+from pipeline.tail import TailName
 from tests.clock import FastClock
 from tests.keys import chain, plain_keys
-from tests.vectors.make import BACKUP, ENCRYPTED, FOLDER, PLAIN, checksums
+from tests.vectors.make import BACKUP, ENCRYPTED, FOLDER, OPEN, OPEN_END, PLAIN, checksums, open_end
 
 RESCUE = Path(__file__).parents[2] / "docs" / "rescue.py"
 ABOUT: dict[str, Any] = json.loads((FOLDER / "samples.json").read_text("utf-8"))
@@ -75,6 +77,14 @@ def test_walship_reads_every_sample(sample: dict[str, Any], keys: RepositoryKeys
     assert check_stored(sample["name"], [stored])[1] == sample["digest"]
 
 
+async def test_the_tails_are_joined_as_they_were(keys: RepositoryKeys) -> None:
+    fetch = Fetcher([load(ENCRYPTED)], chain(keys, system_id=ENCRYPTED), ENCRYPTED)
+    made = await fetch.tail(OPEN, 1 << 24)
+    assert made is not None
+    assert (made.reach, made.notices) == (OPEN_END, ())
+    assert made.content == open_end().ljust(1 << 24, b"\0")
+
+
 @pytest.mark.parametrize("passphrase", ABOUT["passphrases"])
 async def test_each_passphrase_opens_the_ring(passphrase: str) -> None:
     keys = await open_keyring(load(ENCRYPTED), ENCRYPTED, passphrase, clock=FastClock())
@@ -117,10 +127,15 @@ def test_rescue_imports_nothing_of_walship() -> None:
 @pytest.mark.parametrize("cluster", [ENCRYPTED, PLAIN])
 def test_rescue_reads_all_wal(cluster: str, tmp_path: Path) -> None:
     done = rescue(FOLDER / cluster, "wal", tmp_path / "out")
-    assert (done.returncode, done.stderr) == (0, "")
+    told = f"{OPEN}: {OPEN_END} bytes from tails\n" if cluster == ENCRYPTED else ""
+    assert (done.returncode, done.stderr) == (0, told)
     samples = {
-        o["name"].rsplit("/", 1)[1]: o["plain_sha256"] for o in OBJECTS if o["cluster"] == cluster and not o["backup"]
+        o["name"].rsplit("/", 1)[1]: o["plain_sha256"]
+        for o in OBJECTS
+        if o["cluster"] == cluster and o["name"].startswith("wal/")
     }
+    if cluster == ENCRYPTED:
+        samples[OPEN.name] = hashlib.sha256(open_end().ljust(16 << 20, b"\0")).hexdigest()
     assert {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (tmp_path / "out").iterdir()} == samples
 
 
@@ -136,6 +151,21 @@ def test_rescue_lists_joins_and_decodes(tmp_path: Path) -> None:
     got = rescue(folder, "get", f"base/{BACKUP}/backup_manifest", tmp_path / "manifest")
     assert got.returncode == 0
     assert (tmp_path / "manifest").read_bytes() == b"{}\n"
+
+
+def test_rescue_joins_tails_up_to_what_is_lost_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / ENCRYPTED
+    shutil.copytree(FOLDER / ENCRYPTED, folder)
+    about = {"segment_size": 1 << 20, "format": 1, "system_id": ENCRYPTED}
+    (folder / "repository.json").write_text(json.dumps(about))
+    middle = TailName(OPEN, 1, 4096, 10_000).key
+    damaged(folder, middle)
+    done = rescue(folder, "wal", tmp_path / "out")
+    assert done.returncode == 0
+    assert f"{OPEN}: 5000 bytes from tails" in done.stderr
+    assert f"passed over: {middle}: damaged" in done.stderr
+    assert f"{TailName(OPEN, 2, 9000, OPEN_END).key} and 0 others lie behind a hole at offset 5000" in done.stderr
+    assert (tmp_path / "out" / OPEN.name).read_bytes() == open_end()[:5000].ljust(1 << 20, b"\0")
 
 
 def damaged(folder: Path, name: str) -> None:

@@ -67,10 +67,10 @@ def refuse_old(primary: Primary, lineage: Lineage, timeline: int, received: Lsn)
     for as long as somebody lets it: following it would put commits into the repository that nobody else has.
     """
     new = primary.lineage
-    if new.timeline < timeline:
+    if new.timeline < lineage.timeline:
         raise SourceError(
-            f"PostgreSQL at {primary.place} is on timeline {new.timeline}, and timeline {timeline} is stored already:"
-            " it was primary before, and is not followed",
+            f"PostgreSQL at {primary.place} is on timeline {new.timeline}, and another server has gone over to timeline"
+            f" {lineage.timeline} already: it was primary before, and is not followed",
             hint="connect walship to the node that was promoted, and rebuild this one from it (pg_rewind)",
             lasting=True,
         )

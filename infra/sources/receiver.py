@@ -160,7 +160,7 @@ class Receiver:
         """``durable`` has moved: the server is told at once, not within the second."""
         self._wake.set()
 
-    # -- running
+    # -- connecting
 
     async def run(self) -> None:
         """Connect, receive, connect again, until cancelled."""
@@ -192,10 +192,14 @@ class Receiver:
             async with await connect(settings) as control:
                 primary = await look_at(replication, control, system_id=self._system_id, segment_size=self._size)
                 self._agree(primary)
+                # Before the slot: a server that is refused would keep WAL in it for ever.
+                unknown = self.durable is None or self._refusals.after is not None
+                go = await self._resume(primary.lineage, self._refusals.after or 0) if unknown else None
                 kept = await prepare_slot(replication, control, settings.slot, renew=self._refusals.slot_lies)
                 self._refusals.slot_lies = False
             self.current = primary.lsn
-            await self._find_position(primary, kept)
+            if unknown:
+                self._begin(primary, go, kept)
             async with asyncio.TaskGroup() as group:
                 pid = replication.pgconn.backend_pid
                 watch = ServerWatch(settings, pid, clock=self._clock, synchronous=self._set_synchronous)
@@ -218,11 +222,8 @@ class Receiver:
             assembly.leave(leg.end)
             self._notify(TimelineLeft(leg.timeline, leg.end, left))
 
-    async def _find_position(self, primary: Primary, kept: Lsn) -> None:
-        """Where the stream begins: known but for the first time, and behind a gap. ``kept``: the slot's beginning."""
-        if self.durable is not None and self._refusals.after is None:
-            return
-        go = await self._resume(primary.lineage, self._refusals.after or 0)
+    def _begin(self, primary: Primary, go: GoOn | None, kept: Lsn) -> None:
+        """Set the position, for the first time or behind a gap. ``kept``: from where on the slot keeps WAL."""
         if go is None:
             lsn = max(Lsn(kept // self._size * self._size), self._refusals.after or Lsn(0))
             timeline = primary.lineage.newest(lsn // self._size).timeline
@@ -289,19 +290,20 @@ class Receiver:
         while True:
             self._wake.clear()
             now = self._clock.monotonic()
+            before = self._assembly.received
             self._assembly.go_on(now)
             while self._assembly.room and (message := stream.take()) is not None:
                 self._received_any = True
                 if isinstance(message, TimelineEnded):
-                    self._wal.tell()
-                    return
+                    return  # the end of the segment is told next
                 self.current = max(self.current, message.server_end)
                 if isinstance(message, WalData):
                     self._assembly.take(message.start, message.data, now)
                 elif message.reply_requested:
                     asked = True
                     watch.asked(message.server_end)
-            self._wal.tell()
+            if self._assembly.received > before:
+                self._wal.tell()
             self._tell_history()
             now = self._clock.monotonic()
             flush = self.durable.flush(self._assembly.received, now)

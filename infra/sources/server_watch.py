@@ -8,6 +8,7 @@ connection that looks. That one is also made anew every so often, as a *smart* s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Protocol
 
@@ -18,8 +19,9 @@ from pipeline.contracts import Clock
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn
 
-#: Seconds between looks.
+#: Seconds between looks; the first ones follow faster, as commits wait for us only after our first reports.
 _PERIOD = 2.0
+_FIRST_PERIOD = 0.1
 #: Seconds after which the connection is replaced.
 _RENEW = 10.0
 #: So many keepalives that ask for an answer, at an unchanged end, within so many seconds, are a burst.
@@ -83,9 +85,9 @@ class ServerWatch:
         return len(self._asked) == _BURST and now - self._asked[0] < _BURST_SECONDS
 
     async def run(self) -> None:
-        """Look every two seconds, and at once when the server is suspected to shut down."""
+        """Look every two seconds or so, and at once when the server is suspected to shut down."""
         connection: Connection | None = None
-        made = 0.0
+        made, pause = 0.0, _FIRST_PERIOD
         try:
             while True:
                 now = self._clock.monotonic()
@@ -100,10 +102,9 @@ class ServerWatch:
                     await connection.close()
                     connection = None
                     self._suspected.set()
-                try:
-                    await asyncio.wait_for(self._suspected.wait(), _PERIOD)
-                except TimeoutError:
-                    continue
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._suspected.wait(), pause)
+                pause = min(_PERIOD, pause * 2)
         finally:
             if connection is not None:
                 await connection.close()

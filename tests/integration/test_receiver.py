@@ -15,7 +15,8 @@ from infra.postgres.replication import ReplicationConnection
 from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.walstream import WalStream
 from infra.sources import server_watch
-from pipeline.events import GapOpened, StreamLost, StreamStarted, WalMoved
+from pipeline.errors import SourceError
+from pipeline.events import GapOpened, SegmentReady, StreamLost, StreamStarted, WalMoved
 from pipeline.wal import Lsn, WalFile
 from tests.receiving import SEGMENT, Receiving, Repository, ask, settings_for
 from tests.servers import NEWEST, StartServer, server_folder, start_server
@@ -71,6 +72,14 @@ async def test_segments_and_the_open_end(start_server: StartServer, major: int) 
         await stream.until(lambda: bool(stream.told(WalMoved)), "it tells how far it is")
         assert stream.told(WalMoved)[-1].age == {"store": 0.0}
         assert [s.synchronous for s in stream.told(StreamStarted)] == [False]
+        # What a store has lost is fetched once more, and given back again.
+        for file, content in repository.segments.items():
+            event = SegmentReady("stream", file, SEGMENT)
+            with pytest.raises(SourceError, match="not in memory"):
+                stream.receiver.read(event)
+            await stream.receiver.ready(event)
+            assert stream.receiver.read(event) == content
+            await stream.receiver.done(event)
     assert_as_in_pg_wal(server, repository, 2)
     file, tail = max(repository.tails.items())
     assert (server.data_dir / "pg_wal" / file.name).read_bytes()[: len(tail)] == tail
@@ -228,6 +237,47 @@ async def test_removed_wal_is_a_gap_and_no_loop(start_server: StartServer, major
         assert len(stream.told(StreamLost)) <= 2
         status = await ask(server, "select wal_status from pg_replication_slots")
         assert status[0][0] in ("reserved", "extended", "unreserved")
+
+
+async def test_a_slot_that_is_lost_under_the_stream(start_server: StartServer) -> None:
+    """What is in memory is stored; what was not read any more is the gap."""
+    server = started(
+        start_server, settings={"max_slot_wal_keep_size": "1MB", "wal_keep_size": "0", "max_wal_size": "2MB"}
+    )
+    repository = Repository()
+    async with receiving(server, repository) as stream:
+        await write(server, 0.1)
+        await stream.caught_up(server)
+        stream.storing.clear()
+        for _ in range(30):
+            await write(server, 1.5)
+            await ask(server, "checkpoint")
+            if stream.told(GapOpened):
+                break
+        (gap,) = stream.told(GapOpened)
+        held = [segment.file for segment in stream.wal.segments if segment.whole]
+        stream.storing.set()
+        await write(server, 1.5)
+        await stream.until(lambda: gap.last.next(SEGMENT) in repository.segments, "it goes on behind the gap")
+        assert held
+        assert set(held) <= set(repository.segments)
+        assert all(file < gap.first for file in held)
+
+
+async def test_what_is_missing_for_replication_is_said_and_waited_for(start_server: StartServer) -> None:
+    server = started(start_server, settings={"wal_level": "minimal", "max_wal_senders": "0"})
+    server.query("create role modest login")
+    stream = receiving(server)
+    stream.receiver._settings = settings_for(server).model_copy(update={"postgres_username": "modest"})
+    async with stream:
+        await stream.until(lambda: bool(stream.told(StreamLost)), "nobody can stream")
+        assert "no free WAL sender" in stream.told(StreamLost)[-1].fact
+        server.configure({"wal_level": "replica", "max_wal_senders": "4"})
+        await asyncio.to_thread(server.restart)
+        await stream.until(lambda: "no REPLICATION right" in stream.told(StreamLost)[-1].fact, "this role may not")
+        await ask(server, "alter role modest replication")
+        await write(server, 0.1)
+        await stream.caught_up(server)
 
 
 async def test_a_server_that_was_rolled_back_is_not_followed(start_server: StartServer) -> None:

@@ -89,7 +89,7 @@ async def test_a_promotion_is_followed(pair: Pair) -> None:
         await asyncio.to_thread(pair.standby.stop)
         await asyncio.to_thread(pair.primary.start)
         await rows(pair.primary, 10)
-        await stream.until(lambda: "and timeline 2 is stored already" in stream.told(StreamLost)[-1].fact, "refused")
+        await stream.until(lambda: "has gone over to timeline 2 already" in stream.told(StreamLost)[-1].fact, "refused")
         before = stream.receiver.received
         await asyncio.to_thread(pair.primary.stop)
         await asyncio.to_thread(pair.standby.start)

@@ -19,8 +19,8 @@ from handlers.upload import Uploader
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import REPOSITORY, wal_key
 from pipeline.chain import Chain, Expected
-from pipeline.contracts import Abilities, Buffer, Clock
-from pipeline.errors import ObjectMissing
+from pipeline.contracts import Abilities, Body, Buffer, Clock
+from pipeline.errors import ObjectMissing, StoreError
 from pipeline.events import Notice
 from pipeline.objects import TRAILER_SIZE, MemoryBody, read_header
 from pipeline.openwal import OpenSegment, OpenWal
@@ -186,3 +186,52 @@ async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+def passing() -> StoreError:
+    return StoreError("the store does not answer", passing=True)
+
+
+def check_order(it: Tails) -> None:
+    """What was said is per segment in order and without a hole."""
+    reached: dict[WalFile, int] = {}
+    for file, start, end in it.stored:
+        assert start == reached.get(file, file.start(it.size))
+        assert end > start
+        reached[file] = end
+
+
+async def check_recoverable(it: Tails, segment: OpenSegment) -> None:
+    """What was said can be read back."""
+    said = max((end for file, _, end in it.stored if file == segment.file), default=segment.start)
+    joined = await it.recover(segment.file)
+    assert segment.start + joined.reach >= said
+    assert joined.content[: joined.reach] == segment.data[: joined.reach]
+
+
+class Held(Faulty):
+    """Tails are stored, and the answers wait until the test lets them go."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.waiting: dict[str, asyncio.Future[None]] = {}
+        self.open = False
+
+    async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
+        self.calls.append(("put", key))
+        turn = asyncio.get_running_loop().create_future()
+        if not self.open:
+            self.waiting[key] = turn
+        await self.store.put(key, body, replace=replace, keep_until=keep_until)
+        if not self.open:
+            await turn
+
+
+def stored_keys(it: Tails) -> list[str]:
+    assert isinstance(it.store.store, MemoryStore)
+    return [key for key in it.store.store._objects if key.startswith("tail/")]
+
+
+async def tails(**options: object) -> tuple[Tails, HandClock]:
+    clock = HandClock()
+    return Tails(await founded(), clock, **options), clock  # type: ignore[arg-type]  # fields of Tails, as given

@@ -15,15 +15,10 @@ from pipeline.openwal import OpenSegment
 from pipeline.tail import TailName
 from pipeline.wal import WalFile
 from tests.stores import Faulty
-from tests.tailing import FILE, SIZE, HandClock, Tails, founded, running, settled, until
+from tests.tailing import FILE, SIZE, HandClock, Tails, running, settled, tails, until
 
 NEXT = FILE.next(SIZE)
 LOCKED = StoreError("the store answered 403 AccessDenied to DeleteObject")
-
-
-async def tails(**options: object) -> tuple[Tails, HandClock]:
-    clock = HandClock()
-    return Tails(await founded(), clock, **options), clock  # type: ignore[arg-type]  # fields of Tails, as given
 
 
 async def ship(it: Tails, clock: HandClock, segment: OpenSegment, times: int) -> None:

@@ -8,7 +8,7 @@ ROUNDS = 10
 ARGS =
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test check format kill-test bench lock clean bootstrap
+.PHONY: help demo test check format kill-test bench bench-stream lock clean bootstrap
 
 help: ## show these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-18s %s\n' "  $$verb" "$$text"; done
@@ -34,6 +34,9 @@ kill-test: bootstrap ## kill server and service at random moments and count what
 
 bench: bootstrap ## time and memory, beside pgBackRest where it is installed
 	$(PYTHON) -m tests.benchmarks $(ARGS)
+
+bench-stream: bootstrap ## what the stream costs commits, how far it lags, how fast it catches up
+	$(PYTHON) -m tests.benchmarks.near_zero $(ARGS)
 
 lock: bootstrap ## pin the newest versions that fit together, in constraints.lock
 	sh .ci/lock

@@ -98,7 +98,11 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: 
                 if metrics is not None:
                     metrics.opened(site.facts.segment_size)
                     site.notify.append(metrics.notify)
-                await _ship_for_ever(spool, site, shipping, lease)
+                try:
+                    await _ship_for_ever(spool, site, shipping, lease)
+                finally:
+                    if metrics is not None:
+                        metrics.closed()
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
             if error is None or not _can_pass(error, spool):

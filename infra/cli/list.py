@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from handlers.fetch import read_catalog
+from handlers.fetch import Fetcher, read_catalog
 from handlers.plan import last_moment
+from infra.cli.answering import answering
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.wiring import Site, open_site
 from pipeline.catalog import Catalog
@@ -40,11 +41,13 @@ async def command(cluster: str, as_json: bool) -> None:
 async def _last_moments(catalog: Catalog, site: Site) -> dict[tuple[int, Lsn], datetime | None]:
     """Timeline and end of a window → when the last transaction before it ended. The last segments are read for it."""
     found: dict[tuple[int, Lsn], datetime | None] = {}
+    there = await answering(site)
+    fetch = Fetcher(there.stores, site.chain, site.facts.system_id)
     for window in reversed(catalog.windows()):  # the newest backup needs the least reading
         key = window.timeline, window.end
         if found.get(key) is None:
             try:
-                ending = await last_moment(catalog, window.backup, window.timeline, fetch=site.fetch)
+                ending = await last_moment(catalog, window.backup, window.timeline, fetch=fetch)
             except (IntegrityError, RecoveryError, StoreError) as error:
                 say(f"the last WAL of timeline {window.timeline} cannot be read: {error.fact}")
                 continue

@@ -12,6 +12,7 @@ import click
 
 from handlers.fetch import Fetcher
 from handlers.target_dir import Targets
+from infra.cli.answering import answering
 from infra.cli.progress import EVERY, Bytes
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.postgres.restored import Replay
@@ -19,8 +20,7 @@ from infra.restore import Place, Repository, Restored, Watch, check_place, make_
 from infra.settings import Settings
 from infra.storage import display_name
 from infra.wiring import Site, open_site
-from pipeline.catalog import REPOSITORY
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target, zone_remark
 
@@ -71,7 +71,7 @@ async def command(target_dir: Path, **options: Any) -> None:
     began = time.monotonic()
     wanted = _narrowed(settings(), options["source"])
     async with open_site(wanted, cluster=options["cluster"], allow_unencrypted=options["allow_unencrypted"]) as opened:
-        site = await _answering(opened)
+        site = await answering(opened)
         repository = _repository(site, options)
         plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
         targets = await check_place(plan, _with_programs(place, site.settings))
@@ -132,27 +132,6 @@ def _narrowed(wanted: Settings, source: str) -> Settings:
         names = ", ".join(display_name(url) for url in wanted.destinations)
         raise ConfigError(f"--from {source} is no destination", hint=f"the destinations are: {names}")
     return wanted.model_copy(update={"destinations": chosen, "required": ()})
-
-
-async def _answering(site: Site) -> Site:
-    """The site without the destinations that do not answer, which may be why there is a restore at all.
-
-    Left in, they would be asked for every file at the end of the WAL, and "not there" would never be certain.
-    """
-    kept, errors = [], []
-    for url, destination, store in zip(site.settings.destinations, site.destinations, site.stores, strict=True):
-        try:
-            await store.head(REPOSITORY)
-        except StoreError as error:
-            errors.append(error)
-            say(f"{store.name} is left out: {error.fact}. What only it has cannot be restored")
-        else:
-            kept.append((url, destination, store))
-    if not kept:
-        raise errors[0]
-    urls, destinations, stores = (tuple(parts) for parts in zip(*kept, strict=True))
-    settings = site.settings.model_copy(update={"destinations": urls, "required": ()})
-    return replace(site, settings=settings, destinations=destinations, stores=stores)
 
 
 def _repository(site: Site, options: dict[str, Any]) -> Repository:

@@ -26,7 +26,7 @@ from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
 from infra.sources.watcher import SpoolWatcher
 from infra.storage.lease import Lease, LeaseHeldError
-from infra.streaming import Streaming
+from infra.streaming import Streaming, keep_clean
 from infra.wiring import Shipping, Site, open_destinations, open_shipping, open_site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Source
@@ -191,6 +191,7 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
         group.create_task(shipping.uploader.run())
         if lease is not None:
             group.create_task(lease.run())
+            group.create_task(keep_clean(site, shipping))
         if watcher is not None:
             group.create_task(_tell_of_server(site))
             group.create_task(_keep_history(site, shipping.service))

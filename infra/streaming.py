@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from handlers.outlet import Outlet, Parcel
 from handlers.ship import Shipper
 from handlers.tail import TailShipper
+from handlers.tail_clean import clean_left_overs
 from infra.overlap import check_overlap, refuse_demoted
 from infra.sources.receiver import Receiver
 from infra.stored import Stored, look_at_stored
@@ -21,11 +23,24 @@ from pipeline.catalog import parse_wal_key
 from pipeline.contracts import Buffer, Source
 from pipeline.dispatcher import Handle
 from pipeline.durable import Durable
+from pipeline.errors import StoreError
 from pipeline.events import DestinationCaughtUp, Event, GapClosed, GapOpened, Notice, ObjectStored
 from pipeline.lineage import Lineage
 from pipeline.openwal import OpenWal
 from pipeline.resume import GoOn, go_on
 from pipeline.wal import Lsn, WalFile, WalKind
+
+#: Seconds between looks for tails that nobody needs any more: an earlier process was killed before it removed them.
+CLEAN_EVERY = 3600.0
+
+
+async def keep_clean(site: Site, shipping: Shipping) -> None:
+    """Remove left-over tails at each destination, now and every hour. Runs until cancelled."""
+    while True:
+        for outlet in shipping.uploader.outlets:
+            with suppress(StoreError):  # whoever stores something there tells
+                await clean_left_overs(outlet, notify=site.notify)
+        await site.clock.sleep(CLEAN_EVERY)
 
 
 class Streaming:

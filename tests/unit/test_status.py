@@ -15,7 +15,7 @@ from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
 from infra.status import DestinationStatus, _destination, read_status
 from infra.storage.memory import MemoryStore
-from infra.wiring import Site
+from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import info_key, wal_key
 from pipeline.contracts import Store
@@ -68,7 +68,7 @@ def site_of(shelf: Shelf, store: Store, *, server: str = "/nowhere", spool: Path
     facts = RepositoryFacts(SYSTEM_ID, 17, SIZE, NOON.isoformat())
     return Site(
         settings, facts, (Destination(store, required=True),), (store,), plain_keys(), shelf.chain,
-        Fetcher([store], shelf.chain, SYSTEM_ID), FastClock(), lambda _: None,
+        Fetcher([store], shelf.chain, SYSTEM_ID), FastClock(), Listeners(),
     )  # fmt: skip
 
 

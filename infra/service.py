@@ -167,7 +167,6 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
             raise SourceError(f"the spool {spool} is shipped by process {other} already", hint="one service is enough")
     if "stream" in site.settings.sources:
         stream = Streaming(site, shipping, epoch=lease.epoch if lease else None)
-        handle = stream.around(handle)
         site.notify.append(stream.heard)
         sources.append(stream.receiver)
     if len(sources) > 1:
@@ -178,6 +177,8 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
             shipped=shipping.service.fingerprint,
             notify=site.notify,
         ).handle
+    if stream is not None:
+        handle = stream.around(handle)
     dispatcher = Dispatcher(handle, clock=site.clock, notify=site.notify, patience=endless)
     log.info(
         "started",

@@ -69,7 +69,7 @@ def _slot(stream: StreamFacts, name: str) -> Iterator[Problem]:
         yield error(f"the slot {name} is a temporary one and ends with its session ({slot.holder})",
                     "end that session, or set WALSHIP_SLOT to another name; walship makes the slot itself")  # fmt: skip
         return
-    if slot.active and stream.ours is None:
+    if slot.active and stream.ours is None and slot.application_name.lower() != name:
         yield error(f"the slot {name} is in use by another program: {slot.holder}",
                     "end it, or set WALSHIP_SLOT to another name: a slot serves one")  # fmt: skip
     if slot.lost:

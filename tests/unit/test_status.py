@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import pytest
 
 from handlers.fetch import Fetcher, read_catalog
 from infra.cli.list import _lines, _result
+from infra.cli.status import _lines as status_lines
 from infra.postgres.control import Archiver, Role, ServerFacts
+from infra.postgres.senders import Sender, StreamFacts
+from infra.postgres.slots import Slot
 from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
-from infra.status import DestinationStatus, _destination, read_status
+from infra.status import DestinationStatus, _destination, _reasons, _stream, read_status
 from infra.storage.memory import MemoryStore
 from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
@@ -167,6 +171,58 @@ async def test_a_hole_is_a_reason_not_to_be_well(shelf: Shelf) -> None:
     status = await read_status(site_of(shelf, shelf.store))
     reason = "memory: 000000010000000000000004 is missing: what lies behind it cannot be reached"
     assert reason in status.reasons
+
+
+async def test_tails_take_a_destination_further(shelf: Shelf) -> None:
+    """Names alone count: what is in them is not read."""
+    await archive(shelf, range(3, 9))
+    await back_up(shelf, 3)
+    for start, end in ((0, 1000), (1000, 5000), (6000, 7000)):
+        key = f"tail/{WalFile.segment(1, 9 * SIZE, SIZE)}/00000001-{start:08x}-{end:08x}"
+        await shelf.store.put(key, MemoryBody([b"unread"]))
+    found = await look(shelf)
+    assert (found.durable_lsn, found.tail_bytes) == (str(Lsn(9 * SIZE + 5000)), 5000)
+    assert (found.lag_bytes, found.missing) == (SIZE // 2 - 5000, "")
+    assert found.last_segment == "000000010000000000000008"
+
+
+SLOT = Slot(
+    name="walship", physical=True, temporary=False, restart_lsn=Lsn(9 * SIZE), active=True, active_pid=7,
+    application_name="walship", holder="walship (process 7 of the server)", wal_status="reserved", safe_wal_size=None,
+    retained=SIZE // 2, lost=False,
+)  # fmt: skip
+OURS = Sender(7, "walship", "shipper", "a local socket", "streaming", "sync")
+
+
+def stream_facts(slot: Slot | None, *senders: Sender) -> StreamFacts:
+    return StreamFacts(slot, senders, 1, 10, None, 60.0, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("slot", "senders", "problem"),
+    [
+        (SLOT, (OURS,), ""),
+        (None, (), "there is no slot walship"),
+        (replace(SLOT, active=False, active_pid=None), (), "is idle: nothing streams; it keeps 524288 bytes"),
+        (SLOT, (replace(OURS, application_name="pg_receivewal"),), "is used by another program"),
+        (replace(SLOT, lost=True), (OURS,), "is lost: the server did not keep its WAL"),
+        (replace(SLOT, wal_status="unreserved"), (OURS,), "is about to be lost"),
+    ],
+)  # fmt: skip
+async def test_the_stream_as_the_server_tells_of_it(
+    shelf: Shelf, slot: Slot | None, senders: tuple[Sender, ...], problem: str
+) -> None:
+    server = replace(SERVER, synchronous_standby_names="walship")
+    stream = _stream(server, stream_facts(slot, *senders), "walship")
+    assert problem in stream.problem
+    assert bool(stream.problem) is bool(problem)
+    assert stream.commits.startswith("commits wait until walship has stored them")
+    site = site_of(shelf, shelf.store)
+    status = replace(await read_status(site), server_error="", stream=stream)
+    assert any(reason.startswith("stream: ") for reason in _reasons(status, server, site)) is bool(problem)
+    (line,) = (line for line in status_lines(status) if line.startswith("stream "))
+    assert (problem or "WAL streams, commits wait for it; the slot walship keeps ") in line
+    assert status.result()["stream"]["slot"] == "walship"
 
 
 async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:

@@ -74,6 +74,8 @@ class Streaming:
         self._origin = Lsn(0)
         #: Segments that are missing and told.
         self._missing: set[WalFile] = set()
+        #: What was told between the first listing and ``Durable``: the one may not have seen it, the other not yet.
+        self._early: list[ObjectStored | DestinationCaughtUp] | None = None
 
     async def run(self) -> None:
         """Stream until cancelled, or until another writer uses our epoch."""
@@ -100,6 +102,9 @@ class Streaming:
 
     def heard(self, notice: Notice) -> None:
         """A listener: what is stored anywhere takes the positions further."""
+        if self._early is not None and isinstance(notice, ObjectStored | DestinationCaughtUp):
+            self._early.append(notice)
+            return
         match notice:
             case ObjectStored():
                 self._object_stored(notice)
@@ -118,6 +123,8 @@ class Streaming:
 
     async def _resume(self, lineage: Lineage, after: int = 0) -> GoOn | None:
         """Where nobody has anything: what only some have is copied to the others. See ``pipeline.resume``."""
+        if self.receiver.durable is None:
+            self._early = []
         self._stored = await look_at_stored(self._site)
         refuse_demoted(lineage.timeline, self._stored.newest_timeline)
         where = go_on(lineage, self._stored.anywhere, begin=self._stored.begin(lineage), after=after)
@@ -136,6 +143,8 @@ class Streaming:
                 # One that did not answer, or has nothing yet: nothing counts there until it has caught up.
                 own = go_on(lineage, segments, begin=stored.begin(lineage)) if segments else None
                 behind[name] = min(origin, own.lsn if own else Lsn(0))
+        # As soon as the receiver has it: it is told what came too late for the listing.
+        asyncio.get_running_loop().call_soon(self._hear_again)
         return Durable(
             destinations,
             origin,
@@ -143,6 +152,11 @@ class Streaming:
             patience=self._site.settings.sync_timeout,
             behind=behind,
         )
+
+    def _hear_again(self) -> None:
+        early, self._early = self._early, None
+        for notice in early or ():
+            self.heard(notice)
 
     def _object_stored(self, notice: ObjectStored) -> None:
         file = parse_wal_key(notice.name)

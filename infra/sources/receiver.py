@@ -285,19 +285,21 @@ class Receiver:
     async def _receive(self, stream: WalStream, kept: Lsn, watch: ServerWatch) -> None:
         """Data in, reports out, until the timeline ends."""
         assert self.durable is not None
-        asked = False
+        # That WAL is removed is said in place of the first bytes: those are asked for even where there is no room.
+        asked = begun = False
         reported, reported_at = Lsn(0), -_REPORT
         while True:
             self._wake.clear()
             now = self._clock.monotonic()
             before = self._assembly.received
             self._assembly.go_on(now)
-            while self._assembly.room and (message := stream.take()) is not None:
+            while (self._assembly.room or not begun) and (message := stream.take()) is not None:
                 self._received_any = True
                 if isinstance(message, TimelineEnded):
                     return  # the end of the segment is told next
                 self.current = max(self.current, message.server_end)
                 if isinstance(message, WalData):
+                    begun = True
                     self._assembly.take(message.start, message.data, now)
                 elif message.reply_requested:
                     asked = True
@@ -314,7 +316,7 @@ class Receiver:
                 asked, reported, reported_at = False, flush, now
             self._leave_if_held_up(watch)
             pause = reported_at + (_ANSWER if asked else _REPORT) - now
-            await stream.wait(self._wake, reading=self._assembly.room, seconds=max(pause, 0.001))
+            await stream.wait(self._wake, reading=self._assembly.room or not begun, seconds=max(pause, 0.001))
 
     def _leave_if_held_up(self, watch: ServerWatch) -> None:
         if watch.held_up(reading=self._assembly.room) >= self._grace:

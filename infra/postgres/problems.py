@@ -95,7 +95,7 @@ def _archiving(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
                      f" ({facts.archiver.failed_count} failures so far)",
                      "the server's log has the reason; a truncated file of that name in the spool blocks basic_archive"
                      " for ever")  # fmt: skip
-    if facts.archive_timeout == 0:
+    if facts.archive_timeout == 0 and "stream" not in settings.sources:
         yield _warning("archive_timeout is 0: a quiet server keeps its last changes in an unfinished segment for long",
                        "set archive_timeout = 60, or less")  # fmt: skip
 

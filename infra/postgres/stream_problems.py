@@ -217,4 +217,4 @@ def _patience(settings: Settings) -> str:
 
 
 def _mb(size: int) -> str:
-    return f"{size / (1 << 20):.0f} MB"
+    return f"{size >> 20} MB" if size >> 20 or not size else f"{size} bytes"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ import pytest
 from infra.checkup import Finding, examine
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
-from infra.postgres.problems import Problem
+from infra.postgres.problems import Problem, problems
 from infra.postgres.recovery_files import parse_conf
 from infra.postgres.replication import ReplicationConnection
 from infra.postgres.senders import read_stream_facts
 from infra.postgres.stream_problems import stream_problems, stream_words
-from infra.postgres.throwaway import ThrowawayServer
+from infra.postgres.throwaway import ThrowawayServer, make_folder
 from infra.settings import Settings
 from pipeline.errors import ConfigError
 from tests.servers import NEWEST, StartServer, new_server, server_folder, start_server
@@ -60,12 +62,16 @@ def change(server: ThrowawayServer, settings: Mapping[str, str]) -> None:
         for name, value in settings.items():
             session.execute(f"alter system set {name} = '{value}'".encode())
         session.execute("select pg_reload_conf()")
-    deadline = time.monotonic() + 20
     for name, value in settings.items():
-        while server.query(f"select setting = '{value}' or current_setting('{name}') = '{value}'"
-                           f" from pg_settings where name = '{name}'") != [(True,)]:  # fmt: skip
-            assert time.monotonic() < deadline, name
-            time.sleep(0.01)
+        wait_until(server, name, value)
+
+
+def wait_until(server: ThrowawayServer, name: str, value: str) -> None:
+    deadline = time.monotonic() + 20
+    query = "select setting = '{1}' or current_setting('{0}') = '{1}' from pg_settings where name = '{0}'"
+    while server.query(query.format(name, value)) != [(True,)]:
+        assert time.monotonic() < deadline, name
+        time.sleep(0.01)
 
 
 @asynccontextmanager
@@ -94,12 +100,31 @@ async def senders(server: ThrowawayServer, query: str, name: str) -> int:
     return int(row[0])
 
 
+@pytest.fixture(scope="module")
+def kept_server() -> Iterator[ThrowawayServer]:
+    folder = make_folder("walship-t-")
+    try:
+        with new_server(NEWEST, folder, segment_mb=1, settings=RIGHT) as started:
+            started.start()
+            started.query(ROLE)
+            yield started
+    finally:
+        shutil.rmtree(folder)
+
+
 @pytest.fixture
-def server(start_server: StartServer) -> ThrowawayServer:
-    """One on which nothing is wrong."""
-    started = start_server(segment_mb=1, settings=RIGHT)
-    started.query(ROLE)
-    return started
+def server(kept_server: ThrowawayServer) -> Iterator[ThrowawayServer]:
+    """One on which nothing is wrong; what a test changes is taken back."""
+    yield kept_server
+    with psycopg.connect(kept_server.dsn(), autocommit=True) as session:
+        session.execute("set synchronous_commit = local")
+        session.execute("alter system reset all")
+        session.execute("alter role shipper in database template1 reset all")
+        session.execute("drop role if exists app")
+        session.execute("select pg_drop_replication_slot(slot_name) from pg_replication_slots")
+        session.execute("select pg_reload_conf()")
+    wait_until(kept_server, "synchronous_standby_names", "")
+    wait_until(kept_server, "max_slot_wal_keep_size", RIGHT["max_slot_wal_keep_size"])
 
 
 async def test_the_setting_is_read_as_the_server_reads_it(server: ThrowawayServer) -> None:
@@ -141,6 +166,22 @@ async def test_limits_and_time_outs(server: ThrowawayServer) -> None:
     change(server, {"max_slot_wal_keep_size": "0"})
     ((severity, fact),) = await briefly(server, WALSHIP_SOURCES="watch,stream")
     assert (severity, "the archive fills the hole" in fact) == ("warning", True)
+
+
+async def test_the_stream_needs_no_archive_timeout(server: ThrowawayServer, tmp_path: Path) -> None:
+    settings = settings_for(server, WALSHIP_SOURCES="watch,stream", WALSHIP_SPOOL_DIR=str(tmp_path))
+    async with await connect(settings) as control:
+        facts = await read_facts(control)
+    archiving: dict[str, Any] = {
+        "archive_mode": "on",
+        "archive_library": "basic_archive",
+        "archive_directory": str(tmp_path),
+    }
+    facts = replace(facts, archive_timeout=0, **archiving)
+    found = {sources: problems(facts, settings.model_copy(update={"sources": sources}))
+             for sources in (("watch",), ("watch", "stream"))}  # fmt: skip
+    (only,) = (p.fact for p in found["watch",] if p not in found["watch", "stream"])
+    assert only.startswith("archive_timeout is 0")
 
 
 async def test_slots(server: ThrowawayServer) -> None:

@@ -18,7 +18,9 @@ from infra.clock import SystemClock
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
 from infra.postgres.problems import problems
+from infra.postgres.senders import read_stream_facts
 from infra.postgres.slots import look
+from infra.postgres.stream_problems import stream_problems
 from infra.repository import find
 from infra.safety import history_shipper, store_history, wal_safe
 from infra.settings import Settings
@@ -45,6 +47,9 @@ LONGEST_PAUSE = 30.0
 
 #: Seconds between looks at the server's timeline.
 LOOK_AT_TIMELINE = 30.0
+
+#: Seconds until our own stream is there to be seen.
+SETTLED = 5.0
 
 
 def spool_to_watch(settings: Settings) -> Path | None:
@@ -194,10 +199,10 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
             group.create_task(lease.run())
             group.create_task(keep_clean(site, shipping))
         if watcher is not None:
-            group.create_task(_tell_of_server(site))
             group.create_task(_keep_history(site, shipping.service))
         if stream is not None:
             group.create_task(stream.run())
+        group.create_task(_tell_of_server(site))
         try:
             await dispatcher.run(*sources)
         finally:
@@ -216,15 +221,20 @@ async def _ship_unless_taken(spool: Path | None, site: Site, shipping: Shipping)
 
 async def _tell_of_server(site: Site) -> None:
     """Shipping needs no word with the server; but a server that does not archive is nothing to be silent about."""
+    streams = "stream" in site.settings.sources
+    if streams:
+        await site.clock.sleep(SETTLED)
     try:
         async with await connect(site.settings) as connection:
             server = await read_facts(connection)
+            stream = await read_stream_facts(connection, site.settings.slot) if streams else None
     except SourceError as error:
         log.warning("server", error=error.fact, hint=error.hint)
         return
     if server.system_identifier != site.facts.system_id:
         log.warning("server", error=f"it is the cluster {server.system_identifier}, not {site.facts.system_id}")
-    for problem in problems(server, site.settings):
+    found = problems(server, site.settings) + (stream_problems(server, stream, site.settings) if stream else [])
+    for problem in found:
         log.warning("server", error=problem.fact, hint=problem.hint)
 
 

@@ -45,10 +45,13 @@ async def test_both_sides_of_a_fork(start_server: StartServer, server_folder: Pa
     assert first is not None
     assert first.timeline == 2
 
-    # The history is stored, timeline 2's first segment is not yet: nothing behind the fork may be replayed.
+    # The history is stored, timeline 2's first segment is not yet: the latest is what timeline 1 has.
     await bank.shelf("wal/00000002.history", history)
     plan = await make_plan(bank.repository(), Target())
-    assert plan.timeline == 2
+    assert plan.timeline == 1
+    assert any("nothing of it is stored: it is not followed" in notice for notice in plan.notices)
+    # Whoever wants timeline 2 all the same gets nothing that is behind the fork.
+    plan = await make_plan(bank.repository(), Target(timeline=2))
     assert any("--timeline 1 brings them back" in notice for notice in plan.notices)
     early = bank.place("early")
     restored = await restore(bank.repository(), plan, early)

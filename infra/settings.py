@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -128,6 +128,11 @@ class Settings(BaseSettings):
         """Host and port of each server, in the order given."""
         hosts, ports = _split(self.postgres_host), _split(self.postgres_port)
         return tuple(zip(hosts, map(int, ports * len(hosts) if len(ports) == 1 else ports), strict=True))
+
+    def at(self, *servers: tuple[str, int]) -> Self:
+        """These settings for some of the servers alone."""
+        hosts, ports = ",".join(host for host, _ in servers), ",".join(str(port) for _, port in servers)
+        return self.model_copy(update={"postgres_host": hosts, "postgres_port": ports})
 
     @property
     def wal_encrypted(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 from handlers.outlet import Outlet, Parcel
 from handlers.ship import Shipper
@@ -129,7 +130,9 @@ class Streaming:
         refuse_demoted(lineage.timeline, self._stored.newest_timeline)
         where = go_on(lineage, self._stored.anywhere, begin=self._stored.begin(lineage), after=after)
         if where is not None:
-            await check_overlap(self._site, lineage, self._stored.anywhere, where)
+            await check_overlap(
+                replace(self._site, settings=self.receiver.server), lineage, self._stored.anywhere, where
+            )
         return where
 
     def _make_durable(self, origin: Lsn) -> Durable:

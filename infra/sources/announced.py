@@ -21,7 +21,8 @@ class Announced:
     """The source's events and their bytes."""
 
     def __init__(self, settings: Settings, segment_size: int) -> None:
-        self._settings = settings
+        #: Where to fetch again what was let go.
+        self.server = settings
         self._size = segment_size
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         #: Whole segments whose buffer is held.
@@ -52,7 +53,7 @@ class Announced:
             return
         await self._places.acquire()
         try:
-            self._fetched[event.file] = await fetch_segment(self._settings, event.file, self._size)
+            self._fetched[event.file] = await fetch_segment(self.server, event.file, self._size)
         except BaseException:
             self._places.release()
             raise

@@ -77,6 +77,8 @@ class Receiver:
         ``grace`` and ``pauses``: see ``GRACE`` and ``PAUSES``.
         """
         self._settings = settings
+        #: The settings for the server that is connected to, or was last.
+        self.server = settings
         self._system_id = system_id
         self._size = segment_size
         self._wal = wal
@@ -187,25 +189,43 @@ class Receiver:
             pause = min(longest, pause * 2)
 
     async def _connect_once(self) -> None:
-        settings = self._settings
-        async with await ReplicationConnection.open(settings, application_name=settings.slot) as replication:
-            async with await connect(settings) as control:
-                primary = await look_at(replication, control, system_id=self._system_id, segment_size=self._size)
-                self._agree(primary)
-                # Before the slot: a server that is refused would keep WAL in it for ever.
-                unknown = self.durable is None or self._refusals.after is not None
-                go = await self._resume(primary.lineage, self._refusals.after or 0) if unknown else None
-                kept = await prepare_slot(replication, control, settings.slot, renew=self._refusals.slot_lies)
-                self._refusals.slot_lies = False
-            self.current = primary.lsn
-            if unknown:
-                self._begin(primary, go, kept)
-            async with asyncio.TaskGroup() as group:
-                pid = replication.pgconn.backend_pid
-                watch = ServerWatch(settings, pid, clock=self._clock, synchronous=self._set_synchronous)
-                watching = group.create_task(watch.run())
-                await self._follow(replication, primary, kept, watch)
-                watching.cancel()
+        """To the primary. Where several servers say that they are one, a demoted one that runs again hides no other."""
+        candidates = self._settings
+        while True:
+            async with await ReplicationConnection.open(candidates, application_name=candidates.slot) as replication:
+                here = [server for server in candidates.servers if f"{server[0]}:{server[1]}" == replication.place]
+                others = [server for server in candidates.servers if server not in here]
+                self.server = self._announced.server = candidates.at(*here)
+                try:
+                    primary, kept = await self._agree_with(replication)
+                except SourceError as error:
+                    if not error.lasting or not others:
+                        raise
+                    self._notify(StreamLost(error.fact, error.hint, 0.0))
+                    candidates = candidates.at(*others)
+                    continue
+                async with asyncio.TaskGroup() as group:
+                    pid = replication.pgconn.backend_pid
+                    watch = ServerWatch(self.server, pid, clock=self._clock, synchronous=self._set_synchronous)
+                    watching = group.create_task(watch.run())
+                    await self._follow(replication, primary, kept, watch)
+                    watching.cancel()
+
+    async def _agree_with(self, replication: ReplicationConnection) -> tuple[Primary, Lsn]:
+        """Who is there, and from where on its slot keeps WAL. SourceError if it is not to be followed."""
+        slot = self._settings.slot
+        async with await connect(self.server) as control:
+            primary = await look_at(replication, control, system_id=self._system_id, segment_size=self._size)
+            self._agree(primary)
+            # Before the slot: a server that is refused would keep WAL in it for ever.
+            unknown = self.durable is None or self._refusals.after is not None
+            go = await self._resume(primary.lineage, self._refusals.after or 0) if unknown else None
+            kept = await prepare_slot(replication, control, slot, renew=self._refusals.slot_lies)
+            self._refusals.slot_lies = False
+        self.current = primary.lsn
+        if unknown:
+            self._begin(primary, go, kept)
+        return primary, kept
 
     def _agree(self, primary: Primary) -> None:
         """Follow the server, or refuse it."""

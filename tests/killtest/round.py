@@ -92,6 +92,8 @@ class _Round:
         self.outcome.puts = [put.seconds for put in _puts(self.store.requests) if put.seconds is not None]
         self.outcome.put = longest_put(self.store.requests, kill)
         self.outcome.judge(acknowledged, self._restored(), kill)
+        if self.outcome.violations:
+            self._note_requests(kill)
 
     def _serve(self) -> subprocess.Popen[bytes]:
         service = self.rig.serve(POSTGRES_PORT=str(self.postgres.port))
@@ -132,6 +134,14 @@ class _Round:
             time.sleep(max(0.0, kill - self.plan.until_kill + moment - time.monotonic()))
             self.rig.sql(statement)
         time.sleep(max(0.0, kill - time.monotonic()))
+
+    def _note_requests(self, kill: float) -> None:
+        """For whoever looks what went wrong: what the store was asked, with the time in seconds to the kill."""
+        lines = [
+            f"{each.began - kill:9.3f} {each.seconds or 0:7.3f} {each.method} {each.path}{' cut' * each.failed}\n"
+            for each in self.store.requests
+        ]
+        (self.folder / "requests").write_text("".join(lines), "utf-8")
 
     def _restored(self) -> set[tuple[int, int]]:
         """The rows that come back from S3 alone; what is wrong with them is noted."""

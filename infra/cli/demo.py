@@ -16,16 +16,17 @@ from pipeline.errors import IntegrityError
 
 
 @click.command("demo")
-@click.option("--seconds", default=5.0, show_default=True, help="Load in each part of the story.")
-@click.option("--payments", default=100_000, show_default=True, help="Rows to begin with.")
+@click.option("--seconds", default=2.0, show_default=True, help="Load in each part of the story.")
+@click.option("--payments", default=50_000, show_default=True, help="Rows to begin with.")
 @click.option("--keep", is_flag=True, help="Leave the demo's folder, with its logs and the bucket's files.")
 @json_option
 def command(seconds: float, payments: int, keep: bool, as_json: bool) -> None:
     """All of it on servers of its own, in about a minute; needs no settings and leaves nothing behind.
 
     Starts a PostgreSQL and an S3 server, ships WAL and a base backup of a small bank, drops a table and restores to the
-    moment before, then destroys the machine and restores to the latest, both from S3 alone. Compares what came back by
-    row counts and hashes; fails if anything differs.
+    moment before. Then it kills server and service while commits go on, destroys all but the bucket and restores to the
+    latest: first with asynchronous commits, of which a second may be lost, then with synchronous ones, of which none.
+    Every restore is from S3 alone. Compares what came back by row counts and hashes; fails if anything differs.
 
     Example: walship demo
     """
@@ -41,7 +42,7 @@ def command(seconds: float, payments: int, keep: bool, as_json: bool) -> None:
     if summary.broken:
         raise IntegrityError(
             f"{len(summary.broken)} of the demo's {len(summary.claims)} claims do not hold: {summary.broken[0].text}",
-            hint="run it again with --keep and look at service.log in its folder",
+            hint="run it again with --keep and look at service-1.log and service-2.log in its folder",
         )
 
 

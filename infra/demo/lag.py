@@ -1,7 +1,9 @@
-"""Archive lag, measured from outside: how long each finished segment lies in the spool.
+"""How far the offsite copies are behind, measured from outside, whatever walship says of itself.
 
-PostgreSQL puts it there, and walship takes it away only when every destination has confirmed it. So the time in between
-is how far behind the offsite copy is, whatever walship says of itself.
+- A finished segment: how long it lies in the spool. PostgreSQL puts it there, and walship takes it away only when every
+  destination has confirmed it.
+- Any byte: how long until PostgreSQL is told that every destination has it (``flush_lsn``), in a finished segment or in
+  a tail.
 """
 
 from __future__ import annotations
@@ -9,23 +11,30 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from pathlib import Path
+
+import psycopg
 
 from pipeline.wal import WalFile, WalKind
 
 #: Seconds between two looks; no lag is known better than that.
 _PAUSE = 0.01
+_STREAM_PAUSE = 0.03
+
+_POSITIONS = """
+SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn, flush_lsn - '0/0'::pg_lsn
+FROM pg_stat_replication WHERE application_name = 'walship'
+"""
 
 
-class SpoolLag:
-    """Watches a spool in a thread, from ``start`` to ``stop``."""
+class _Lag:
+    """Looks in a thread, from ``start`` to ``stop``."""
 
-    def __init__(self, spool: Path) -> None:
-        self._spool = spool
-        self._arrived: dict[str, float] = {}
+    def __init__(self) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="spool lag", daemon=True)
-        #: Seconds that each segment waited, in the order in which they left.
+        self._thread = threading.Thread(target=self._watch, name="lag", daemon=True)
+        #: Seconds that each thing waited, in the order in which they became safe.
         self.waited: list[float] = []
 
     def start(self) -> None:
@@ -46,6 +55,18 @@ class SpoolLag:
         return sum(self.waited) / len(self.waited) if self.waited else 0.0
 
     def _watch(self) -> None:
+        raise NotImplementedError
+
+
+class SpoolLag(_Lag):
+    """Of each finished segment."""
+
+    def __init__(self, spool: Path) -> None:
+        super().__init__()
+        self._spool = spool
+        self._arrived: dict[str, float] = {}
+
+    def _watch(self) -> None:
         while not self._stop.wait(_PAUSE):
             now = time.monotonic()
             there = {name for name in os.listdir(self._spool) if _is_segment(name)}  # noqa: PTH208 - names suffice
@@ -53,6 +74,47 @@ class SpoolLag:
                 self._arrived[name] = now
             for name in self._arrived.keys() - there:
                 self.waited.append(now - self._arrived.pop(name))
+
+
+class StreamLag(_Lag):
+    """Of the end of the WAL, each time that it has moved. Stop it before the server."""
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__()
+        self._dsn = dsn
+
+    def _watch(self) -> None:
+        ends: deque[tuple[int, float]] = deque()
+        last = 0
+        with psycopg.connect(self._dsn, autocommit=True) as connection:
+            while not self._stop.wait(_STREAM_PAUSE):
+                row = connection.execute(_POSITIONS).fetchone()
+                now = time.monotonic()
+                end, safe = (int(row[0]), int(row[1] or 0)) if row else (last, 0)
+                if end > last:
+                    last = end
+                    ends.append((end, now))
+                while ends and ends[0][0] <= safe:
+                    self.waited.append(now - ends.popleft()[1])
+
+
+def longest_put(page: str, destination: str) -> float:
+    """Seconds that the slowest upload of a tail took there, by the service's ``/metrics``: the end of its bucket.
+
+    0 if there was none. ``destination``: how its name begins.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    counts = {
+        float(sample.labels["le"]): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "walship_upload_duration_seconds_bucket"
+        and sample.labels["kind"] == "tail"
+        and sample.labels["destination"].startswith(destination)
+    }
+    most = max(counts.values(), default=0.0)
+    return min((end for end, count in counts.items() if count == most), default=0.0) if most else 0.0
 
 
 def _is_segment(name: str) -> bool:

@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from infra.demo.lag import longest_put
 from infra.demo.restored import RestoredServer
 from infra.demo.seaweed import Seaweed
 from infra.postgres.processes import dismiss, give, guard, run_as
@@ -27,8 +29,10 @@ from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
 from infra.settings import known_names
 from pipeline.errors import ConfigError, IntegrityError, RecoveryError, SourceError, StoreError, WalshipError
 
-#: Seconds until the service has begun to ship, or is given up.
-_START = 60.0
+#: Seconds that the service is given for what it takes moments for.
+_PATIENCE = 60.0
+#: Seconds that a byte of the open segment may wait until it is shipped.
+INTERVAL = 1.0
 #: What a verb's exit code was made from, so that a failed step of the demo ends it with the same code.
 _KINDS: dict[int, type[WalshipError]] = {
     2: ConfigError,
@@ -48,6 +52,8 @@ class Premises:
         self.spool = self.folder / "spool"
         self.local = self.folder / "local-copy"
         self._service: subprocess.Popen[bytes] | None = None
+        self._starts = 0
+        self._metrics = ""
         self._guard: subprocess.Popen[bytes] | None = None
         self._restored: list[RestoredServer] = []
         self._passphrase = secrets.token_urlsafe(16)
@@ -58,6 +64,8 @@ class Premises:
             shutil.rmtree(self.folder)
             raise
         self.server = ThrowawayServer(self.bin_dir, self.folder / "server")
+        #: The server that is shipped: after a loss a restored one.
+        self.live: ThrowawayServer | RestoredServer = self.server
 
     def open(self) -> None:
         """Start both servers; PostgreSQL archives into the spool, as it would in earnest."""
@@ -100,44 +108,71 @@ class Premises:
         return json.loads(done.stdout)
 
     def start_service(self) -> None:
-        """``walship run``, until it says that it ships; its log is ``service.log``. It ends with us, however we end."""
+        """``walship run``, until it ships and streams; its log is ``service-1.log``, then -2. It ends when we do."""
+        self._starts += 1
+        self._metrics = f"127.0.0.1:{free_port()}"
         with self._service_log.open("ab") as log:
             self._service = subprocess.Popen(
                 [sys.executable, "-m", "infra.cli", "run"],
-                env=self._environment(), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**self._environment(), "WALSHIP_LISTEN": self._metrics},
+                cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         self._guard = guard(self._service.pid, {})
-        deadline = time.monotonic() + _START
-        while '"started"' not in self._service_log.read_text("utf-8", "replace"):
-            if self._service.poll() is not None or time.monotonic() > deadline:
-                raise SourceError(f"`walship run` did not start: {self._last_words()}")
-            time.sleep(0.05)
+        self._wait_for_service("start to ship", lambda: '"started"' in self._service_log.read_text("utf-8", "replace"))
+        self._wait_for_service("stream", lambda: self._stream("flush_lsn IS NOT NULL"))
 
-    def kill_service(self) -> None:
-        """SIGKILL: the machine is gone. Raises SourceError if the service had ended before."""
-        ended = self._service.poll() if self._service is not None else None
-        self._end_service()
-        if ended is not None:
-            raise SourceError(f"`walship run` ended by itself with exit code {ended}: {self._last_words()}")
+    def wait_until_safe(self) -> None:
+        """Until all that is written now, the end of the open segment too, is safe at every destination."""
+        ((end,),) = self.live.query("SELECT pg_current_wal_flush_lsn()::text")
+        self._wait_for_service(f"bring everything up to {end} to safety", lambda: self._stream(f"flush_lsn >= '{end}'"))
+
+    def wait_until_synchronous(self) -> None:
+        """Until commits wait for the service."""
+        self._wait_for_service("become the synchronous standby", lambda: self._stream("sync_state = 'sync'"))
+
+    def longest_put(self) -> float:
+        """Seconds that the slowest upload of a tail to S3 has taken since the service was started, rounded up."""
+        try:
+            with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=10) as answer:
+                return longest_put(answer.read().decode(), "s3:")
+        except OSError as error:
+            raise SourceError(f"`walship run` does not answer for its metrics: {error}: {self._last_words()}") from None
 
     # -- what happens to the machine
 
-    def destroy(self) -> None:
-        """Everything but the bucket: server, data directory, spool, service, local copy."""
-        self.kill_service()
-        self.server.kill9()
-        for folder in (self.server.data_dir, self.spool, self.local):
-            shutil.rmtree(folder)
+    def destroy(self) -> float:
+        """Everything but the bucket: server, data directory, spool, service, local copy.
+
+        The service is killed first: it cannot ship what the server still writes. Returns when that was, in monotonic
+        seconds. Raises SourceError if the service had ended before.
+        """
+        ended = self._service.poll() if self._service is not None else None
+        if ended is not None:
+            raise SourceError(f"`walship run` ended by itself with exit code {ended}: {self._last_words()}")
+        moment = time.monotonic()
+        self._end_service()
+        self.live.kill9()
+        for folder in (self.live.data_dir, self.spool, self.local):
+            if folder.exists():
+                shutil.rmtree(folder)
+        return moment
+
+    def move_to(self, server: RestoredServer) -> None:
+        """A restored server takes the place of the one that was lost. It archives nothing: the stream is enough."""
+        self.live = server
 
     def restore(self, name: str, *target: str) -> RestoredServer:
-        """``walship restore --start`` into a new folder, with nothing but the settings and the bucket."""
+        """``walship restore --start`` into a new folder, with nothing but the settings and the bucket.
+
+        That folder's name is ``name``.
+        """
         folder = self.folder / name
         folder.mkdir(mode=0o700)
         give(folder, run_as())
         where = ("--target-dir", str(folder), "--start", "--port", str(free_port()))
         result = self.walship("restore", *where, *target, s3_only=True)
-        server = RestoredServer(result["pid"], result["port"])
+        server = RestoredServer(result["pid"], result["port"], folder, tail_bytes=result["wal_tail_bytes"])
         self._restored.append(server)
         return server
 
@@ -147,10 +182,13 @@ class Premises:
         """End every process, and remove the folder."""
         try:
             for server in self._restored:
-                server.close()
+                server.kill9()
             self._end_service()
             self.server.close()
-            self.s3.stop()
+            if self._keep:
+                self.s3.stop()
+            else:
+                self.s3.kill()  # nobody wants its data, and an orderly end takes seconds
         finally:
             if not self._keep:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -164,12 +202,24 @@ class Premises:
             dismiss(self._guard)
             self._guard = None
 
+    def _stream(self, condition: str) -> bool:
+        """Whether the server says so of the service's stream."""
+        ours = "SELECT 1 FROM pg_stat_replication WHERE application_name = 'walship' AND state = 'streaming'"
+        return bool(self.live.query(f"{ours} AND {condition}"))
+
+    def _wait_for_service(self, what: str, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while not condition():
+            if self._service is None or self._service.poll() is not None or time.monotonic() > deadline:
+                raise SourceError(f"`walship run` did not {what}: {self._last_words()}")
+            time.sleep(0.05)
+
     def _last_words(self) -> str:
         return " / ".join(self._service_log.read_text("utf-8", "replace").strip().splitlines()[-3:])
 
     @property
     def _service_log(self) -> Path:
-        return self.folder / "service.log"
+        return self.folder / f"service-{self._starts}.log"
 
     def _environment(self, *, s3_only: bool = False) -> Mapping[str, str]:
         """The machine's variables without anybody's settings, then the demo's own."""
@@ -179,13 +229,16 @@ class Premises:
             for name, value in os.environ.items()
             if name not in known and not name.startswith(("WALSHIP_", "AWS_", "PG"))
         }
-        destinations = [self.s3.url("bank")] if s3_only else [f"file://{self.local}", self.s3.url("bank")]
+        whole = self.live is self.server  # not yet lost
+        local = [f"file://{self.local}"] if whole and not s3_only else []
         return {
             **kept,
-            **self.server.environment(),
+            **self.live.environment(),
             **self.s3.environment,
-            "WALSHIP_DESTINATIONS": ",".join(destinations),
-            "WALSHIP_SPOOL_DIR": str(self.spool),
+            "WALSHIP_DESTINATIONS": ",".join([*local, self.s3.url("bank")]),
+            "WALSHIP_SOURCES": "watch,stream" if whole else "stream",
+            "WALSHIP_SPOOL_DIR": str(self.spool) if whole else "",
+            "WALSHIP_TAIL_INTERVAL": f"{INTERVAL:g}",
             "WALSHIP_PG_BIN_DIR": str(self.bin_dir),
             "BACKUP_ENCRYPTION_ENABLED": "true",
             "BACKUP_ENCRYPTION_PASSWORD": self._passphrase,

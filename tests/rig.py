@@ -1,6 +1,7 @@
 """A whole installation for acceptance tests: a real server that archives, a bucket, a local store, and the command.
 
-The command is always run as users run it: a process of its own, with settings in its environment and nothing else.
+The command is always run as users run it: a process of its own, with settings in its environment and nothing else. Only
+how that process comes to be is shorter, see ``tests.commands``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Self
 from infra.postgres import processes
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer
+from tests import commands
 from tests.servers import new_server, programs
 
 _OURS = "from pg_stat_replication where application_name = 'walship'"
@@ -40,9 +42,14 @@ class Rig:
     def __init__(
         self, folder: Path, major: int, destinations: Sequence[str], *, settings: Mapping[str, str] | None = None,
         segment_mb: int = 1, server_settings: Mapping[str, str] | None = None, sources: str = "watch",
+        as_installed: bool = False,
     ) -> None:  # fmt: skip
-        """``sources``: as WALSHIP_SOURCES says them; without ``watch`` the server archives nothing."""
+        """``sources``: as WALSHIP_SOURCES says them; without ``watch`` the server archives nothing.
+
+        ``as_installed``: see ``tests.commands``.
+        """
         self.folder = folder
+        self.as_installed = as_installed
         self.major = major
         self.bin_dir = programs(major)
         self.spool = folder / "spool"
@@ -86,10 +93,9 @@ class Rig:
         self, *words: str, expect: int = 0, timeout: float = 120.0, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """``walship WORDS``; fails the test with all that was printed if the exit code is another one."""
-        done = subprocess.run(
-            [sys.executable, "-m", "infra.cli", *words], env=dict(environment or self.environment()), cwd=self.folder,
-            capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = commands.run(
+            words, environment or self.environment(), self.folder, timeout=timeout, as_installed=self.as_installed
+        )
         if done.returncode != expect:
             raise WrongExitError(
                 f"walship {' '.join(words)}: exit code {done.returncode}, not {expect}\n"

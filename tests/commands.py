@@ -1,0 +1,108 @@
+"""``walship WORDS`` in a process of its own that does not load everything anew.
+
+A command costs 0.3 to 0.7 s of CPU time before it does anything: the modules, and the key ring's passphrase, which is
+slow on purpose. Hundreds of commands are run by the acceptance tests. So each is forked off a process that has loaded
+the modules and has done nothing else (``multiprocessing``'s fork server): it has its own process id, environment,
+folder, streams, signals and exit code, as any other. And the key rings that ``init`` makes here are cheap to open; what
+opening costs stands in the ring, and every command obeys that.
+
+``as_installed=True`` is the real start and the real cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+from infra.cli import VERBS
+
+#: What commands load when they are called: the verbs, and what those load late.
+_LOADED = (
+    *(f"infra.cli.{verb.replace('-', '_')}" for verb in VERBS),
+    "infra.storage.local", "infra.storage.s3", "aiobotocore.session", "rich.progress",
+)  # fmt: skip
+#: The cost of a passphrase (2**16 in production).
+SCRYPT_N = 1 << 10
+#: Starting a process asks after all others, and an exit code can be asked for only once.
+_lock = threading.Lock()
+
+
+def run(
+    words: Sequence[str], environment: Mapping[str, str], folder: Path, *, timeout: float, as_installed: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run the command and wait for it. Raises subprocess.TimeoutExpired, and has killed it then."""
+    command = [sys.executable, "-m", "infra.cli", *words]
+    if as_installed:
+        return subprocess.run(
+            command, env=dict(environment), cwd=folder, capture_output=True, text=True, timeout=timeout, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    # Files, not pipes: servers that outlive the command may keep them open.
+    with tempfile.TemporaryDirectory(prefix="walship-c-") as scratch:
+        out, err = Path(scratch, "out"), Path(scratch, "err")
+        deadline = time.monotonic() + timeout
+        with _lock:
+            process = _server().Process(
+                target=_command, args=(words, dict(environment), str(folder), str(out), str(err))
+            )
+            process.start()
+        try:
+            in_time = connection.wait([process.sentinel], max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            process.kill()
+            raise
+        if not in_time:
+            process.kill()
+        with _lock:
+            process.join()
+            code = process.exitcode
+            process.close()
+        said = [path.read_text("utf-8") if path.exists() else "" for path in (out, err)]
+    if not in_time:
+        raise subprocess.TimeoutExpired(command, timeout, *said)
+    assert code is not None
+    return subprocess.CompletedProcess(command, code, *said)
+
+
+@functools.cache
+def _server() -> ForkServerContext:
+    """One for each test process; it ends with that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_LOADED))
+    return context
+
+
+def _command(words: Sequence[str], environment: dict[str, str], folder: str, out: str, err: str) -> None:
+    """The forked process becomes the command: everything that it could have inherited is replaced."""
+    from infra import cli, ring
+
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    time.tzset()
+    for number, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(file, number)
+        os.close(file)
+    # As the interpreter makes them for files.
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(open(1, "wb", closefd=False), "utf-8")  # type: ignore[misc]  # noqa: SIM115 - open to the end
+    sys.stderr = sys.__stderr__ = io.TextIOWrapper(  # type: ignore[misc]  # to be replaced, as ``secure`` does
+        open(2, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True  # noqa: SIM115 - likewise
+    )  # fmt: skip
+    defaults = ring.seal_ring.__kwdefaults__
+    assert defaults is not None
+    assert defaults["scrypt_n"] > SCRYPT_N
+    defaults["scrypt_n"] = SCRYPT_N
+    sys.argv = ["walship", *words]
+    cli.main()

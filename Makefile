@@ -8,7 +8,7 @@ ROUNDS = 10
 ARGS =
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test check format kill-test bench bench-stream lock clean bootstrap
+.PHONY: help demo test check format kill-test soak bench bench-stream lock clean bootstrap
 
 help: ## show these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-18s %s\n' "  $$verb" "$$text"; done
@@ -31,6 +31,9 @@ format: bootstrap ## put the code into shape
 
 kill-test: bootstrap ## kill server and service at random moments and count what S3 lacks: ROUNDS=50
 	@$(PYTHON) -m tests.killtest --rounds $(ROUNDS) $(ARGS)
+
+soak: bootstrap ## restart the server 20 times and cut its connections for a minute, under load
+	@$(PYTHON) -m tests.killtest.soak $(ARGS)
 
 bench: bootstrap ## time and memory, beside pgBackRest where it is installed
 	$(PYTHON) -m tests.benchmarks $(ARGS)

@@ -72,6 +72,11 @@ class Tills:
         """Tickets so far."""
         return sum(map(len, self._sold.values()))
 
+    @property
+    def selling(self) -> bool:
+        """Whether no till has come to its end."""
+        return not self._ended
+
     def close(self) -> None:
         """End without a word; idempotent."""
         self._stop.set()

@@ -98,10 +98,10 @@ class StreamLag(_Lag):
                     self.waited.append(now - ends.popleft()[1])
 
 
-def longest_put(page: str, destination: str) -> float:
-    """Seconds that the slowest upload of a tail took there, by the service's ``/metrics``: the end of its bucket.
+def longest_put(page: str, destination: str, kind: str) -> float:
+    """Seconds that the slowest upload of that kind took there, by the service's ``/metrics``: the end of its bucket.
 
-    0 if there was none. ``destination``: how its name begins.
+    0 if there was none. ``destination``: how its name begins; ``kind``: ``tail`` or ``wal``.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -110,7 +110,7 @@ def longest_put(page: str, destination: str) -> float:
         for family in text_string_to_metric_families(page)
         for sample in family.samples
         if sample.name == "walship_upload_duration_seconds_bucket"
-        and sample.labels["kind"] == "tail"
+        and sample.labels["kind"] == kind
         and sample.labels["destination"].startswith(destination)
     }
     most = max(counts.values(), default=0.0)

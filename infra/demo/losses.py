@@ -42,11 +42,12 @@ class Losses:
     def sell(self) -> None:
         """Tickets, for longer than what may be lost; it goes on until the machine is lost."""
         with self._teller.chapter("selling tickets, one commit each, into the open segment") as chapter:
+            segment = self._open_segment()
             tills = self._open_tills(1)
             began = time.monotonic()
             while time.monotonic() < began + self._allowed + _MORE:
                 time.sleep(0.1)
-                self._allowed = INTERVAL + self._here.longest_put()
+                self._allowed = INTERVAL + self._longest_put(segment)
             chapter.result = f"{tills.sold:,} so far, and it goes on"
 
     def lose(self, books: Books) -> None:
@@ -102,6 +103,14 @@ class Losses:
         """End the clients. Idempotent."""
         if self._tills is not None:
             self._tills.close()
+
+    def _open_segment(self) -> str:
+        return str(self._here.live.query("SELECT pg_walfile_name(pg_current_wal_lsn())")[0][0])
+
+    def _longest_put(self, segment: str) -> float:
+        """Of what carries the tickets: tails, and if the segment was filled meanwhile, that as a whole."""
+        kinds = ["tail"] if self._open_segment() == segment else ["tail", "wal"]
+        return max(map(self._here.longest_put, kinds))
 
     def _open_tills(self, *numbers: int) -> Tills:
         self._tills = Tills(self._here.live.dsn(), numbers, pause=_PAUSE)

@@ -131,11 +131,11 @@ class Premises:
         """Until commits wait for the service."""
         self._wait_for_service("become the synchronous standby", lambda: self._stream("sync_state = 'sync'"))
 
-    def longest_put(self) -> float:
-        """Seconds that the slowest upload of a tail to S3 has taken since the service was started, rounded up."""
+    def longest_put(self, kind: str) -> float:
+        """Seconds that the slowest upload of that kind to S3 has taken since the start of the service, rounded up."""
         try:
             with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=10) as answer:
-                return longest_put(answer.read().decode(), "s3:")
+                return longest_put(answer.read().decode(), "s3:", kind)
         except OSError as error:
             raise SourceError(f"`walship run` does not answer for its metrics: {error}: {self._last_words()}") from None
 

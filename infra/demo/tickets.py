@@ -78,11 +78,11 @@ class Tills:
         return not self._ended
 
     def close(self) -> None:
-        """End without a word; idempotent."""
+        """End without a word; idempotent. A commit that waits for a service that is gone ends with its server."""
         self._stop.set()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
+                thread.join(1)
 
     def after(self, kill: float) -> list[Ticket]:
         """What was acknowledged, once the server has been killed at ``kill`` in monotonic seconds.

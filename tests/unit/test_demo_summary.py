@@ -135,7 +135,7 @@ def test_nothing_that_came_back_has_no_recovery_point() -> None:
 
 def test_the_longest_put_is_read_from_the_metrics() -> None:
     metrics = Metrics({"file:///copy": True, "s3://bucket/bank": True}, put_price=0.005, clock=FastClock())
-    assert longest_put(metrics.page()[0].decode(), "s3:") == 0
+    assert longest_put(metrics.page()[0].decode(), "s3:", "tail") == 0
     for destination, name, seconds in (
         ("s3://bucket/bank", "tail/a", 0.03),
         ("s3://bucket/bank", "tail/b", 0.15),
@@ -143,4 +143,6 @@ def test_the_longest_put_is_read_from_the_metrics() -> None:
         ("file:///copy", "tail/a", 4.0),
     ):
         metrics.notify(ObjectStored(destination, name, 1000, seconds))
-    assert longest_put(metrics.page()[0].decode(), "s3:") == 0.2
+    page = metrics.page()[0].decode()
+    assert longest_put(page, "s3:", "tail") == 0.2
+    assert longest_put(page, "s3:", "wal") == 5.0

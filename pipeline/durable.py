@@ -45,6 +45,8 @@ class Durable:
         self._flush = min((self._reached[name] for name in self._required), default=Lsn(0))
         #: destination → a fork: what lies behind it counts there only once the new timeline's history is there as well.
         self._held: dict[str, Lsn] = {}
+        #: Beginnings of segments that are stored with other bytes than the server's: flush goes no further.
+        self._doubts: set[int] = set()
 
     def stored(self, destination: str, start: int, end: int) -> bool:
         """``[start, end)`` is durable there; returns whether that took its position further."""
@@ -79,6 +81,14 @@ class Durable:
         for ahead in self._ahead.values():
             ahead.clear()
 
+    def doubt(self, lsn: int) -> None:
+        """Some destination has other bytes under the name of the segment that begins at ``lsn``: ours are not safe."""
+        self._doubts.add(lsn)
+
+    def trust(self, lsn: int) -> None:
+        """The segment that begins at ``lsn`` is stored as it should be; idempotent."""
+        self._doubts.discard(lsn)
+
     def hold(self, fork: Lsn) -> None:
         """A new timeline begins at ``fork``: without its history, what lies behind it cannot be restored."""
         self._held = dict.fromkeys(self._reached, fork)
@@ -112,7 +122,7 @@ class Durable:
         """The position to report. ``received``: end of what has arrived; ``now`` in monotonic seconds."""
         self._judge(received, now)
         counting = self._required - self._degraded
-        durable = min(map(self._counts_to, counting), default=Lsn(0))
+        durable = min([*map(self._counts_to, counting), *map(Lsn, self._doubts)], default=Lsn(0))
         self._flush = max(self._flush, durable)
         return self._flush
 

@@ -52,6 +52,8 @@ async def look_at_stored(site: Site) -> Stored:
     failures: list[StoreError] = []
     for store in site.stores:
         try:
+            # A writer begins with a key of its own alone, and what is stored is of earlier ones.
+            await site.keys.refresh(store)
             listing = await _listed(store, site)
             stored.segments[store.name] = listing.catalog(site.facts.segment_size).segments
             stored.histories |= {file.timeline for file in listing.history_files}

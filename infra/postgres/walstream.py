@@ -334,8 +334,8 @@ async def fetch_part(
 ) -> bytearray:
     """The first ``length`` bytes of a segment, by a connection of its own and without a slot.
 
-    Raises RefusedError (58P01: the server has removed it), SourceError if its timeline ends inside them, if it takes
-    longer than ``timeout`` seconds, or if the connection breaks.
+    Raises RefusedError (58P01: the server has removed it), SourceError if the server's WAL or the timeline ends inside
+    them, if it takes longer than ``timeout`` seconds, or if the connection breaks.
     """
     part = bytearray()
     start = file.start(segment_size)
@@ -344,6 +344,14 @@ async def fetch_part(
             asyncio.timeout(timeout),
             await ReplicationConnection.open(settings, application_name=FETCH_NAME) as connection,
         ):
+            server = await connection.identify_system()
+            if server.lsn < start + length:
+                raise SourceError(
+                    f"the WAL of PostgreSQL at {connection.place} ends at {server.lsn}, and segment {file.name} is"
+                    f" asked for up to {start + length}",
+                    hint="was it rolled back to an older state than the stored one, or is it an old clone?",
+                    lasting=True,
+                )
             stream = await WalStream.start(connection, slot=None, timeline=file.timeline, lsn=start)
             if isinstance(stream, TimelineEnded):
                 raise _ends_in(file, stream)

@@ -155,7 +155,7 @@ async def test_the_bytes_are_those_of_the_servers_files_from_below_restart_lsn_o
         assert got[at : at + SEGMENT] == wal_file(server, start + at)
     second = WalFile.segment(1, start + SEGMENT, SEGMENT)
     assert await fetch_segment(settings_for(server), second, SEGMENT) == got[SEGMENT : 2 * SEGMENT]
-    with pytest.raises(SourceError, match=r"sent \d+ of 1048576 bytes of segment"):  # it is not whole yet
+    with pytest.raises(SourceError, match="is asked for up to"):  # it is not whole yet
         await fetch_segment(settings_for(server), WalFile.segment(1, flushed(server), SEGMENT), SEGMENT, timeout=0.2)
 
 

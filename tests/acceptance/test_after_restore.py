@@ -10,13 +10,13 @@ import pytest
 
 from infra.postgres.throwaway import free_port, make_folder
 from tests.rig import Rig, stop_started
-from tests.servers import SERVER_VERSIONS
+from tests.servers import NEWEST
 
 
-@pytest.fixture(params=[SERVER_VERSIONS[0], SERVER_VERSIONS[-1]], ids=lambda major: f"pg{major}")
-def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+@pytest.fixture
+def rig() -> Iterator[Rig]:
     folder = make_folder("walship-b-")
-    with Rig(folder, request.param, [f"file://{folder}/local"]) as made:
+    with Rig(folder, NEWEST, [f"file://{folder}/local"]) as made:
         yield made
     shutil.rmtree(folder)
 

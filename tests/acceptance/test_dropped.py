@@ -11,18 +11,28 @@ import pytest
 from infra.postgres.processes import run_as
 from infra.postgres.throwaway import free_port, make_folder
 from tests.rig import Rig, stop_started
+from tests.servers import NEWEST, SERVER_VERSIONS
 
 
-@pytest.fixture(params=[15, 18], ids=lambda major: f"pg{major}")
+@pytest.fixture
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """15 has a manifest without system identifier; 18 is the newest."""
     folder = make_folder("walship-d-")
-    with Rig(folder, request.param, [f"file://{folder}/local"]) as made:
+    with Rig(folder, getattr(request, "param", NEWEST), [f"file://{folder}/local"]) as made:
         yield made
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("options", [["-X", "stream"], ["-X", "none", "-z"]], ids=["with WAL", "compressed"])
+@pytest.mark.parametrize(
+    ("rig", "options"),
+    [
+        # A manifest without system identifier: by the WAL, and by pg_control.
+        (SERVER_VERSIONS[0], ["-X", "stream"]),
+        (SERVER_VERSIONS[0], ["-X", "none", "-z"]),
+        (NEWEST, ["-X", "none", "-z"]),
+    ],
+    indirect=["rig"],
+    ids=["pg15, with WAL", "pg15, compressed", "newest, compressed"],
+)
 def test_it_is_shipped_listed_restored_and_gone_from_the_spool(rig: Rig, options: list[str]) -> None:
     rig.server.start()
     rig.run("init")

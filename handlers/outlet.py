@@ -41,6 +41,8 @@ class Outlet:
     owed: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     #: Set while it is down or owed anything.
     behind: asyncio.Event = field(default_factory=asyncio.Event)
+    #: What others have and it lacks is known, and owed to it.
+    compared: bool = False
     #: What the store was found to be able to do; None until the first object is delivered.
     abilities: Abilities | None = None
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -105,5 +107,5 @@ class Outlet:
         raise ObjectConflict(
             f"{parcel.name} is stored at {self.name} with other bytes (made {header.created or 'at an unknown time'})",
             hint="two servers write to one repository, or this one was rolled back: find the other one; a clone needs"
-            " archive_mode=off, or a destination of its own. Nothing was overwritten, and nothing is acknowledged",
+            " archive_mode=off, or a destination of its own. Nothing was overwritten, and this is not acknowledged",
         )

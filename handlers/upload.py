@@ -110,6 +110,14 @@ class Uploader:
         self._notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, seconds))
         return None
 
+    async def give(self, parcel: Parcel, outlet: Outlet) -> None:
+        """Store it at this destination alone, whoever else has it. Raises as ``Outlet.deliver`` does."""
+        began = self._clock.monotonic()
+        await outlet.deliver(parcel)
+        if (owed := outlet.owed.pop(parcel.name, None)) is not None and not owed.done():
+            owed.set_result(None)
+        self._notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, self._clock.monotonic() - began))
+
     async def failed(self, outlet: Outlet, name: str, error: WalshipError) -> None:
         """Tell, and take the destination for down unless it is only this one object that is wrong."""
         self._notify(DestinationFailed(outlet.name, name, error.fact, error.hint))
@@ -128,6 +136,7 @@ class Uploader:
         outlet.down = down
         if down:
             outlet.behind.set()
+            outlet.compared = False
             outlet.abilities = None  # what comes back may be another disk, or an emptied bucket: look at it anew
         if all(each.down for each in self.outlets):
             self._up.clear()
@@ -135,15 +144,22 @@ class Uploader:
             self._up.set()
 
     async def _owe_differences(self) -> None:
-        """What an earlier process left undone: names at any destination minus names here are owed here."""
+        """What an earlier process left undone: names at any destination minus names here are owed here.
+
+        One that cannot be listed is behind until it could be: what it lacks is not known.
+        """
         if len(self.outlets) < 2:
+            self.outlets[0].compared = True
             return
         listings = await asyncio.gather(*map(_names, self.outlets))
         everywhere = set().union(*(names for names in listings if names is not None))
         for outlet, names in zip(self.outlets, listings, strict=True):
-            if names is not None:
-                for name in sorted(everywhere - names, key=copy_order):
-                    outlet.owe(name)
+            outlet.compared = names is not None
+            if names is None:
+                outlet.behind.set()
+                continue
+            for name in sorted(everywhere - names, key=copy_order):
+                outlet.owe(name)
 
     async def _revive(self, outlet: Outlet) -> None:
         while True:
@@ -164,6 +180,7 @@ class Uploader:
         # Fresh objects go straight to it again, while older ones are still being copied.
         if outlet.down:
             self._set_down(outlet, down=False)
+        if not outlet.compared:
             await self._owe_differences()
         refused = 0
         for name in sorted(outlet.owed, key=copy_order):
@@ -176,7 +193,7 @@ class Uploader:
                 refused += 1
                 if outlet.down or refused == MOST_REFUSALS:
                     return
-        if not outlet.owed and not outlet.down:
+        if outlet.compared and not outlet.owed and not outlet.down:
             outlet.behind.clear()
             self._notify(DestinationCaughtUp(outlet.name))
 
@@ -199,12 +216,14 @@ class Uploader:
                 await outlet.deliver(Parcel(header, body, digest))
             finally:
                 body.close()
-            outlet.owed.pop(name).set_result(None)
+            if (owed := outlet.owed.pop(name, None)) is not None and not owed.done():
+                owed.set_result(None)
             self._notify(ObjectStored(outlet.name, name, body.size, self._clock.monotonic() - began))
             return
-        if len(failures) == len(others) and all(isinstance(e, ObjectMissing | IntegrityError) for e in failures):
-            # Nobody can give it any more. Whoever has it at its source ships it anew.
-            outlet.owed.pop(name).set_exception(StoreError(f"{name} is lost where it was stored", passing=True))
+        lost = len(failures) == len(others) and all(isinstance(e, ObjectMissing | IntegrityError) for e in failures)
+        # Nobody can give it any more. Whoever has it at its source ships it anew.
+        if lost and (owed := outlet.owed.pop(name, None)) is not None and not owed.done():
+            owed.set_exception(StoreError(f"{name} is lost where it was stored", passing=True))
         raise IntegrityError(
             f"{name} is owed to {outlet.name}, and no other destination can give it"
             + (f": {failures[0].fact}" if failures else "")

@@ -10,7 +10,7 @@ from infra.postgres.connect import RefusedError
 from infra.postgres.walstream import fetch_part
 from infra.wiring import Site
 from pipeline.catalog import wal_key
-from pipeline.errors import ObjectMissing, SourceError
+from pipeline.errors import IntegrityError, ObjectMissing, SourceError, StoreError
 from pipeline.lineage import Lineage
 from pipeline.objects import MAX_HEAD, read_header
 from pipeline.resume import GoOn
@@ -45,7 +45,8 @@ def refuse_demoted(timeline: int, stored: int) -> None:
             f"the server is on timeline {timeline}, and another one has gone over to timeline {stored} in this"
             " repository: it was primary before, and is not followed",
             hint="connect walship to the node that was promoted. If there is none, and a clone has shipped here by"
-            f" mistake, remove wal/{stored:08X}* and tail/{stored:08X}* from every destination",
+            " mistake, let this server ship to a new repository (another prefix, then walship init): what is stored"
+            " here stays, and walship restore --timeline brings back any of it",
             lasting=True,
         )
 
@@ -58,9 +59,12 @@ async def _compare_segment(site: Site, file: WalFile) -> None:
     for store in site.stores:
         try:
             body = await store.get(name, (0, MAX_HEAD))
-        except ObjectMissing:
-            continue
-        header, _ = read_header(name, b"".join(body.chunks()))
+            try:
+                header, _ = read_header(name, b"".join(body.chunks()))
+            finally:
+                body.close()
+        except (StoreError, IntegrityError):
+            continue  # away, absent or damaged there: whoever reads or stores it tells; another one can be compared
         if header.fingerprint != site.keys.fingerprint(name, server):
             raise _other_bytes(file, store.name, file.start(site.facts.segment_size))
         return
@@ -72,6 +76,8 @@ async def _compare_tail(site: Site, file: WalFile, fork: Lsn | None) -> None:
         tail = await site.fetch.tail(file, size, lenient=True)
     except ObjectMissing:
         return  # being removed: the finished segment is stored by now
+    except StoreError:
+        return  # nobody answers: what cannot be compared is not
     if tail is None or not tail.reach:
         return
     reach = tail.reach if fork is None else min(tail.reach, fork - file.start(size))

@@ -173,6 +173,7 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
     if "stream" in site.settings.sources:
         stream = Streaming(site, shipping, epoch=lease.epoch if lease else None)
         site.notify.append(stream.heard)
+        handle = stream.shipping(handle)
         sources.append(stream.receiver)
     if len(sources) > 1:
         handle = Reconciler(

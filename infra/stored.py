@@ -11,7 +11,9 @@ from pipeline.catalog import Listing, backup_of, checked_info, info_key
 from pipeline.contracts import Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
 from pipeline.lineage import Lineage
+from pipeline.resume import go_on
 from pipeline.runs import Runs
+from pipeline.tail import TailName
 from pipeline.wal import Lsn
 
 #: Most bytes that the description of a backup may have.
@@ -26,13 +28,19 @@ class Stored:
     segments: dict[str, dict[int, Runs]] = field(default_factory=dict)
     #: Complete backups, the newest first: enough of them to find one of any lineage.
     backups: list[BackupInfo] = field(default_factory=list)
-    #: Timelines that a server of this cluster has gone over to: their histories are stored.
-    histories: set[int] = field(default_factory=set)
+    #: Timelines of which there are tails.
+    tails: set[int] = field(default_factory=set)
 
     @property
     def newest_timeline(self) -> int:
-        """The greatest timeline that has a history or a finished segment; 1 if nothing is stored."""
-        return max([1, *self.histories, *(timeline for each in self.segments.values() for timeline in each)])
+        """The greatest timeline that has bytes; 1 if nothing is stored. A history alone is ignored by restores too."""
+        return max([1, *self.tails, *(timeline for each in self.segments.values() for timeline in each)])
+
+    def end(self, destination: str, lineage: Lineage) -> Lsn:
+        """Up to where a destination has the lineage without a hole; 0 if it has nothing, or did not answer."""
+        segments = self.segments.get(destination)
+        own = go_on(lineage, segments, begin=self.begin(lineage)) if segments else None
+        return own.lsn if own is not None else Lsn(0)
 
     @property
     def anywhere(self) -> dict[int, Runs]:
@@ -46,7 +54,7 @@ class Stored:
 
 
 async def look_at_stored(site: Site) -> Stored:
-    """List all destinations. StoreError if a required one has to be known and none answers."""
+    """List all destinations. StoreError if none answers."""
     stored = Stored()
     names: set[str] = set()
     failures: list[StoreError] = []
@@ -55,18 +63,24 @@ async def look_at_stored(site: Site) -> Stored:
             # A writer begins with a key of its own alone, and what is stored is of earlier ones.
             await site.keys.refresh(store)
             listing = await _listed(store, site)
-            stored.segments[store.name] = listing.catalog(site.facts.segment_size).segments
-            stored.histories |= {file.timeline for file in listing.history_files}
-            async for entry in store.list("base/", shallow=True):
-                name = entry.key.removeprefix("base/").rstrip("/")
-                if backup_of(info_key(name)):
-                    names.add(name)
+            tails = [TailName.parse(entry.key) async for entry in store.list("tail/")]
+            folders = [entry.key async for entry in store.list("base/", shallow=True)]
         except StoreError as error:
             failures.append(error)
+            continue
+        stored.segments[store.name] = listing.catalog(site.facts.segment_size).segments
+        stored.tails |= {tail.file.timeline for tail in tails if tail is not None}
+        found = (folder.removeprefix("base/").rstrip("/") for folder in folders)
+        names |= {name for name in found if backup_of(info_key(name))}
     if len(failures) == len(site.stores):
         raise failures[0]
     stored.backups = await _backups(site.fetch, names)
     return stored
+
+
+async def segments_at(store: Store, site: Site) -> dict[int, Runs]:
+    """The finished segments at one destination, by timeline. StoreError."""
+    return (await _listed(store, site)).catalog(site.facts.segment_size).segments
 
 
 async def _listed(store: Store, site: Site) -> Listing:

@@ -8,6 +8,7 @@ Receiver ──> OpenWal ──> TailShipper per destination ──┐
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -16,20 +17,24 @@ from handlers.outlet import Outlet, Parcel
 from handlers.ship import Shipper
 from handlers.tail import TailShipper
 from handlers.tail_clean import clean_left_overs
+from infra.lagging import Lagging
 from infra.overlap import check_overlap, refuse_demoted
 from infra.sources.receiver import Receiver
-from infra.stored import Stored, look_at_stored
+from infra.stored import look_at_stored
 from infra.wiring import Shipping, Site
 from pipeline.catalog import parse_wal_key
 from pipeline.contracts import Buffer, Source
 from pipeline.dispatcher import Handle
 from pipeline.durable import Durable
-from pipeline.errors import StoreError
-from pipeline.events import DestinationCaughtUp, Event, GapClosed, GapOpened, Notice, ObjectStored
+from pipeline.errors import IntegrityError, ObjectConflict, StoreError
+from pipeline.events import Event, GapClosed, GapOpened, Notice, ObjectStored, SegmentReady
 from pipeline.lineage import Lineage
 from pipeline.openwal import OpenWal
 from pipeline.resume import GoOn, go_on
 from pipeline.wal import Lsn, WalFile, WalKind
+
+#: Segments that are remembered to be the server's: as many as may wait for a destination that is away.
+MOST_PROVEN = 200_000
 
 #: Seconds between looks for tails that nobody needs any more: an earlier process was killed before it removed them.
 CLEAN_EVERY = 3600.0
@@ -71,49 +76,75 @@ class Streaming:
             self._tails = {
                 outlet.name: self._tail_shipper(outlet, shipping.service, epoch) for outlet in self._uploader.outlets
             }
-        self._stored: Stored | None = None
-        self._origin = Lsn(0)
+        self._lagging = Lagging(site, self.receiver, self._uploader, shipping.service)
+        #: Segments whose bytes are the stream's, and those that another source stored before that was known: where.
+        self._ours: OrderedDict[WalFile, None] = OrderedDict()
+        self._unproven: dict[WalFile, set[str]] = {}
         #: Segments that are missing and told.
         self._missing: set[WalFile] = set()
         #: What was told between the first listing and ``Durable``: the one may not have seen it, the other not yet.
-        self._early: list[ObjectStored | DestinationCaughtUp] | None = None
+        self._early: list[ObjectStored] | None = None
 
     async def run(self) -> None:
         """Stream until cancelled, or until another writer uses our epoch."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.receiver.run())
+                group.create_task(self._lagging.run())
                 for shipper in self._tails.values():
                     group.create_task(shipper.run())
         finally:
             self._worker.shutdown(wait=False, cancel_futures=True)
 
+    def shipping(self, handle: Handle) -> Handle:
+        """The handle that stores what it is given, and now knows which segments are the stream's own bytes."""
+
+        async def shipped(source: Source, event: Event) -> asyncio.Future[None] | None:
+            if source is self.receiver and isinstance(event, SegmentReady):
+                self._prove(event.file)
+            return await handle(source, event)
+
+        return shipped
+
     def around(self, handle: Handle) -> Handle:
-        """The handle, with what the stream's segments need before and after."""
+        """The handle, with what the stream's segments need before and after. Goes around a ``Reconciler``."""
 
         async def streamed(source: Source, event: Event) -> asyncio.Future[None] | None:
-            if source is not self.receiver:
+            if source is not self.receiver or not isinstance(event, SegmentReady):
                 return await handle(source, event)
             await self.receiver.ready(event)
-            owed = await handle(source, event)
+            durable, start = self.receiver.durable, event.file.start(self._size)
+            assert durable is not None
+            try:
+                owed = await handle(source, event)
+            except (ObjectConflict, IntegrityError):
+                durable.doubt(start)
+                self._ours.pop(event.file, None)
+                self.receiver.stored_somewhere(event)
+                raise
+            durable.trust(start)
+            self._prove(event.file)
             self.receiver.stored_somewhere(event)
             return owed
 
         return streamed
 
+    def _prove(self, file: WalFile) -> None:
+        """What is stored under this name are the server's bytes: positions may count on it."""
+        self._ours[file] = None
+        while len(self._ours) > MOST_PROVEN:
+            self._ours.popitem(last=False)
+        for destination in self._unproven.pop(file, ()):
+            self._count(destination, file)
+
     def heard(self, notice: Notice) -> None:
         """A listener: what is stored anywhere takes the positions further."""
-        if self._early is not None and isinstance(notice, ObjectStored | DestinationCaughtUp):
+        if self._early is not None and isinstance(notice, ObjectStored):
             self._early.append(notice)
             return
         match notice:
             case ObjectStored():
                 self._object_stored(notice)
-            case DestinationCaughtUp():
-                # It has all that was stored elsewhere when we began.
-                if (durable := self.receiver.durable) is not None:
-                    durable.stored(notice.destination, 0, self._origin)
-                    self.receiver.report_soon()
             case GapOpened():
                 file = notice.first
                 while file <= notice.last:
@@ -126,26 +157,21 @@ class Streaming:
         """Where nobody has anything: what only some have is copied to the others. See ``pipeline.resume``."""
         if self.receiver.durable is None:
             self._early = []
-        self._stored = await look_at_stored(self._site)
-        refuse_demoted(lineage.timeline, self._stored.newest_timeline)
-        where = go_on(lineage, self._stored.anywhere, begin=self._stored.begin(lineage), after=after)
+        stored = self._lagging.stored = await look_at_stored(self._site)
+        refuse_demoted(lineage.timeline, stored.newest_timeline)
+        where = go_on(lineage, stored.anywhere, begin=stored.begin(lineage), after=after)
         if where is not None:
-            await check_overlap(
-                replace(self._site, settings=self.receiver.server), lineage, self._stored.anywhere, where
-            )
+            await check_overlap(replace(self._site, settings=self.receiver.server), lineage, stored.anywhere, where)
         return where
 
     def _make_durable(self, origin: Lsn) -> Durable:
         destinations = {outlet.name: outlet.required for outlet in self._uploader.outlets}
         behind: dict[str, Lsn] = {}
-        lineage, stored = self.receiver.lineage, self._stored
-        self._origin = origin
-        if lineage is not None and stored is not None and stored.anywhere:
-            for name in destinations:
-                segments = stored.segments.get(name)
-                # One that did not answer, or has nothing yet: nothing counts there until it has caught up.
-                own = go_on(lineage, segments, begin=stored.begin(lineage)) if segments else None
-                behind[name] = min(origin, own.lsn if own else Lsn(0))
+        lineage, stored = self.receiver.lineage, self._lagging.stored
+        self._lagging.origin = origin
+        if lineage is not None and stored.anywhere:
+            # One that did not answer, or has nothing yet: nothing counts there until its listing shows it.
+            behind = {name: min(origin, stored.end(name, lineage)) for name in destinations}
         # As soon as the receiver has it: it is told what came too late for the listing.
         asyncio.get_running_loop().call_soon(self._hear_again)
         return Durable(
@@ -171,14 +197,21 @@ class Streaming:
             self.receiver.report_soon()
         if file.kind is not WalKind.SEGMENT:
             return
-        if notice.destination in self._tails:
-            self._tails[notice.destination].segment_stored(file)
-        start, end = file.start(self._size), file.end(self._size)
-        if self.receiver.stored(notice.destination, file, start, end):
-            self.receiver.report_soon()
+        if file in self._ours or file.end(self._size) <= self._lagging.origin:
+            self._count(notice.destination, file)
+        else:
+            self._unproven.setdefault(file, set()).add(notice.destination)
+            if len(self._unproven) > MOST_PROVEN:
+                del self._unproven[next(iter(self._unproven))]
         if file in self._missing:
             self._missing.discard(file)
             self._site.notify(GapClosed(file))
+
+    def _count(self, destination: str, file: WalFile) -> None:
+        """A finished segment of the server's bytes is stored there."""
+        if destination in self._tails:
+            self._tails[destination].segment_stored(file)
+        self.receiver.stored(destination, file, file.start(self._size), file.end(self._size))
 
     def _tail_shipper(self, outlet: Outlet, shipper: Shipper, epoch: int) -> TailShipper:
         async def encode(name: str, plain: Buffer) -> Parcel:
@@ -198,5 +231,4 @@ class Streaming:
         )
 
     def _tail_stored(self, destination: str, file: WalFile, start: Lsn, end: Lsn) -> None:
-        if self.receiver.stored(destination, file, start, end):
-            self.receiver.report_soon()
+        self.receiver.stored(destination, file, start, end)

@@ -1,0 +1,93 @@
+"""Destinations that lack what was stored before the stream began: where they really are, and help where copying fails.
+
+What they lack is owed to them by the uploader, which copies it from whoever has it. Whether that has happened, their
+own listing tells, and nothing else: "nothing is owed any more" may also mean that it is lost. What stays missing while
+the destination answers is fetched from the server once more, which keeps it: PostgreSQL was never told that it is safe.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import structlog
+
+from handlers.ship import Shipper
+from handlers.upload import Uploader
+from infra.postgres.walstream import fetch_segment
+from infra.sources.receiver import Receiver
+from infra.stored import Stored, segments_at
+from infra.wiring import Site
+from pipeline.catalog import wal_key
+from pipeline.errors import WalshipError
+from pipeline.wal import Lsn, WalFile
+
+log = structlog.get_logger()
+
+#: Seconds between looks.
+LOOK_EVERY = 3.0
+#: So many looks without headway, and the segment is fetched from the server.
+PATIENCE = 4
+
+
+class Lagging:
+    """``run`` beside the stream; does nothing while no destination lacks anything."""
+
+    def __init__(self, site: Site, receiver: Receiver, uploader: Uploader, shipper: Shipper) -> None:
+        self._site = site
+        self._receiver = receiver
+        self._uploader = uploader
+        self._shipper = shipper
+        self._stores = {store.name: store for store in site.stores}
+        #: Where the stream began, and what was stored then.
+        self.origin = Lsn(0)
+        self.stored = Stored()
+        #: destination → its position at the last look, and for how many looks it has not moved.
+        self._stuck: dict[str, tuple[Lsn, int]] = {}
+
+    async def run(self) -> None:
+        """Look every few seconds, until cancelled."""
+        while True:
+            await self._site.clock.sleep(LOOK_EVERY)
+            durable = self._receiver.durable
+            if durable is None:
+                continue
+            for name, reached in durable.reached().items():
+                if reached < self.origin and not self._is_down(name):
+                    with suppress(WalshipError):  # told by whoever stores something there, and tried again
+                        await self._look(name)
+
+    def _is_down(self, name: str) -> bool:
+        return any(outlet.name == name and outlet.down for outlet in self._uploader.outlets)
+
+    async def _look(self, name: str) -> None:
+        durable, lineage = self._receiver.durable, self._receiver.lineage
+        if durable is None or lineage is None:
+            return
+        self.stored.segments[name] = await segments_at(self._stores[name], self._site)
+        if end := self.stored.end(name, lineage):
+            durable.stored(name, 0, min(end, self.origin))
+            self._receiver.report_soon()
+        reached = durable.reached()[name]
+        before, looks = self._stuck.get(name, (reached, 0))
+        looks = looks + 1 if before == reached else 0
+        self._stuck[name] = reached, looks
+        if looks >= PATIENCE and 0 < reached < self.origin:
+            size = self._site.facts.segment_size
+            leg = lineage.newest(reached // size)
+            await self._give(name, WalFile.segment(leg.timeline, reached, size))
+            self._stuck[name] = reached, 0
+
+    async def _give(self, name: str, file: WalFile) -> None:
+        """Ship a segment to one destination that nobody else can give it."""
+        outlet = next(outlet for outlet in self._uploader.outlets if outlet.name == name)
+        try:
+            content = await fetch_segment(self._receiver.server, file, self._site.facts.segment_size)
+            parcel = await self._shipper.encode(wal_key(file), content)
+            try:
+                await self._uploader.give(parcel, outlet)
+            finally:
+                parcel.body.close()
+        except WalshipError as error:
+            log.warning("still_missing", destination=name, segment=file.name, error=error.fact, hint=error.hint)
+        else:
+            log.info("fetched_again", destination=name, segment=file.name)

@@ -126,16 +126,24 @@ class Catalog:
         """Whether more of the timeline is stored than where it began: bytes behind its fork, or a backup.
 
         PostgreSQL archives the history first, and then may die: a restore that followed it would end at the fork and
-        leave out what the old timeline had behind it. One whose history cannot be read counts: nobody knows.
+        leave out what the old timeline had behind it. The stream ships the first bytes before the history, and may be
+        killed in between (``unconnected``). One whose history cannot be read counts: nobody knows.
         """
-        if timeline in self.segments or timeline in self.partials or timeline in self.unreadable:
+        if any(timeline in stored for stored in (self.segments, self.partials, self.unreadable)):
             return True
         forks = self.histories.get(timeline, ())
         fork = forks[-1].lsn if forks else 0
-        tails = self.tails.get(timeline, {})
-        if any(number * self.segment_size + reach > fork for number, reach in tails.items() if reach):
-            return True
-        return any(backup.timeline == timeline for backup in self.backups)
+        tails = any(number * self.segment_size + reach > fork for number, reach in self._joined(timeline).items())
+        return (tails and not self.unconnected(timeline)) or any(b.timeline == timeline for b in self.backups)
+
+    def unconnected(self, timeline: int) -> bool:
+        """Whether nothing but tails is stored of it: no history (timeline 1 needs none), and no backup on it."""
+        others = (self.segments, self.partials, self.histories, self.unreadable, {b.timeline for b in self.backups})
+        return timeline > 1 and bool(self._joined(timeline)) and not any(timeline in stored for stored in others)
+
+    def _joined(self, timeline: int) -> dict[int, int]:
+        """Its open segments of which anything can be joined."""
+        return {number: reach for number, reach in self.tails.get(timeline, {}).items() if reach}
 
     def lineage(self, timeline: int) -> Lineage:
         """The timeline with its ancestors. Raises RecoveryError when its history cannot be read, or makes no sense.

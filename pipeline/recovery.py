@@ -21,7 +21,7 @@ from pipeline.catalog import Catalog
 from pipeline.errors import RecoveryError
 from pipeline.lineage import Lineage, WalPath
 from pipeline.targets import Action, Target, TargetKind, show
-from pipeline.wal import Lsn
+from pipeline.wal import Lsn, WalFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,15 @@ def candidates(catalog: Catalog, target: Target, backup: str | None) -> tuple[Li
         others = ", ".join(sorted({str(b.timeline) for b in chosen}))
         what = f"backup {backup}" if backup else "no backup"
         tail = f"is not on the way to timeline {timeline}" if backup else f"is on the way to timeline {timeline}"
-        unknown = (
-            "" if len(lineage.legs) > 1 or timeline == 1 else f"; the history of timeline {timeline} is not stored"
-        )
-        raise RecoveryError(f"{what} {tail}{unknown}", hint=f"--timeline with one of: {others}")
+        hint = f"--timeline with one of: {others}"
+        unknown = ""
+        if len(lineage.legs) == 1 and timeline != 1:
+            unknown = f"; the history of timeline {timeline}, {WalFile.history(timeline)}, is not stored"
+            hint = (
+                f"a server of timeline {timeline} that still runs has that file: `walship run` with it ships it"
+                f" (WALSHIP_SOURCES with stream); else {hint}"
+            )
+        raise RecoveryError(f"{what} {tail}{unknown}", hint=hint)
     return lineage, able
 
 
@@ -257,7 +262,15 @@ def remarks(catalog: Catalog, lineage: Lineage) -> tuple[str, ...]:
     if timeline_setting(catalog, lineage) == "current":
         found.append(f"the history of timeline {lineage.timeline} is not stored; only its own backups can be restored")
     for timeline in catalog.timelines:
-        if timeline > lineage.timeline and not catalog.begun(timeline):
+        if timeline <= lineage.timeline or catalog.begun(timeline):
+            continue
+        if catalog.unconnected(timeline):
+            found.append(
+                f"timeline {timeline} has begun, and only tails of it are stored, up to LSN"
+                f" {catalog.end_of(timeline)}: neither its history nor a backup says where it left its ancestor, so it"
+                " is not followed"
+            )
+        else:
             fork = catalog.histories[timeline][-1].lsn if catalog.histories.get(timeline) else Lsn(0)
             found.append(f"timeline {timeline} began at LSN {fork}, nothing of it is stored: it is not followed")
     found += [

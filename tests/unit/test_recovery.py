@@ -192,6 +192,35 @@ def test_a_timeline_of_which_only_the_history_is_stored_is_not_followed() -> Non
     assert any("--timeline 1 brings them back" in remark for remark in remarks(begun, lineage))
 
 
+def test_tails_of_a_timeline_without_its_history_do_not_hide_the_old_one() -> None:
+    """The first bytes of a timeline are shipped before its history, and a kill may come in between."""
+    early = replace(CATALOG, backups=CATALOG.backups[:2], segments={1: CATALOG.segments[1]}, histories={})
+    for tails in ({2: {30: 900}}, {2: {30: SIZE, 31: 900}}):
+        catalog = replace(early, tails=tails)
+        lineage, able = candidates(catalog, Target(), None)
+        assert (lineage.timeline, catalog.newest_timeline, able[0].name) == (1, 1, "second")
+        assert [w.timeline for w in catalog.windows()] == [1, 1]
+        (said,) = remarks(catalog, lineage)
+        assert said.startswith("timeline 2 has begun, and only tails of it are stored, up to LSN 0/1")
+        assert said.endswith("so it is not followed")
+        with pytest.raises(
+            RecoveryError, match=r"the history of timeline 2, 00000002\.history, is not stored"
+        ) as caught:
+            candidates(catalog, Target(timeline=2), None)
+        assert "`walship run` with it ships it" in caught.value.hint
+        assert caught.value.hint.endswith("else --timeline with one of: 1")
+    # With a finished segment, a backup or the history there is more to lose: it is followed, or refused.
+    with pytest.raises(RecoveryError, match="no backup is on the way to timeline 2"):
+        candidates(
+            replace(early, tails={2: {31: 900}}, segments={**early.segments, 2: Runs(((30, 31),))}), Target(), None
+        )
+    own = replace(early, tails={2: {40: SIZE, 41: 900}}, backups=CATALOG.backups)
+    assert (own.newest_timeline, chosen(Target(), catalog=own).name) == (2, "third")
+    assert replace(early, tails={2: {30: 900}}, unreadable={2: "damaged"}).newest_timeline == 2
+    # A cluster whose first timeline is the only one needs no history.
+    assert replace(early, segments={}, tails={1: {30: 900}}).begun(1)
+
+
 def test_what_is_left_behind_on_the_old_timeline_is_told_though_it_is_only_in_a_tail() -> None:
     catalog = replace(CATALOG, backups=CATALOG.backups[:2], segments={1: Runs(((2, 30),)), 2: Runs(((30, 51),))})
     lineage = catalog.lineage(2)

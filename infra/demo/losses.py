@@ -68,7 +68,7 @@ class Losses:
         )
         self._summary.facts["first loss"] = (
             f"asynchronous: {len(loss.acknowledged):,} tickets acknowledged, {len(loss.missing):,} of them lost;"
-            f" measured RPO: the newest that came back was {_age(loss)} old at the kill"
+            f" measured RPO: {_recovery_point(loss)}"
         )
         self._summary.facts["restored"] = _restored(loss)
 
@@ -94,8 +94,8 @@ class Losses:
         self._claim_unbroken(_AGAIN, loss)
         self._summary.facts["second loss"] = (
             f"synchronous: {len(loss.acknowledged):,} tickets acknowledged, each after {loss.typical * 1000:.0f} ms"
-            f" (median), {f'{len(loss.missing):,}' if loss.missing else 'none'} of them lost; measured RPO: the newest"
-            f" that came back was {_age(loss)} old at the kill"
+            f" (median), {f'{len(loss.missing):,}' if loss.missing else 'none'} of them lost; measured RPO:"
+            f" {_recovery_point(loss)}"
         )
         self._summary.facts["restored again"] = _restored(loss)
 
@@ -140,10 +140,9 @@ class Losses:
         )
 
 
-def _age(loss: Loss) -> str:
-    """For people: 412 ms."""
+def _recovery_point(loss: Loss) -> str:
     age = loss.recovery_point
-    return "of unknown age" if age is None else f"{age * 1000:.0f} ms"
+    return "none came back" if age is None else f"the newest that came back was {age * 1000:.0f} ms old at the kill"
 
 
 def _restored(loss: Loss) -> str:

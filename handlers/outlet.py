@@ -41,6 +41,10 @@ class Outlet:
     owed: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     #: Set while it is down or owed anything.
     behind: asyncio.Event = field(default_factory=asyncio.Event)
+    #: How often it was taken for down: what comes back may be another disk, or an emptied bucket.
+    outages: int = 0
+    #: It lets go of nothing, and that was told.
+    keeps_all: bool = False
     #: What others have and it lacks is known, and owed to it.
     compared: bool = False
     #: What the store was found to be able to do; None until the first object is delivered.

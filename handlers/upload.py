@@ -135,6 +135,7 @@ class Uploader:
     def _set_down(self, outlet: Outlet, *, down: bool) -> None:
         outlet.down = down
         if down:
+            outlet.outages += 1
             outlet.behind.set()
             outlet.compared = False
             outlet.abilities = None  # what comes back may be another disk, or an emptied bucket: look at it anew

@@ -45,6 +45,8 @@ class Durable:
         self._flush = min((self._reached[name] for name in self._required), default=Lsn(0))
         #: destination → a fork: what lies behind it counts there only once the new timeline's history is there as well.
         self._held: dict[str, Lsn] = {}
+        #: Where the newest timeline that was held begins.
+        self._fork = Lsn(0)
         #: Beginnings of segments that are stored with other bytes than the server's: flush goes no further.
         self._doubts: set[int] = set()
 
@@ -76,10 +78,17 @@ class Durable:
             self._ahead[name] = [(start, min(end, fork)) for start, end in ahead if start < fork]
         self._flush = min(fork, self._flush)
 
-    def forget_ahead(self) -> None:
-        """The timeline has changed: what was stored ahead of a hole may not belong to the new one."""
-        for ahead in self._ahead.values():
-            ahead.clear()
+    def retreat(self, destination: str, start: int, end: int) -> None:
+        """``[start, end)`` was stored there and is gone: it came back emptied, or as another disk.
+
+        What was reported is not taken back; but nothing more counts there until the range is stored again.
+        """
+        reached = self._reached[destination]
+        if start < reached:
+            self._reached[destination] = Lsn(start)
+            self._ahead[destination].insert(0, (start, reached))
+        kept = [part for s, e in self._ahead[destination] for part in ((s, min(e, start)), (max(s, end), e))]
+        self._ahead[destination] = [(s, e) for s, e in kept if s < e]
 
     def doubt(self, lsn: int) -> None:
         """Some destination has other bytes under the name of the segment that begins at ``lsn``: ours are not safe."""
@@ -90,8 +99,12 @@ class Durable:
         self._doubts.discard(lsn)
 
     def hold(self, fork: Lsn) -> None:
-        """A new timeline begins at ``fork``: without its history, what lies behind it cannot be restored."""
-        self._held = dict.fromkeys(self._reached, fork)
+        """A new timeline begins at ``fork``: without its history, what lies behind it cannot be restored.
+
+        What an earlier hold still holds back stays so: the history of the newer timeline leads there as well.
+        """
+        self._fork = fork
+        self._held = {name: min(fork, self._held.get(name, fork)) for name in self._reached}
 
     def release(self, destination: str) -> None:
         """The history of the new timeline is stored there."""
@@ -100,14 +113,23 @@ class Durable:
 
     @property
     def begun(self) -> bool:
-        """Whether bytes behind the fork that is held are stored at every destination that counts."""
-        counting = self._required - self._degraded
-        return all(self._reached[name] > fork for name, fork in self._held.items() if name in counting)
+        """Whether the new timeline's first byte is stored at some destination: its history may follow."""
+        return self.anywhere(self._fork, self._fork + 1)
 
-    def skip_to(self, lsn: Lsn) -> None:
-        """Nothing before ``lsn`` will ever come: a gap has opened, and is told by whoever found it."""
-        for name, reached in self._reached.items():
-            self._advance(name, max(lsn, reached))
+    def anywhere(self, start: int, end: int) -> bool:
+        """Whether all of ``[start, end)`` is durable at one destination, behind a hole or not."""
+        return any(
+            end <= reached or any(first <= start and end <= last for first, last in self._ahead[name])
+            for name, reached in self._reached.items()
+        )
+
+    def skip(self, start: int, end: int) -> None:
+        """``[start, end)`` will never come: a gap has opened, and is told by whoever found it.
+
+        It holds nobody up. What lies around it counts only where it is stored.
+        """
+        for name in self._reached:
+            self.stored(name, start, end)
 
     def reached(self) -> dict[str, Lsn]:
         """Destination → up to where it has everything."""
@@ -118,9 +140,12 @@ class Durable:
         """Required destinations that do not count at the moment."""
         return frozenset(self._degraded)
 
-    def flush(self, received: Lsn, now: float) -> Lsn:
-        """The position to report. ``received``: end of what has arrived; ``now`` in monotonic seconds."""
-        self._judge(received, now)
+    def flush(self, received: Lsn, now: float, *, leisure: float = 0.0) -> Lsn:
+        """The position to report. ``received``: end of what has arrived; ``now`` in monotonic seconds.
+
+        ``leisure``: seconds that a byte may wait before anybody is asked to store it, which is nobody's delay.
+        """
+        self._judge(received, now, leisure)
         counting = self._required - self._degraded
         durable = min([*map(self._counts_to, counting), *map(Lsn, self._doubts)], default=Lsn(0))
         self._flush = max(self._flush, durable)
@@ -131,7 +156,7 @@ class Durable:
         reached = self._reached[destination]
         return min(reached, self._held.get(destination, reached))
 
-    def _judge(self, received: Lsn, now: float) -> None:
+    def _judge(self, received: Lsn, now: float, leisure: float) -> None:
         """Who counts. A destination that makes headway, however slowly, is not given up."""
         for name in sorted(self._required):
             reached = self._counts_to(name)
@@ -146,12 +171,13 @@ class Durable:
                 self._behind.setdefault(name, now)
         if self._patience is None:
             return
+        patience = self._patience + leisure
         counting = self._required - self._degraded
-        late = {name for name in counting if now - self._behind.get(name, now) > self._patience}
+        late = {name for name in counting if now - self._behind.get(name, now) > patience}
         if late != counting:
             for name in sorted(late):
                 self._degraded.add(name)
-                said = f"{name} has stored nothing for {self._patience:g} seconds and is at LSN {self._counts_to(name)}"
+                said = f"{name} has stored nothing for {patience:g} seconds and is at LSN {self._counts_to(name)}"
                 self._notify(SyncDegraded(name, said))
 
 

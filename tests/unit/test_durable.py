@@ -91,6 +91,27 @@ def test_a_gap_is_skipped_and_what_lies_ahead_of_it_counts() -> None:
     assert durable.flush(Lsn(2000), 0) == Lsn(1600), "nothing goes back"
 
 
+def test_what_is_gone_counts_once_it_is_stored_again_and_nothing_reported_is_taken_back() -> None:
+    durable = make()
+    durable.stored("a", 1000, 3000)
+    durable.stored("b", 1000, 2500)
+    durable.stored("b", 2600, 2900)
+    assert durable.flush(Lsn(3000), 0) == 2500
+    durable.retreat("b", 2000, 2700)
+    assert durable.reached() == {"a": 3000, "b": 2000}
+    assert durable.flush(Lsn(3000), 0) == 2500
+    durable.stored("b", 2000, 2650)
+    assert durable.reached()["b"] == 2650
+    durable.stored("b", 2650, 2700)
+    assert durable.reached()["b"] == 2900
+    durable.retreat("b", 2000, 2100)
+    assert durable.reached()["b"] == 2000
+    durable.stored("b", 2000, 2100)
+    assert durable.reached()["b"] == 2900, "what lies behind it was never gone"
+    durable.retreat("b", 5000, 6000)
+    assert durable.flush(Lsn(3000), 0) == 2900
+
+
 def test_without_patience_commits_wait_for_ever() -> None:
     notices: list[Notice] = []
     durable = make(notices)

@@ -41,6 +41,7 @@ class Switchable(MemoryStore):
         self.away = False
         self.lose_answer = False
         self.refuses = ""
+        self.failing_lists = 0
         self.puts: list[str] = []
 
     async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
@@ -58,6 +59,13 @@ class Switchable(MemoryStore):
         if self.away:
             raise StoreError(f"{self.name} does not answer", passing=True)
         return await super().head(key)
+
+    async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
+        if self.failing_lists:
+            self.failing_lists -= 1
+            raise StoreError(f"{self.name} cannot be listed now", passing=True)
+        async for info in super().list(prefix, after=after, shallow=shallow):
+            yield info
 
     def content(self, name: str) -> bytes:
         return self._objects[name][0]
@@ -292,3 +300,17 @@ async def test_an_older_object_takes_its_data_key_along() -> None:
         await task
         assert it.b.content(NAME) == it.a.content(NAME)
         assert it.b.content(old_key) == it.a.content(old_key)
+
+
+@pytest.mark.parametrize("who", ["a", "b"])
+async def test_a_destination_that_could_not_be_listed_at_the_start_is_compared_once_it_can_be(who: str) -> None:
+    """Whichever of the two it was: what one has and the other lacks is not known before."""
+    async with bench() as it:
+        await it.shipper.ship(NAME, b"one")
+        await it.b.delete([NAME])
+        (it.a if who == "a" else it.b).failing_lists = 2
+        again = Uploader([Outlet(it.a), Outlet(it.b)], clock=FastClock(), notify=it.notices.append)
+        task = asyncio.create_task(again.run())
+        await until(lambda: NAME in it.b._objects)
+        await until(lambda: DestinationCaughtUp("b") in it.notices)
+        task.cancel()

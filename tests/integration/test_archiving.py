@@ -16,6 +16,7 @@ from infra.clock import SystemClock
 from infra.postgres.processes import give, run_as
 from infra.postgres.programs import environment_for
 from infra.postgres.throwaway import ThrowawayServer
+from infra.sources import watcher
 from infra.sources.watcher import SpoolWatcher
 from pipeline.errors import IntegrityError
 from pipeline.events import BackupReady, Notice
@@ -65,16 +66,16 @@ def system_id(server: ThrowawayServer) -> str:
 async def collect(spool: Path, until: WalFile, cluster: str, *, segment_size: int = MB) -> dict[str, bytes]:
     """Ship, into memory, up to the segment ``until``."""
     notices: list[Notice] = []
-    watcher = SpoolWatcher(
+    source = SpoolWatcher(
         spool, system_id=cluster, segment_size=segment_size, clock=SystemClock(), notify=notices.append
     )
     shipped: dict[str, bytes] = {}
-    events = watcher.events()
+    events = source.events()
     async with asyncio.timeout(60):
         async for event in events:
             assert not isinstance(event, BackupReady)
-            shipped[event.file.name] = bytes(watcher.read(event))
-            await watcher.done(event)
+            shipped[event.file.name] = bytes(source.read(event))
+            await source.done(event)
             if event.file.name == until.name:
                 break
     await events.aclose()  # type: ignore[attr-defined]  # it is an async generator
@@ -108,12 +109,14 @@ def finished(server: ThrowawayServer) -> WalFile:
 
 @pytest.mark.parametrize(
     ("major", "mode"),
-    [*((major, "basic_archive") for major in SERVER_VERSIONS), (SERVER_VERSIONS[0], "cp"), (SERVER_VERSIONS[-1], "cp")],
+    [*((major, "basic_archive") for major in SERVER_VERSIONS), (SERVER_VERSIONS[-1], "cp")],
 )
 async def test_what_a_server_archives_is_shipped_whole(
-    server_folder: Path, start_server: StartServer, major: int, mode: str
+    server_folder: Path, start_server: StartServer, major: int, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Crash and restart on the way; every segment from the first to the last arrives, and none stays in the spool."""
+    # Most was closed before anybody watched. A short file is never taken for settled, however little that takes.
+    monkeypatch.setattr(watcher, "SETTLE", 0.2)
     spool = server_folder / "spool"
     server = start_server(major, settings=archiving(spool, mode), segment_mb=1)
     cluster = system_id(server)
@@ -204,13 +207,10 @@ def waldump(major: int, folder: Path, first: str, last: str) -> Iterator[Dumped]
                 yield Dumped(match)
 
 
-@pytest.mark.parametrize("major", [SERVER_VERSIONS[0], SERVER_VERSIONS[-1]])
-def test_a_standby_that_archives_what_it_restored_makes_poison(
-    server_folder: Path, start_server: StartServer, major: int
-) -> None:
+def test_a_standby_that_archives_what_it_restored_makes_poison(server_folder: Path, start_server: StartServer) -> None:
     """archive_mode=always: a padded tail comes back under its final name, with valid size and first page."""
     spool, poisoned = server_folder / "spool", server_folder / "poisoned"
-    server = start_server(major, settings=archiving(spool, "cp"), segment_mb=1)
+    server = start_server(settings=archiving(spool, "cp"), segment_mb=1)
     server.run("pg_basebackup", "-D", str(server_folder / "copy"), "-d", server.dsn(), "-c", "fast", "-X", "none")
     server.query("create table t as select 1 a")
     server.query("select pg_logical_emit_message(true, 'x', repeat('z', 200000))")
@@ -224,7 +224,7 @@ def test_a_standby_that_archives_what_it_restored_makes_poison(
     (spool / open_name).write_bytes(content + bytes(MB - used))
     poisoned.mkdir()
     give(poisoned, run_as())
-    standby = ThrowawayServer(programs(major), server_folder / "copy")
+    standby = ThrowawayServer(server.bin_dir, server_folder / "copy")
     standby.configure(
         {
             "archive_mode": "always", "archive_command": f"cp %p {poisoned}/%f", "hot_standby": "on",

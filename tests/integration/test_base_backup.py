@@ -88,8 +88,8 @@ async def test_what_is_stored_is_the_cluster(major: int, start_server: StartServ
     fast.mkdir()
     give(fast, run_as())
     server.query(f"create tablespace fast location '{fast}'")
-    server.query("create table a as select g, md5(g::text) from generate_series(1, 50000) g")
-    server.query("create table b tablespace fast as select g from generate_series(1, 50000) g")
+    server.query("create table a as select g, md5(g::text) from generate_series(1, 20000) g")
+    server.query("create table b tablespace fast as select g from generate_series(1, 20000) g")
     info, shelf = await back_up(server)
 
     oid = int(server.query("select oid from pg_tablespace where spcname = 'fast'")[0][0])
@@ -155,10 +155,10 @@ async def test_a_server_without_tcp_is_reached_by_its_socket(start_server: Start
         assert (await connection.identify_system()).system_id == identity.system_id
 
 
-@pytest.mark.parametrize("major", SERVER_VERSIONS)
+@pytest.mark.parametrize("major", [SERVER_VERSIONS[0], NEWEST])
 async def test_failing_archiving_does_not_hold_up_the_stream(major: int, start_server: StartServer) -> None:
     """WAIT false: the server itself would wait for its archiver for ever."""
-    server = start_server(major, settings={"archive_mode": "on", "archive_command": "false"})
+    server = start_server(major, settings={"archive_mode": "on", "archive_command": "false"}, segment_mb=1)
     info, _ = await asyncio.wait_for(back_up(server), 30)
     assert info.stop_lsn > info.start_lsn
 
@@ -264,7 +264,7 @@ asyncio.run(main())
 async def test_memory_is_bounded_whatever_the_size(start_server: StartServer) -> None:
     """Two parts under way and one being filled are 48 MiB; the cluster is a multiple of that."""
     server = start_server()
-    enlarge(server, 700)
+    enlarge(server, 400)
     (system_id,) = server.query("select system_identifier::text from pg_control_system()")[0]
     done = await asyncio.to_thread(
         subprocess.run,
@@ -272,11 +272,11 @@ async def test_memory_is_bounded_whatever_the_size(start_server: StartServer) ->
         capture_output=True, text=True, timeout=100, check=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )  # fmt: skip
     size, kilobytes = map(int, done.stdout.split())
-    assert size > 700 << 20
+    assert size > 400 << 20
     assert kilobytes < 80 << 10
 
 
-@pytest.mark.parametrize("major", SERVER_VERSIONS)
+@pytest.mark.parametrize("major", [SERVER_VERSIONS[0], NEWEST])
 async def test_a_switch_names_the_segment_that_ended(major: int, start_server: StartServer) -> None:
     server = start_server(major, segment_mb=1)
     async with await connect(settings_for(server)) as control:

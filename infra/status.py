@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from handlers.fetch import Fetcher
 from infra.postgres.connect import connect
-from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.control import ServerFacts, read_facts, rows
 from infra.postgres.senders import StreamFacts, read_stream_facts
 from infra.postgres.sync import meaning
 from infra.reach import leads_to, unbroken, with_claimed_tails
@@ -20,10 +20,19 @@ from pipeline.catalog import Listing, backup_of, checked_info, info_key, wal_key
 from pipeline.contracts import Fetch, Store
 from pipeline.errors import IntegrityError, ObjectMissing, SourceError, StoreError
 from pipeline.tail import TailName
-from pipeline.wal import parse_history
+from pipeline.wal import Lsn, parse_history
 
 #: Waiting longer than this in the spool is no longer a passing queue.
 SLOW = timedelta(minutes=2)
+#: Seconds that an upload may take once a tail is due; a finished segment that takes longer is shipped as tails as well.
+GRACE = 5
+#: Seconds of the longest WALSHIP_TAIL_INTERVAL that ``status`` waits for.
+LONGEST = 5
+#: A standby sends what it has replayed, for our purpose: see ``ServerFacts.wal_lsn``.
+_FLUSHED = """
+select (case when pg_is_in_recovery() then coalesce(pg_last_wal_replay_lsn(), '0/0')
+             else pg_current_wal_flush_lsn() end)::text
+"""
 #: Most bytes that the description of a backup may have, and a history file.
 _MOST_INFO, _MOST_HISTORY = 256 << 20, 1 << 20
 
@@ -36,6 +45,8 @@ class DestinationStatus:
     required: bool
     #: Empty if it answered.
     error: str = ""
+    #: The timeline that the positions are of: the server's, or the newest there if there is nothing of that.
+    timeline: int = 1
     #: The newest finished segment there, on the server's timeline.
     last_segment: str = ""
     #: Up to here the WAL is there without a hole, from the newest backup on (or from the first segment, if there is no
@@ -71,6 +82,8 @@ class StreamStatus:
     sync_state: str
     #: What commits wait for, by the server's settings.
     commits: str
+    #: Up to here the server has WAL that it sends: what it has written and not flushed, no stream can have.
+    flushed_lsn: str
 
     @property
     def waited_for(self) -> bool:
@@ -87,6 +100,8 @@ class Status:
     #: Empty if the server answered.
     server_error: str
     current_lsn: str | None
+    #: The server's; None likewise.
+    timeline: int | None
     #: None if there is no spool, or it cannot be read.
     spool: SpoolState | None
     #: Empty if the spool could be read.
@@ -107,8 +122,54 @@ class Status:
         return {"healthy": self.healthy, **asdict(self)}
 
 
-async def read_status(site: Site) -> Status:
-    """Look at everything. What does not answer is part of the status, never an error."""
+async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: None) -> Status:
+    """Look at everything. What does not answer is part of the status, never an error.
+
+    With the stream on, bytes that a destination lacks may be on their way, or may be refused there for hours. So it is
+    looked at again until they were due (``waits`` is told once, in a sentence): ``GRACE`` seconds behind the interval
+    at most, and no longer than what is missing needs.
+    """
+    begun = site.clock.monotonic()
+    first, server = await _look(site)
+    status, late = first, _late(first, first, site)
+    interval = site.settings.tail_interval if site.settings.tail_interval <= LONGEST else 0
+    for seconds in range(1, GRACE + 1):
+        if not late:
+            break
+        if seconds == 1:
+            waits(f"looking again, for up to {interval + GRACE:g} s: the newest WAL is not yet at {', '.join(late)}")
+        await site.clock.sleep(max(0.0, begun + interval + seconds - site.clock.monotonic()))
+        status, server = await _look(site)
+        late = _late(status, first, site)
+    passed = site.clock.monotonic() - begun
+    missing = [f"{name}: {what} {passed:.0f} s ago" for name, what in late.items()]
+    return replace(status, reasons=(*_reasons(status, server, site), *missing))
+
+
+def _late(status: Status, first: Status, site: Site) -> dict[str, str]:
+    """What of the server's WAL at the first look is not at a destination, though the stream could have brought it.
+
+    Where an outage, a hole or a stream that is not there explains it, that is told instead.
+    """
+    if first.stream is None or first.timeline is None or status.stream is None or status.stream.problem:
+        return {}
+    flushed = Lsn.parse(first.stream.flushed_lsn)
+    # Tails that are not waited for may be missing; more than the one segment that is just being uploaded may not.
+    waited = site.settings.tail_interval <= LONGEST
+    allowed = 0 if waited else site.facts.segment_size
+    found = {}
+    for place in status.destinations:
+        if place.error or place.missing or place.durable_lsn is None:
+            continue
+        if place.timeline < first.timeline and waited:
+            found[place.name] = f"nothing of timeline {first.timeline} is there, on which the server was"
+        elif place.timeline == first.timeline and Lsn.parse(place.durable_lsn) + allowed < flushed:
+            found[place.name] = f"the WAL is there up to LSN {place.durable_lsn}, and the server was at LSN {flushed}"
+    return found
+
+
+async def _look(site: Site) -> tuple[Status, ServerFacts | None]:
+    """Once, without reasons."""
     now = site.clock.now()
     server, stream, server_error = await _server(site)
     spool_dir = site.settings.spool_dir if "watch" in site.settings.sources else None
@@ -126,30 +187,33 @@ async def read_status(site: Site) -> Status:
         now=now,
         server_error=server_error,
         current_lsn=str(server.wal_lsn) if server else None,
+        timeline=server.timeline if server else None,
         spool=spool,
         spool_error=spool_error,
         service=holder(spool_dir) if spool_dir else None,
-        stream=_stream(server, stream, site.settings.slot) if server and stream else None,
+        stream=stream,
         destinations=tuple(destinations),
     )
-    return replace(status, reasons=tuple(_reasons(status, server, site)))
+    return status, server
 
 
-async def _server(site: Site) -> tuple[ServerFacts | None, StreamFacts | None, str]:
+async def _server(site: Site) -> tuple[ServerFacts | None, StreamStatus | None, str]:
     stream = None
     try:
         async with await connect(site.settings) as connection:
             facts = await read_facts(connection)
+            if facts.system_identifier != site.facts.system_id:
+                return None, None, f"the server is the cluster {facts.system_identifier}, not {site.facts.system_id}"
             if "stream" in site.settings.sources:
-                stream = await read_stream_facts(connection, site.settings.slot)
+                ((flushed,),) = await rows(connection, _FLUSHED)
+                seen = await read_stream_facts(connection, site.settings.slot)
+                stream = _stream(facts, seen, site.settings.slot, flushed)
     except SourceError as error:
         return None, None, error.fact
-    if facts.system_identifier != site.facts.system_id:
-        return None, None, f"the server is the cluster {facts.system_identifier}, not {site.facts.system_id}"
     return facts, stream, ""
 
 
-def _stream(server: ServerFacts, stream: StreamFacts, name: str) -> StreamStatus:
+def _stream(server: ServerFacts, stream: StreamFacts, name: str, flushed: str) -> StreamStatus:
     slot, ours = stream.slot, stream.ours
     problem = ""
     if slot is None:
@@ -170,6 +234,7 @@ def _stream(server: ServerFacts, stream: StreamFacts, name: str) -> StreamStatus
         safe_wal_size=slot.safe_wal_size if slot else None,
         sync_state=ours.sync_state if ours else "",
         commits=meaning(server.synchronous_standby_names, name).fact,
+        flushed_lsn=flushed,
     )
 
 
@@ -200,6 +265,7 @@ async def _destination(store: Store, site: Site, server: ServerFacts | None, *, 
     return DestinationStatus(
         store.name,
         required,
+        timeline=timeline,
         last_segment=catalog.file(timeline, runs.last).name if runs else "",
         durable_lsn=str(reach.lsn) if reach.lsn is not None else None,
         tail_bytes=reach.in_tails,
@@ -251,11 +317,13 @@ def _reasons(status: Status, server: ServerFacts | None, site: Site) -> Iterator
         if status.spool.refused:
             yield f"spool: {status.spool.refused} files were refused and moved aside"
     for place in status.destinations:
-        for reason in _reasons_of(place, site.facts.segment_size):
+        streamed = status.stream is not None and not status.stream.problem
+        for reason in _reasons_of(place, None if streamed else 4 * site.facts.segment_size):
             yield f"{place.name}: {reason}"
 
 
-def _reasons_of(place: DestinationStatus, segment_size: int) -> Iterator[str]:
+def _reasons_of(place: DestinationStatus, most: int | None) -> Iterator[str]:
+    """``most`` bytes may be on their way; None: somebody else looks at that."""
     if place.error:
         yield place.error
         return
@@ -266,7 +334,7 @@ def _reasons_of(place: DestinationStatus, segment_size: int) -> Iterator[str]:
         yield f"{place.holes} segments are missing between stored ones"
     if place.durable_lsn is None:
         yield "no WAL yet"
-    elif place.lag_bytes is not None and place.lag_bytes > 4 * segment_size:
+    elif most is not None and place.lag_bytes is not None and place.lag_bytes > most:
         yield f"{place.lag_bytes} bytes of WAL are not there yet"
     if not place.last_backup:
         yield "no base backup"

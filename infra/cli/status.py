@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, settings
+from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.status import Status, StreamStatus, read_status
 from infra.wiring import open_site
 
@@ -16,12 +16,14 @@ from infra.wiring import open_site
 async def command(cluster: str, as_json: bool) -> None:
     """How far behind each destination is, what waits, and whether all is well.
 
-    Read afresh from the server, the spool and every destination; nothing of it is remembered.
+    Read afresh from the server, the spool and every destination; nothing of it is remembered. With the stream, what a
+    destination lacks is looked at again once it was due: that takes WALSHIP_TAIL_INTERVAL and a second, or a few if it
+    does not come.
 
     Example: walship status --json
     """
     async with open_site(settings(), cluster=cluster) as site:
-        status = await read_status(site)
+        status = await read_status(site, waits=(lambda _: None) if as_json else say)
     emit(status.result(), _lines(status), as_json=as_json)
 
 

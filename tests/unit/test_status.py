@@ -17,7 +17,7 @@ from infra.postgres.senders import Sender, StreamFacts
 from infra.postgres.slots import Slot
 from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
-from infra.status import DestinationStatus, _destination, _reasons, _stream, read_status
+from infra.status import DestinationStatus, _destination, _late, _reasons, _stream, read_status
 from infra.storage.memory import MemoryStore
 from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
@@ -213,7 +213,7 @@ async def test_the_stream_as_the_server_tells_of_it(
     shelf: Shelf, slot: Slot | None, senders: tuple[Sender, ...], problem: str
 ) -> None:
     server = replace(SERVER, synchronous_standby_names="walship")
-    stream = _stream(server, stream_facts(slot, *senders), "walship")
+    stream = _stream(server, stream_facts(slot, *senders), "walship", "0/900000")
     assert problem in stream.problem
     assert bool(stream.problem) is bool(problem)
     assert stream.commits.startswith("commits wait until walship has stored them")
@@ -223,6 +223,36 @@ async def test_the_stream_as_the_server_tells_of_it(
     (line,) = (line for line in status_lines(status) if line.startswith("stream "))
     assert (problem or "WAL streams, commits wait for it; the slot walship keeps ") in line
     assert status.result()["stream"]["slot"] == "walship"
+
+
+@pytest.mark.parametrize(
+    ("interval", "timeline", "missing", "word"),
+    [
+        (1, 1, 0, ""),
+        (1, 1, 1, "the WAL is there up to LSN 0/97FFFF, and the server was at LSN 0/980000"),
+        (1, 2, 0, "nothing of timeline 2 is there, on which the server was"),
+        # Nobody waits for so long: a segment may be missing, which is shipped as soon as it is whole.
+        (60, 1, SIZE, ""),
+        (60, 1, SIZE + 1, "the WAL is there up to LSN 0/87FFFF"),
+        (60, 2, 0, ""),
+    ],
+)
+async def test_what_the_stream_was_due_to_bring(
+    shelf: Shelf, interval: float, timeline: int, missing: int, word: str
+) -> None:
+    site = site_of(shelf, shelf.store)
+    site = replace(site, settings=site.settings.model_copy(update={"tail_interval": interval}))
+    flushed = SERVER.wal_lsn
+    place = DestinationStatus("memory", required=True, durable_lsn=str(Lsn(flushed - missing)))
+    stream = _stream(SERVER, stream_facts(SLOT, OURS), "walship", str(flushed))
+    first = replace(await read_status(site), stream=stream, timeline=timeline, destinations=(place,))
+    found = _late(first, first, site)
+    assert found.get("memory", "").startswith(word)
+    assert bool(found) is bool(word)
+    idle = replace(first, stream=replace(stream, problem="the slot walship is idle"))
+    assert _late(idle, first, site) == {}, "that is told instead"
+    for hidden in (replace(place, error="away"), replace(place, missing="x"), replace(place, durable_lsn=None)):
+        assert _late(replace(first, destinations=(hidden,)), first, site) == {}
 
 
 async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:

@@ -37,8 +37,7 @@ from pipeline.wal import Lsn, WalFile
 
 #: Seconds that a server that shuts down is held up at most by what is not durable.
 GRACE = 10.0
-#: Shortest and longest pause in seconds between attempts to connect. While nobody is connected nothing new becomes
-#: safe, and synchronous commits wait: a connection that was merely cut is made again at once.
+#: Shortest and longest pause in seconds between attempts to connect. Short at first: until then nothing becomes safe.
 PAUSES = (0.2, 10.0)
 #: Seconds between reports that nothing has caused, and between answers to keepalives.
 _REPORT = 1.0

@@ -43,10 +43,12 @@ class Assembly:
         self._open: OpenSegment | None = None
         #: Whole, and stored nowhere yet.
         self._whole: dict[WalFile, OpenSegment] = {}
-        #: Ended before they were whole, behind a gap: their ends may still be shipped.
+        #: Ended before they were whole, by a gap or a fork: their ends may still be shipped.
         self._left: list[OpenSegment] = []
         #: What was received behind the end of the last segment that there was room for.
         self._rest = b""
+        #: The whole segment at whose end the stream is, as long as nothing is open behind it.
+        self._before: OpenSegment | None = None
         self._arrived: dict[Lsn, _Arrived] = {}
         self._expected = Lsn(0)
         self.timeline = 0
@@ -60,7 +62,7 @@ class Assembly:
         assert lsn % self._size == 0
         if (left := self.end()) is not None:
             self._left.append(left)
-        self._open = None
+        self._open = self._before = None
         self.timeline, self.received = timeline, lsn
         self.rewind()
 
@@ -74,6 +76,16 @@ class Assembly:
     def verified(self) -> bool:
         """Whether the server has sent all again that it had sent to an earlier connection, and the same."""
         return self._expected >= self.received
+
+    @property
+    def before(self) -> WalFile | None:
+        """The segment to ask a server for at a new connection: nothing that it sends by itself can be compared."""
+        return self._before.file if self._before is not None else None
+
+    def compare(self, data: Buffer) -> None:
+        """The bytes of ``before`` as the server has them. SourceError if they are others."""
+        if self._before is not None and data != self._before.data:
+            raise _other_bytes(self._before, self._before.start)
 
     @property
     def room(self) -> bool:
@@ -102,6 +114,7 @@ class Assembly:
     def _put(self, data: memoryview, now: float) -> int:
         """Compare or append the beginning of it; returns how many bytes."""
         if self._open is None:
+            self._before = None
             self._open = self._wal.begin(WalFile.segment(self.timeline, self._expected, self._size), self._size)
             self._arrived[self._open.start] = _Arrived(self._open.start + self._size, now)
         segment = self._open
@@ -110,11 +123,7 @@ class Assembly:
             piece = data[: segment.filled - offset]
             # As bytes: views are compared item by item, which takes a hundred times as long.
             if bytes(segment.view(offset, offset + len(piece))) != bytes(piece):
-                raise SourceError(
-                    f"PostgreSQL sent other bytes of segment {segment.file} than before, behind {self._expected}",
-                    hint=ROLLED_BACK,
-                    lasting=True,
-                )
+                raise _other_bytes(segment, self._expected)
         else:
             piece = data[: self._size - offset]
             segment.append(piece, now)
@@ -122,7 +131,7 @@ class Assembly:
         self._expected = self._expected + len(piece)
         if segment.whole and not segment.ended:
             segment.ended = True
-            self._open = None
+            self._open, self._before = None, segment
             self._whole[segment.file] = segment
             self._announce(segment)
         return len(piece)
@@ -140,6 +149,7 @@ class Assembly:
     def leave(self, fork: Lsn) -> None:
         """What lies behind ``fork`` was left behind by the server: it ends the open segment."""
         self.end()
+        self._before = None
         self.received = self._expected = fork
 
     def drop(self, segment: OpenSegment) -> None:
@@ -147,9 +157,9 @@ class Assembly:
         self._whole.pop(segment.file, None)
         if segment is self._open:
             self._open = None
-        for left in self._left:
-            self._wal.drop(left)  # segments behind the gap are stored: its tails had their time
-        self._left.clear()
+        for left in [each for each in self._left if _place(each) < _place(segment)]:
+            self._left.remove(left)
+            self._wal.drop(left)  # what comes behind it is stored: its tails had their time
         self._wal.drop(segment)
 
     def whole(self, file: WalFile) -> OpenSegment | None:
@@ -170,3 +180,15 @@ class Assembly:
         """No ``age`` before that is asked for any more."""
         for start in [start for start, arrived in self._arrived.items() if arrived.end <= lsn]:
             del self._arrived[start]
+
+
+def _place(segment: OpenSegment) -> tuple[int, Lsn]:
+    return segment.file.timeline, segment.start
+
+
+def _other_bytes(segment: OpenSegment, lsn: Lsn) -> SourceError:
+    return SourceError(
+        f"PostgreSQL sent other bytes of segment {segment.file} than before, behind {lsn}",
+        hint=ROLLED_BACK,
+        lasting=True,
+    )

@@ -91,6 +91,18 @@ def refuse_old(primary: Primary, lineage: Lineage, timeline: int, received: Lsn)
         )
 
 
+def parting(old: Lineage, new: Lineage) -> tuple[int, Lsn] | None:
+    """Where the new lineage leaves the old one: the timeline on which, and the fork; None if it goes on with it."""
+    timeline = 0
+    for was, now in zip(old.legs, new.legs, strict=False):
+        if was.timeline != now.timeline:
+            return timeline, now.begin
+        timeline = now.timeline
+        if was.end != now.end:
+            return timeline, min(end for end in (was.end, now.end) if end is not None)
+    return None
+
+
 def leg_of(lineage: Lineage, timeline: int) -> Leg | None:
     """The part of the lineage that is of this timeline."""
     return next((leg for leg in lineage.legs if leg.timeline == timeline), None)

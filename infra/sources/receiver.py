@@ -5,32 +5,31 @@ Per connect: who is it, is it the one to follow, where does its slot stand (``pr
     WalStream ──> Assembly (segments, compared with what was sent before) ──> OpenWal, and SegmentReady when whole
     Durable ──> the flush position, reported as soon as it moves, at least each second, never for what is not durable
 
-At the end of a timeline the stream waits until that is durable; then come the first bytes of the next, then its history
-file, in this order: a history in the repository whose first bytes are not there would lead a restore past the fork.
-All that a broken connection has brought is kept, and the next one goes on at the open segment's first byte.
+At the end of a timeline it goes over to the next (``promotion``). All that a broken connection has brought is kept, and
+the next one goes on at the open segment's first byte.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from infra.postgres.connect import RefusedError, connect
 from infra.postgres.replication import ReplicationConnection
-from infra.postgres.walstream import TimelineEnded, WalData, WalStream
+from infra.postgres.walstream import TimelineEnded, WalData, WalStream, fetch_segment
 from infra.settings import Settings
 from infra.sources.announced import Announced
 from infra.sources.assembly import Assembly
-from infra.sources.primary import Primary, leg_after, leg_of, look_at, prepare_slot, refuse_old
+from infra.sources.primary import Primary, leg_of, look_at, prepare_slot
+from infra.sources.promotion import Promotion
 from infra.sources.refusals import Refusals
 from infra.sources.server_watch import ServerWatch
 from pipeline.contracts import Buffer, Clock
 from pipeline.durable import Durable
 from pipeline.errors import SourceError, WalshipError, foreseen
-from pipeline.events import Event, HistoryReady, Notice, StreamLost, StreamStarted, TimelineLeft, WalMoved
-from pipeline.lineage import Leg, Lineage
+from pipeline.events import Event, HistoryReady, Notice, StreamLost, StreamStarted, WalMoved
+from pipeline.lineage import Lineage
 from pipeline.openwal import OpenWal
 from pipeline.resume import GoOn
 from pipeline.wal import Lsn, WalFile
@@ -47,7 +46,8 @@ _ANSWER = 0.1
 class Resume(Protocol):
     """Where the repository ends: the first segment of the lineage that is missing, not before ``after``.
 
-    None if nothing is stored. See ``pipeline.resume``.
+    None if nothing is stored. See ``pipeline.resume``. Behind a gap (``after``) ``durable`` knows nothing of what lies
+    from there to the answer: each destination that has it must be told of by ``Durable.stored``.
     """
 
     async def __call__(self, lineage: Lineage, after: int = 0) -> GoOn | None: ...
@@ -95,18 +95,20 @@ class Receiver:
         self.synchronous = False
         #: None until the first connect.
         self.durable: Durable | None = None
-        #: The server's timeline and where it came from. None until the first connect.
-        self.lineage: Lineage | None = None
         #: End of the server's WAL, as far as it has told.
         self.current = Lsn(0)
-        #: The timeline whose beginning is held back in ``durable`` until its history is stored; 0: none ever was.
-        self._held = 0
-        #: That history, until its turn has come.
-        self._history: bytes | None = None
+        self._promotion = Promotion(
+            self._assembly, self._announced, segment_size=segment_size, wake=self._wake, notify=notify
+        )
         self._refusals = Refusals(notify)
         self._received_any = False
         #: ``host:port`` of the server.
         self._place = ""
+
+    @property
+    def lineage(self) -> Lineage | None:
+        """The server's timeline and where it came from. None until the first connect."""
+        return self._promotion.lineage
 
     @property
     def received(self) -> Lsn:
@@ -132,8 +134,7 @@ class Receiver:
         self.stored_somewhere(event)
         self._announced.forget(event)
         if isinstance(event, HistoryReady) and self.durable is not None:
-            for destination in self.durable.reached():
-                self.durable.release(destination)
+            self._promotion.history_done(event.file, self.durable)
 
     def stored_somewhere(self, event: Event) -> None:
         """The object is durable somewhere, though not everywhere: its memory is given back. Idempotent."""
@@ -193,7 +194,8 @@ class Receiver:
         candidates = self._settings
         while True:
             async with await ReplicationConnection.open(candidates, application_name=candidates.slot) as replication:
-                here = [server for server in candidates.servers if f"{server[0]}:{server[1]}" == replication.place]
+                place = replication.place  # not always spelled as in the settings: then any of them may be meant
+                here = [s for s in candidates.servers if f"{s[0]}:{s[1]}" == place] or candidates.servers
                 others = [server for server in candidates.servers if server not in here]
                 self.server = self._announced.server = candidates.at(*here)
                 try:
@@ -216,10 +218,12 @@ class Receiver:
         slot = self._settings.slot
         async with await connect(self.server) as control:
             primary = await look_at(replication, control, system_id=self._system_id, segment_size=self._size)
-            self._agree(primary)
+            self._promotion.agree(primary, self.durable)
+            await self._compare()
             # Before the slot: a server that is refused would keep WAL in it for ever.
-            unknown = self.durable is None or self._refusals.after is not None
-            go = await self._resume(primary.lineage, self._refusals.after or 0) if unknown else None
+            gap = self._refusals.gap
+            unknown = self.durable is None or gap is not None
+            go = await self._resume(primary.lineage, gap[1] if gap else 0) if unknown else None
             kept = await prepare_slot(replication, control, slot, renew=self._refusals.slot_lies)
             self._refusals.slot_lies = False
         self.current = primary.lsn
@@ -227,45 +231,32 @@ class Receiver:
             self._begin(primary, go, kept)
         return primary, kept
 
-    def _agree(self, primary: Primary) -> None:
-        """Follow the server, or refuse it."""
-        if self.durable is None or self.lineage is None:
-            self.lineage = primary.lineage
+    async def _compare(self) -> None:
+        """Where the open segment is empty, nothing is sent again: ask for the one before it, and compare that."""
+        if (file := self._assembly.before) is None:
             return
-        assembly = self._assembly
-        refuse_old(primary, self.lineage, assembly.timeline, assembly.received)
-        self.lineage = primary.lineage
-        leg = leg_of(self.lineage, assembly.timeline)
-        if leg is not None and leg.end is not None and leg.end < assembly.received:
-            left = max(assembly.received, *self.durable.reached().values())
-            self.durable.leave(leg.end)
-            assembly.leave(leg.end)
-            self._notify(TimelineLeft(leg.timeline, leg.end, left))
+        try:
+            self._assembly.compare(await fetch_segment(self.server, file, self._size))
+        except RefusedError as error:
+            if error.state != "58P01":  # removed: that happens to what is stored, and cannot be compared
+                raise
 
     def _begin(self, primary: Primary, go: GoOn | None, kept: Lsn) -> None:
         """Set the position, for the first time or behind a gap. ``kept``: from where on the slot keeps WAL."""
+        gap, self._refusals.gap = self._refusals.gap, None
         if go is None:
-            lsn = max(Lsn(kept // self._size * self._size), self._refusals.after or Lsn(0))
+            # Behind a gap at its very end, even if the slot has moved on: what is missing is told by the next refusal.
+            lsn = gap[1] if gap else Lsn(kept // self._size * self._size)
             timeline = primary.lineage.newest(lsn // self._size).timeline
         else:
             timeline, lsn = go.timeline, go.lsn
         self._refusals.hole_end = go.hole_end if go is not None else None
-        self._refusals.after = None
         self._assembly.begin_at(timeline, lsn)
         if self.durable is None:
             self.durable = self._make_durable(lsn)
-        else:
-            self.durable.skip_to(lsn)
-        self._begin_leg(primary)
-
-    def _begin_leg(self, primary: Primary) -> None:
-        """On the server's last timeline: what lies behind the fork counts only with the history that leads there."""
-        timeline = self._assembly.timeline
-        leg = primary.lineage.legs[-1]
-        if leg.timeline == timeline and timeline > 1 and timeline != self._held and self.durable is not None:
-            self.durable.hold(leg.begin)
-            self._held = timeline
-            self._history = primary.history
+        elif gap:
+            self.durable.skip(*gap)
+        self._promotion.begin_leg(primary, self.durable)
 
     # -- streaming
 
@@ -283,7 +274,8 @@ class Receiver:
                         f"timeline {leg.timeline} of PostgreSQL at {primary.place} ended at {self._assembly.received}",
                         hint="it is looked at anew",
                     )
-            await self._go_over(replication, primary, leg)
+            assert self.durable is not None
+            await self._promotion.go_over(primary, leg, self.durable, replication.timeline_history)
 
     async def _stream(
         self, replication: ReplicationConnection, primary: Primary, kept: Lsn, watch: ServerWatch
@@ -326,9 +318,9 @@ class Receiver:
                     watch.asked(message.server_end)
             if self._assembly.received > before:
                 self._wal.tell()
-            self._tell_history()
+            self._promotion.tell_history(self.durable)
             now = self._clock.monotonic()
-            flush = self.durable.flush(self._assembly.received, now)
+            flush = self._flush(self.durable, now)
             # Below its restart_lsn the slot would move back; and a server that differs must not take ours for its own.
             flush = flush if flush >= kept and self._assembly.verified else Lsn(0)
             if flush > reported or now - reported_at >= (_ANSWER if asked else _REPORT):
@@ -346,32 +338,10 @@ class Receiver:
                 hint="nothing is lost as long as its disk lives: the slot keeps the rest until it is up again",
             )
 
-    async def _go_over(self, replication: ReplicationConnection, primary: Primary, leg: Leg) -> None:
-        """From the end of a timeline to the first byte of the next one's first segment."""
-        assert self.durable is not None
-        assert leg.end is not None
-        segment = self._assembly.end()
-        while self.durable.flush(leg.end, self._clock.monotonic()) < leg.end:
-            self._wake.clear()
-            self._tell_history()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _REPORT)
-        if segment is not None:
-            self._assembly.drop(segment)
-        if leg.timeline > 1 and leg.timeline != self._held:
-            # One that was passed through: nobody has asked for its history, and it may be restored to as well.
-            with contextlib.suppress(RefusedError):  # the server need not have it any more
-                self._announced.history(leg.timeline, await replication.timeline_history(leg.timeline))
-        self.durable.forget_ahead()
-        following = leg_after(primary.lineage, leg.timeline)
-        self._assembly.begin_at(following.timeline, Lsn(leg.end // self._size * self._size))
-        self._begin_leg(primary)
-
-    def _tell_history(self) -> None:
-        """Its turn comes when the first bytes of its timeline are stored."""
-        if self._history is not None and self.durable is not None and self.durable.begun:
-            self._announced.history(self._held, self._history)
-            self._history = None
+    def _flush(self, durable: Durable, now: float) -> Lsn:
+        """Where commits do not wait for us, nobody is late with what is not due yet."""
+        leisure = 0.0 if self.synchronous else self._settings.tail_interval
+        return durable.flush(self._assembly.received, now, leisure=leisure)
 
     # -- what is said
 
@@ -395,5 +365,6 @@ class Receiver:
             reached = durable.reached()
             self._assembly.forget_before(min(reached.values(), default=received))
             age = {name: self._assembly.age(lsn, now) for name, lsn in reached.items()}
-            flush = durable.flush(received, now)
+            self._promotion.tell_history(durable)  # also when the new primary is gone already
+            flush = self._flush(durable, now)
             self._notify(WalMoved(self._assembly.timeline, max(self.current, received), received, flush, reached, age))

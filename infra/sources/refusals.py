@@ -21,8 +21,8 @@ class Refusals:
         self._notify = notify
         #: Where stored segments begin again behind the first that are missing; None: nowhere.
         self.hole_end: Lsn | None = None
-        #: What comes before was never stored and never will be; None: no gap has opened.
-        self.after: Lsn | None = None
+        #: The gap that has opened: from where to where WAL was never stored and never will be. None: none has.
+        self.gap: tuple[Lsn, Lsn] | None = None
         #: The slot does not keep what it says it keeps.
         self.slot_lies = False
 
@@ -51,7 +51,7 @@ class Refusals:
         for leg, first, last in stretches(primary.lineage, timeline, begin, end):
             files = [WalFile.segment(leg.timeline, lsn, size) for lsn in (first, last)]
             self._notify(GapOpened(leg.timeline, files[0], files[1], _TAKE_BACKUP))
-        self.after = end
+        self.gap = begin, end
         return SourceError(
             f"PostgreSQL at {primary.place} has removed WAL that was not stored, from {begin} to {end}: {error.fact}",
             hint="take a new base backup; max_slot_wal_keep_size, if set, is too small for how long stores were away",

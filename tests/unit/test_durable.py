@@ -85,31 +85,22 @@ def test_one_that_begins_behind_the_origin_holds_the_position_back() -> None:
 def test_a_gap_is_skipped_and_what_lies_ahead_of_it_counts() -> None:
     durable = make(a=True)
     durable.stored("a", 1500, 1600)
-    durable.skip_to(Lsn(1500))
+    durable.skip(1000, 1500)
     assert durable.flush(Lsn(2000), 0) == Lsn(1600)
-    durable.skip_to(Lsn(1200))
+    durable.skip(1100, 1200)
     assert durable.flush(Lsn(2000), 0) == Lsn(1600), "nothing goes back"
 
 
-def test_what_is_gone_counts_once_it_is_stored_again_and_nothing_reported_is_taken_back() -> None:
-    durable = make()
-    durable.stored("a", 1000, 3000)
-    durable.stored("b", 1000, 2500)
-    durable.stored("b", 2600, 2900)
-    assert durable.flush(Lsn(3000), 0) == 2500
-    durable.retreat("b", 2000, 2700)
-    assert durable.reached() == {"a": 3000, "b": 2000}
-    assert durable.flush(Lsn(3000), 0) == 2500
-    durable.stored("b", 2000, 2650)
-    assert durable.reached()["b"] == 2650
-    durable.stored("b", 2650, 2700)
-    assert durable.reached()["b"] == 2900
-    durable.retreat("b", 2000, 2100)
-    assert durable.reached()["b"] == 2000
-    durable.stored("b", 2000, 2100)
-    assert durable.reached()["b"] == 2900, "what lies behind it was never gone"
-    durable.retreat("b", 5000, 6000)
-    assert durable.flush(Lsn(3000), 0) == 2900
+def test_behind_a_gap_only_what_is_really_stored_counts() -> None:
+    durable = make(behind={"a": Lsn(200)}, a=True, b=True)
+    durable.skip(1000, 1200)
+    assert durable.reached() == {"a": 200, "b": 1200}, "a was being copied to, and lacks what lies before the gap"
+    durable.stored("b", 1200, 1500)
+    assert durable.flush(Lsn(1500), 0) == Lsn(200)
+    durable.stored("a", 200, 1000)
+    assert durable.flush(Lsn(1500), 0) == Lsn(1200), "and what lies behind it"
+    durable.stored("a", 1200, 1500)
+    assert durable.flush(Lsn(1500), 0) == Lsn(1500)
 
 
 def test_without_patience_commits_wait_for_ever() -> None:
@@ -191,7 +182,7 @@ def test_behind_a_fork_nothing_counts_before_the_history() -> None:
     for name in ("a", "b"):
         durable.stored(name, 1100, 1250)
         begun.append(durable.begun)
-    assert begun == [False, False, True]
+    assert begun == [False, True, True]
     assert durable.flush(Lsn(1250), 0) == Lsn(1200)
     durable.release("a")
     assert durable.flush(Lsn(1250), 0) == Lsn(1200)
@@ -227,12 +218,58 @@ def test_one_that_does_not_take_the_history_is_late_too() -> None:
     assert durable.degraded == frozenset()
 
 
-def test_after_a_switch_what_was_ahead_can_be_forgotten() -> None:
+def test_after_a_switch_what_was_stored_ahead_before_the_fork_still_counts() -> None:
     durable = make(a=True)
     durable.stored("a", 1100, 1200)
-    durable.forget_ahead()
+    durable.stored("a", 1300, 1500)
+    durable.leave(Lsn(1350))
     durable.stored("a", 1000, 1100)
-    assert durable.reached()["a"] == 1100
+    assert durable.reached()["a"] == 1200
+    durable.stored("a", 1200, 1300)
+    assert durable.reached()["a"] == 1350
+
+
+def test_one_destination_with_the_first_bytes_is_enough_for_a_history_and_not_for_commits() -> None:
+    durable = make(behind={"b": Lsn(100)}, a=True, b=True)
+    durable.leave(Lsn(1000))
+    durable.hold(Lsn(1000))
+    begun = [durable.begun]
+    durable.stored("b", 900, 1001)
+    begun.append(durable.begun)
+    assert begun == [False, True], "a is away, and b lacks older WAL that a could give it"
+    durable.release("b")
+    assert durable.flush(Lsn(1001), 0) == Lsn(100)
+    durable.stored("b", 100, 900)
+    assert durable.flush(Lsn(1001), 0) == Lsn(1000)
+
+
+def test_a_second_promotion_does_not_let_go_what_the_first_holds_back() -> None:
+    durable = make(a=True, b=True)
+    durable.hold(Lsn(1100))
+    for name in ("a", "b"):
+        durable.stored(name, 1000, 1300)
+    durable.release("a")
+    durable.hold(Lsn(1200))
+    assert durable.begun
+    assert durable.flush(Lsn(1300), 0) == Lsn(1100), "neither history is at b"
+    durable.release("b")
+    assert durable.flush(Lsn(1300), 0) == Lsn(1200)
+    durable.release("a")
+    assert durable.flush(Lsn(1300), 0) == Lsn(1300)
+
+
+def test_nobody_is_late_with_what_is_not_due_yet() -> None:
+    """Tails a minute apart, patience of ten seconds, and two destinations that take turns."""
+    durable = make(patience=10)
+    for second in range(600):
+        for name, phase in (("a", 0), ("b", 30)):
+            if second % 60 == phase:
+                durable.stored(name, 1000, 1000 + second)
+        durable.flush(Lsn(1001 + second), float(second), leisure=60.0)
+    assert durable.degraded == frozenset()
+    durable.stored("a", 1000, 1700)
+    durable.flush(Lsn(1700), 700.0, leisure=60.0)
+    assert durable.degraded == {"b"}
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 50), st.integers(1, 20)), max_size=40))

@@ -102,8 +102,11 @@ class ServerWatch:
                     await connection.close()
                     connection = None
                     self._suspected.set()
+                # Not wait_for: before Python 3.12 it swallows a cancel that comes together with the event, as both do
+                # when the server dies, and the stream would wait for us for ever.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._suspected.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._suspected.wait()
                 pause = min(_PERIOD, pause * 2)
         finally:
             if connection is not None:

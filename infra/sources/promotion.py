@@ -94,7 +94,8 @@ class Promotion:
         while not durable.anywhere(last, leg.end):
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _LOOK)
+                async with asyncio.timeout(_LOOK):  # not wait_for, which may swallow a cancel before Python 3.12
+                    await self._wake.wait()
         self.tell_history(durable)
         if leg.timeline > 1 and leg.timeline != self._held:
             # One that was passed through: nobody has asked for its history, and it may be restored to as well.

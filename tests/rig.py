@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,6 +80,7 @@ class Rig:
             "BACKUP_ENCRYPTION_PASSWORD": PASSPHRASE,
             **(settings or {}),
         }
+        self._backed_up = ""
         self._services: list[subprocess.Popen[bytes]] = []
         self._restored: list[ThrowawayServer] = []
         self._targets: list[Path] = []
@@ -93,15 +95,25 @@ class Rig:
         self, *words: str, expect: int = 0, timeout: float = 120.0, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """``walship WORDS``; fails the test with all that was printed if the exit code is another one."""
+        if "backup" in words:
+            self.next_second()
         done = commands.run(
             words, environment or self.environment(), self.folder, timeout=timeout, as_installed=self.as_installed
         )
+        if "backup" in words:
+            self._backed_up = _name_of_a_backup()
         if done.returncode != expect:
             raise WrongExitError(
                 f"walship {' '.join(words)}: exit code {done.returncode}, not {expect}\n"
                 f"--- stdout\n{done.stdout[-4000:]}\n--- stderr\n{done.stderr[-8000:]}"
             )
         return done
+
+    def next_second(self) -> None:
+        """Wait, if need be, until a backup that begins now gets a later name than all before: names are by seconds."""
+        begun = [self._backed_up, *(path.name for path in self.folder.glob("*/*/base/base_*"))]
+        while _name_of_a_backup() <= max(begun):
+            time.sleep(0.02)
 
     def json(self, *words: str, expect: int = 0, timeout: float = 120.0) -> Any:
         """The result of ``walship WORDS --json``."""
@@ -242,6 +254,10 @@ class Rig:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _name_of_a_backup() -> str:
+    return f"base_{datetime.now(UTC):%Y%m%d_%H%M%S}"
 
 
 def stop_started(target: Path) -> None:

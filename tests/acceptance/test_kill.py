@@ -94,7 +94,8 @@ def test_a_backup_that_is_killed_is_none_and_the_next_one_is_whole(rig: Rig, num
     rig.run("init")
     rig.sql("create table t as select n, md5(n::text) from generate_series(1, 300000) n")
     command = [sys.executable, "-m", "infra.cli", "backup"]
-    killed = subprocess.Popen(command, env=rig.environment(), cwd=rig.folder, stderr=subprocess.DEVNULL)
+    with (rig.folder / "service.log").open("ab") as log:
+        killed = subprocess.Popen(command, env=rig.environment(), cwd=rig.folder, stdout=log, stderr=log)
     rig.wait(lambda: any((rig.folder / "local").glob("*/base/*/data/*/*")), "the backup has begun")
     killed.send_signal(number)
     assert killed.wait(60) == code, "what was stopped is not done"

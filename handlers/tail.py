@@ -20,8 +20,10 @@ over the time that one takes. The end of a segment goes as a tail too, unless so
 object is as soon there.
 
 *Failure*: everything in flight is given up, the destination is told of (``failed`` marks it down), and once it is up
-again, cutting begins anew from its durable position. What was given up may be stored all the same, and is then an
-overlap, which restore can join; its key can be met again only with the same bytes, which is success.
+again, cutting begins anew from its durable position; from the segment's first byte (``lost``) if what is durable is not
+there any more: it may have come back emptied, or as another disk. What was given up may be stored all the same, and is
+then an overlap, which restore can join; its key can be met again only with the same bytes, which is success. Where
+something damaged lies under that key, the range is cut differently.
 
 *Folding*: 256 tails of a segment are stored once more as one of their joint range, from memory, before they are
 deleted; 256 of those as well. A timeline's last, never finished segment is folded into one tail in the end. Folding and
@@ -37,7 +39,7 @@ from handlers.outlet import Outlet, Parcel
 from handlers.tail_clean import TailCleaner
 from handlers.tail_course import Course, Cut, Tail
 from pipeline.contracts import Buffer, Clock
-from pipeline.errors import IntegrityError, ObjectConflict, StoreError, WalshipError, foreseen
+from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError, foreseen
 from pipeline.events import DestinationHampered, Notice, ObjectStored
 from pipeline.openwal import OpenSegment, OpenWal
 from pipeline.wal import Lsn, WalFile, WalKind
@@ -54,8 +56,13 @@ MOST_OF_WHOLE = 1 << 20
 #: Seconds without any finished segment arriving, after which the rest of a whole one goes as a tail.
 HELD_UP = 5.0
 
-#: Seconds between looks at what has no event of its own: a destination that is down, synchronous mode switched on.
-POLL, SLICE = 0.1, 0.25
+#: Seconds between looks at what has no event of its own: a destination that is down, synchronous mode switched on, and
+#: while nothing is written, whether the destination was down.
+POLL, SLICE, IDLE = 0.1, 0.25, 5.0
+
+#: Finished segments that are remembered until the stream comes by. Of one that was forgotten, tails may be cut: the
+#: stream's own attempt to store it finds it there, and they go.
+MOST_FINISHED = 4096
 
 #: Seconds until a destination that is up and refused a tail is tried again: first and longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
@@ -79,6 +86,7 @@ class TailShipper:
         clock: Clock,
         notify: Callable[[Notice], None],
         stored: Callable[[str, WalFile, Lsn, Lsn], None],
+        lost: Callable[[str, WalFile, Lsn, Lsn], None],
         failed: Callable[[Outlet, str, WalshipError], Awaitable[None]],
         fold_at: int = 256,
     ) -> None:
@@ -87,7 +95,8 @@ class TailShipper:
         ``interval`` in seconds. ``synchronous``: whether commits wait for us now. ``stored``: called with the
         destination, the segment, and the range ``[start, end)`` of WAL that is durable there by now, per segment in
         order and without a hole; the segment tells the timeline, because what was written behind a fork is not of the
-        new one. ``failed``: tells, and marks the outlet down unless only this object is wrong.
+        new one. ``lost``: called likewise with what was durable there and is gone; it is told as stored once more.
+        ``failed``: tells, and marks the outlet down unless only this object is wrong.
         """
         self._wal = wal
         self._outlet = outlet
@@ -98,6 +107,7 @@ class TailShipper:
         self._clock = clock
         self._notify = notify
         self._stored = stored
+        self._lost = lost
         self._failed = failed
         self._fold_at = fold_at
         self._cleaner = TailCleaner(outlet, notify=notify)
@@ -105,9 +115,11 @@ class TailShipper:
         self._courses: list[Course] = []
         self._last: OpenSegment | None = None
         #: Segments whose finished object is here, until that has been acted on.
-        self._finished: set[WalFile] = set()
-        #: Segments that may have tails here.
+        self._finished: dict[WalFile, None] = {}
+        #: Segments that have tails of ours here.
         self._tailed: set[WalFile] = set()
+        #: Outages of the destination behind which what is durable was looked for.
+        self._outages = outlet.outages
         #: Deliveries under way, and the first of them that failed: key and why.
         self._flight: set[asyncio.Task[None]] = set()
         self._failure: tuple[str, WalshipError] | None = None
@@ -138,20 +150,21 @@ class TailShipper:
             raise error from None
 
     def segment_stored(self, file: WalFile) -> None:
-        """The finished segment is stored at this destination: nothing more of it is cut, its tails are removed.
+        """The finished segment, of the stream's bytes, is stored at this destination.
 
-        Any finished segment may be named, from whatever source; may be called before ``run``.
+        Nothing more of it is cut, and our tails of it are removed. Any finished segment may be named, whoever stored
+        it; may be called before ``run``.
         """
         if file.kind is WalKind.SEGMENT:
             self._headway = self._clock.monotonic()
-            self._finished.add(file)
+            self._finished[file] = None
+            if len(self._finished) > MOST_FINISHED:
+                del self._finished[next(iter(self._finished))]
             self._wake.set()
 
     def _follow(self, group: asyncio.TaskGroup) -> None:
         """Take up what has begun, let go of what is done with."""
         while (segment := self._wal.following(self._last)) is not None:
-            if self._last is None:
-                self._tailed.add(segment.file)  # an earlier run may have died here
             self._last = segment
             self._courses.append(Course(segment, self._epoch))
         for course in self._courses:
@@ -164,12 +177,12 @@ class TailShipper:
                 group.create_task(self._fold(course))
         self._courses = [each for each in self._courses if not (each.quiet and (each.closed or each.over))]
         busy = {course.segment.file for course in self._courses}
-        for file in self._finished - busy:
+        for file in self._finished.keys() - busy:
             if file in self._tailed:
                 self._tailed.discard(file)
-                group.create_task(self._remove(file))
+                group.create_task(self._cleaner.remove(file, self._epoch))
             if self._last is not None and file <= self._last.file:
-                self._finished.discard(file)
+                del self._finished[file]
 
     async def _cut_due(self, group: asyncio.TaskGroup) -> float | None:
         """Cut what is due. Seconds until something else is, as things are; 0: look again; None: when the WAL moves."""
@@ -180,6 +193,9 @@ class TailShipper:
             return 0
         if now < self._not_before:
             await self._clock.sleep(min(POLL, self._not_before - now))
+            return 0
+        if self._outlet.outages != self._outages:
+            await self._look_again()
             return 0
         synchronous = self._synchronous()
         dues = [(due, course) for course in self._courses if (due := self._due(course, synchronous)) is not None]
@@ -228,8 +244,12 @@ class TailShipper:
         except ObjectConflict:
             raise
         except (StoreError, IntegrityError) as error:
+            if isinstance(error, IntegrityError):
+                course.spoiled.add(cut.tail.name)
             self._failure = self._failure or (key, error)
         else:
+            if self._outlet.outages != self._outages:
+                return  # it may follow what is gone: cut anew once that is known
             self._latency += (seconds - self._latency) / 8
             self._pause = FIRST_PAUSE
             for name in course.landed(cut):
@@ -254,6 +274,14 @@ class TailShipper:
 
     async def _give_up(self, key: str, error: WalshipError) -> None:
         """A delivery failed: all that is in flight is cut anew once the destination is up."""
+        await self._recall()
+        self._failure = None
+        await self._failed(self._outlet, key, error)
+        self._not_before = self._clock.monotonic() + self._pause
+        self._pause = min(LONGEST_PAUSE, self._pause * 2)
+
+    async def _recall(self) -> None:
+        """Nothing is in flight any more."""
         under_way = set(self._flight)
         for task in under_way:
             task.cancel()
@@ -261,41 +289,60 @@ class TailShipper:
             await asyncio.wait(under_way)
         for course in self._courses:
             course.roll_back()
-        self._failure = None
-        await self._failed(self._outlet, key, error)
-        self._not_before = self._clock.monotonic() + self._pause
-        self._pause = min(LONGEST_PAUSE, self._pause * 2)
+
+    async def _look_again(self) -> None:
+        """The destination was down: is what was durable there still to be found? The last tail of a segment tells."""
+        outages = self._outlet.outages
+        await self._recall()
+        for course in [each for each in self._courses if not each.closed]:
+            last = course.last
+            try:
+                if last is not None:
+                    await self._outlet.store.head(last.key)
+            except ObjectMissing:
+                if course.last != last:
+                    return  # folded meanwhile: once more
+                start, end = course.segment.start, course.segment.start + course.durable
+                course.restart()
+                self._lost(self._outlet.name, course.segment.file, start, Lsn(end))
+            except StoreError as error:
+                assert last is not None
+                self._failure = last.key, error
+                return
+        self._outages = outages
 
     async def _fold(self, course: Course) -> None:
         try:
             while members := course.foldable(self._fold_at):
                 joint = course.joint(members)
-                if not await self._persist(course, joint):
+                if not await self._persist(course, members, joint):
                     return
                 await self._cleaner.delete(sorted(name.key for name in course.folded(members, joint)))
         finally:
             course.folding = False
             self._wake.set()
 
-    async def _persist(self, course: Course, joint: Tail) -> bool:
+    async def _persist(self, course: Course, members: list[Tail], joint: Tail) -> bool:
         """Store the joint tail, however long it takes. False if that is no longer of use."""
         pause = FIRST_PAUSE
-        while not course.closed:
-            if not self._outlet.down:
+        while not course.closed and course.holds(members):
+            # Not before it is known whether the members are still there: a joint tail would hide that others are not.
+            if not self._outlet.down and self._outlet.outages == self._outages:
                 try:
                     await self._put(joint.name.key, await asyncio.to_thread(course.plain, joint))
                 except ObjectConflict:
                     raise
                 except (StoreError, IntegrityError) as error:
                     await self._failed(self._outlet, joint.name.key, error)
+                    if isinstance(error, IntegrityError):
+                        course.spoiled.add(joint.name)
+                        return False  # fewer of them make another one
                 else:
-                    return True
+                    if self._outlet.outages == self._outages:
+                        return True
             await self._clock.sleep(pause)
             pause = min(LONGEST_PAUSE, pause * 2)
         return False
-
-    async def _remove(self, file: WalFile) -> None:
-        await self._cleaner.remove(file)
 
     async def _rest(self, seen: int, seconds: float | None) -> None:
         """Until something may be due: the time has passed, the WAL has moved, or an answer has come."""
@@ -309,9 +356,8 @@ class TailShipper:
         waits: list[asyncio.Task[object]] = [
             asyncio.create_task(self._wal.changed(seen)),
             asyncio.create_task(self._wake.wait()),
+            asyncio.create_task(self._clock.sleep(IDLE if seconds is None else seconds)),
         ]
-        if seconds is not None:
-            waits.append(asyncio.create_task(self._clock.sleep(seconds)))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -1,19 +1,27 @@
 """Takes tails away at one destination: those that are folded, and those of segments whose finished object is there.
 
+Our own go as soon as the finished segment of the bytes that they were cut from is stored. What somebody else has left
+(an earlier process, another writer) is compared first: where two servers wrote a segment, one of them has the finished
+name, and the commits that the other one acknowledged are in its tails and nowhere else.
+
 What cannot be deleted is told once and stays: shipping never waits for it, and it harms no restore, which looks at
-tails only where there is no finished segment, and joins what overlaps. What failed in passing is taken by
-``clean_left_overs`` an hour later.
+tails only where there is no finished segment, and joins what overlaps. What failed in passing is taken by ``LeftOvers``
+an hour later.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from handlers.outlet import Outlet
 from pipeline.catalog import wal_key
-from pipeline.errors import ObjectMissing, StoreError
-from pipeline.events import DeleteRefused, Notice, TailsRemoved
-from pipeline.tail import TailName, tail_folder
+from pipeline.contracts import Buffer, Fetch, ObjectInfo
+from pipeline.errors import IntegrityError, ObjectMissing, StoreError
+from pipeline.events import DeleteRefused, Notice, SourcesDiffer, TailsRemoved
+from pipeline.tail import HASH_SIZE, TailName, tail_folder
 from pipeline.wal import WalFile, WalKind
 
 #: Tails that are deleted at once. Less than a destination has connections: the others are for tails that commits
@@ -22,72 +30,150 @@ WIDTH = 4
 
 
 class TailCleaner:
-    """Deletes tails at one destination. Nothing here raises StoreError but ``clean``."""
+    """Deletes tails at one destination. Raises no StoreError."""
 
     def __init__(self, outlet: Outlet, *, notify: Callable[[Notice], None]) -> None:
         self._outlet = outlet
         self._notify = notify
-        #: A delete was refused, and told.
-        self.refused = False
 
     async def delete(self, keys: Collection[str]) -> bool:
-        """Delete these; returns whether they are gone."""
+        """Delete these; returns whether they are gone. A refusal is told once, until a delete succeeds."""
         waiting = sorted(keys)
         try:
             while waiting:
                 await self._outlet.store.delete(waiting[:WIDTH])
+                self._outlet.keeps_all = False
                 del waiting[:WIDTH]
         except StoreError as error:
-            if not error.passing and not self.refused:
-                self.refused = True
+            if not error.passing and not self._outlet.keeps_all:
+                self._outlet.keeps_all = True
                 self._notify(
                     DeleteRefused(
                         self._outlet.name,
                         f"tails that are no longer needed cannot be deleted: {error.fact}",
                         "restores are not harmed, but one small object stays for each interval in which the WAL moved:"
-                        " allow s3:DeleteObject under tail/, or let a lifecycle rule expire tail/ after some days;"
-                        " docs/durability.md says what tails cost where deletes are refused",
+                        " allow s3:DeleteObject under tail/. Let no lifecycle rule expire current objects there, they"
+                        " may be all that is stored of a segment; docs/durability.md says what tails cost then",
                     )
                 )
             return False
         return True
 
-    async def remove(self, file: WalFile) -> int:
-        """Delete all tails of a segment, if its finished object is seen here; returns how many."""
-        try:
-            return await self.clean(file)
-        except StoreError:
-            return 0  # it does not answer now: left to clean_left_overs
+    async def remove(self, file: WalFile, epoch: int) -> None:
+        """Delete the tails of our ``epoch``, if the finished segment is seen here.
 
-    async def clean(self, file: WalFile) -> int:
-        """As ``remove``, but raises StoreError when the destination cannot be asked."""
+        For whoever knows that its bytes are those that the tails were cut from: they are not compared.
+        """
         store = self._outlet.store
         try:
             await store.head(wal_key(file))
-        except ObjectMissing:
-            return 0
-        keys = [info.key async for info in store.list(tail_folder(file)) if TailName.parse(info.key)]
-        if not keys or not await self.delete(keys):
-            return 0
-        self._notify(TailsRemoved(self._outlet.name, len(keys)))
-        return len(keys)
+            names = [name async for info in store.list(tail_folder(file)) if (name := TailName.parse(info.key))]
+        except StoreError:
+            return  # absent after all, or it does not answer now: left to ``LeftOvers``
+        keys = [name.key for name in names if name.epoch == epoch]
+        if keys and await self.delete(keys):
+            self._notify(TailsRemoved(self._outlet.name, len(keys)))
 
 
-async def clean_left_overs(outlet: Outlet, *, notify: Callable[[Notice], None]) -> int:
-    """Delete the tails of every segment whose finished object is at this destination; returns how many.
+@dataclass(slots=True)
+class LeftOvers:
+    """Tails of finished segments at one destination that a crash, an outage or another writer has left.
 
-    For the start and once an hour: what a crash, an outage or another writer has left. Tails of unfinished segments
-    (the open one, an old timeline's last) stay. Raises StoreError when the destination cannot be asked; a refused
-    delete is told once per call (DeleteRefused).
+    ``clean`` is for the start and once an hour. ``fetch`` must read at this destination alone.
     """
-    cleaner, store = TailCleaner(outlet, notify=notify), outlet.store
-    folders = [info.key.split("/")[1] async for info in store.list("tail/", shallow=True) if info.key.endswith("/")]
-    files = [file for file in map(WalFile.parse, folders) if file and file.kind is WalKind.SEGMENT]
-    gone = 0
-    # One listing per 16 hex digits, not a question per segment: where deletes are refused there may be very many.
-    for shared in sorted({file.name[:16] for file in files}):
-        finished = {info.key async for info in store.list(f"wal/{shared}/")}
-        for file in sorted(files):
-            if wal_key(file) in finished and not cleaner.refused:
-                gone += await cleaner.clean(file)
-    return gone
+
+    outlet: Outlet
+    fetch: Fetch
+    notify: Callable[[Notice], None]
+    #: Segments whose tails have to stay, which is told, and the finished object that they were compared with.
+    _kept: dict[WalFile, ObjectInfo] = field(default_factory=dict)
+    #: What may go and could not be deleted yet, and the finished object that holds all of it.
+    _covered: dict[WalFile, tuple[ObjectInfo, list[str]]] = field(default_factory=dict)
+
+    async def clean(self) -> int:
+        """Delete what the finished segment beside it holds as well; returns how many.
+
+        Tails of unfinished segments (the open one, an old timeline's last) stay. If a single tail of a segment has
+        other bytes than the finished one, all of them stay (it may need the others to be joined), and that is told
+        once. Raises StoreError when the destination cannot be asked.
+        """
+        cleaner, gone = TailCleaner(self.outlet, notify=self.notify), 0
+        for file in await self._finished():
+            keys = await self._deletable(file)
+            if not keys:
+                continue
+            if not await cleaner.delete(keys):
+                break  # the others neither; what was read is remembered, for where deletes are refused it all stays
+            del self._covered[file]
+            self.notify(TailsRemoved(self.outlet.name, len(keys)))
+            gone += len(keys)
+        return gone
+
+    async def _finished(self) -> list[WalFile]:
+        """Segments that have a folder of tails, and are finished here."""
+        store = self.outlet.store
+        folders = [info.key.split("/")[1] async for info in store.list("tail/", shallow=True) if info.key[-1] == "/"]
+        files = {file for file in map(WalFile.parse, folders) if file and file.kind is WalKind.SEGMENT}
+        # One listing per 16 hex digits, not a question per segment: where deletes are refused there may be very many.
+        finished: set[str] = set()
+        for shared in sorted({file.name[:16] for file in files}):
+            finished |= {info.key async for info in store.list(f"wal/{shared}/")}
+        return sorted(file for file in files if wal_key(file) in finished)
+
+    async def _deletable(self, file: WalFile) -> list[str]:
+        """Keys of the tails of a segment that is finished here; none if they have to stay."""
+        store = self.outlet.store
+        try:
+            info = await store.head(wal_key(file))
+        except ObjectMissing:
+            return []
+        if self._kept.get(file) == info:
+            return []
+        if file in self._covered and self._covered[file][0] == info:
+            return self._covered[file][1]
+        names = [name async for each in store.list(tail_folder(file)) if (name := TailName.parse(each.key))]
+        try:
+            differing = await self._differing(file, names)
+        except IntegrityError as error:
+            self._keep(file, info, f"cannot be compared with the finished segment: {error.fact}")
+            return []
+        if differing is not None:
+            said = f"hold other bytes than the finished segment there, which begins to differ in {differing.key}"
+            self._keep(file, info, f"{said}: commits that another server acknowledged may be in them, and nowhere else")
+            return []
+        keys = [name.key for name in names]
+        self._covered[file] = info, keys
+        return keys
+
+    async def _differing(self, file: WalFile, names: list[TailName]) -> TailName | None:
+        """The first tail that is not a part of the finished segment."""
+        if not names:
+            return None
+        whole = (await self.fetch(wal_key(file))).plain
+        hasher, hashed = hashlib.sha256(), 0
+        for name in sorted(names, key=lambda each: each.start):
+            try:
+                plain = (await self.fetch(name.key, most=HASH_SIZE + name.end - name.start)).plain
+            except ObjectMissing:
+                continue  # whoever stored it has removed it
+            await asyncio.to_thread(hasher.update, memoryview(whole)[hashed : name.start])
+            hashed = name.start
+            if not _is_part(name, plain, hasher.digest(), whole):
+                return name
+        return None
+
+    def _keep(self, file: WalFile, info: ObjectInfo, fact: str) -> None:
+        self._kept[file] = info
+        self.notify(
+            SourcesDiffer(
+                f"the tails of segment {file} at {self.outlet.name} {fact}",
+                "they stay as they are. A restore takes the finished segment: find out which server wrote what, and to"
+                f" restore from the tails instead, move {wal_key(file)} away from every destination",
+            )
+        )
+
+
+def _is_part(name: TailName, plain: Buffer, before: bytes, whole: Buffer) -> bool:
+    """Whether a tail's plaintext is what the segment would give for its name; ``before``: hash up to its start."""
+    with memoryview(plain) as tail, memoryview(whole) as segment:
+        return tail[:HASH_SIZE] == before and tail[HASH_SIZE:] == segment[name.start : name.end]

@@ -5,7 +5,8 @@
 
 What was cut and is not durable is in flight; its cuts become durable in order, whatever the order of their answers.
 ``roll_back`` makes all that is in flight uncut again. Such cuts may be stored all the same, now or later: their names
-are kept as doubtful, to be deleted with what is folded over them.
+are kept as doubtful, to be deleted with what is folded over them. ``restart`` does the same with what was durable, when
+a destination has come back without it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Course:
     levels: list[list[Tail]] = field(default_factory=lambda: [[]])
     #: Keys of cuts that were given up and may be stored all the same.
     doubtful: set[TailName] = field(default_factory=set)
+    #: Keys under which something damaged lies here: never used again.
+    spoiled: set[TailName] = field(default_factory=set)
     #: SHA-256 of the first ``sent`` bytes.
     _hasher: _Hash = field(default_factory=hashlib.sha256)
 
@@ -80,12 +83,20 @@ class Course:
         ended = self.segment.ended and not self.segment.whole and self.durable == self.segment.filled
         return ended and sum(map(len, self.levels)) <= 1
 
+    @property
+    def last(self) -> TailName | None:
+        """The durable tail that goes furthest."""
+        return next((level[-1].name for level in self.levels if level), None)
+
     def cut(self, end: int) -> tuple[Cut, bytearray]:
-        """The bytes from ``sent`` to ``end`` as a tail in flight, and its plaintext.
+        """The bytes from ``sent`` to ``end`` as a tail in flight, and its plaintext; less where that key is spoiled.
 
         Hashes at about 1 GB/s with the GIL released: call it from a thread when it is much, and never twice at once.
         """
         start, hasher = self.sent, self._hasher
+        # On an idle server the same bytes would have the same key for ever. (A single byte has no other one.)
+        while end - start > 1 and TailName(self.segment.file, self.epoch, start, end) in self.spoiled:
+            end = start + (end - start) // 2
         data = self.segment.view(start, end)
         after = hasher.copy()
         after.update(data)
@@ -114,14 +125,29 @@ class Course:
             self.sent = self.durable
             self.flight.clear()
 
+    def restart(self) -> None:
+        """What was durable is gone: all of it is cut anew. Nothing may be in flight."""
+        assert not self.flight
+        self.doubtful.update(tail.name for level in self.levels for tail in level)
+        self.levels = [[]]
+        self.sent = self.durable = 0
+        self._hasher = hashlib.sha256()
+
+    def holds(self, members: list[Tail]) -> bool:
+        """Whether these are durable still."""
+        return all(any(tail in level for level in self.levels) for tail in members)
+
     def foldable(self, fold_at: int) -> list[Tail]:
         """The tails to be folded into one now, in order and without a hole; none if there is nothing to fold."""
         if self.closed or self.segment.whole:
             return []  # the finished segment replaces them all
         if self.segment.ended and self.durable == self.segment.filled:
             members = [tail for level in reversed(self.levels) for tail in level]
-            return members if len(members) > 1 else []
-        return next((list(level) for level in self.levels if len(level) >= fold_at), [])
+        else:
+            members = next((list(level) for level in self.levels if len(level) >= fold_at), [])
+        while len(members) > 1 and self.joint(members).name in self.spoiled:
+            members.pop()
+        return members if len(members) > 1 else []
 
     def joint(self, members: list[Tail]) -> Tail:
         """The tail that covers all of them."""

@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
+from handlers.fetch import Fetcher
 from handlers.outlet import Outlet, Parcel
 from handlers.ship import Shipper
 from handlers.tail import TailShipper
-from handlers.tail_clean import clean_left_overs
+from handlers.tail_clean import LeftOvers
 from infra.lagging import Lagging
 from infra.overlap import check_overlap, refuse_demoted
+from infra.sources.primary import leg_of
 from infra.sources.receiver import Receiver
 from infra.stored import look_at_stored
 from infra.wiring import Shipping, Site
@@ -42,10 +44,15 @@ CLEAN_EVERY = 3600.0
 
 async def keep_clean(site: Site, shipping: Shipping) -> None:
     """Remove left-over tails at each destination, now and every hour. Runs until cancelled."""
+    left_overs = [
+        LeftOvers(outlet, Fetcher([outlet.store], site.chain, site.facts.system_id), site.notify)
+        for outlet in shipping.uploader.outlets
+    ]
     while True:
-        for outlet in shipping.uploader.outlets:
-            with suppress(StoreError):  # whoever stores something there tells
-                await clean_left_overs(outlet, notify=site.notify)
+        for each in left_overs:
+            with suppress(StoreError, IntegrityError):  # whoever stores something there tells; nothing is deleted
+                await site.keys.refresh(each.outlet.store)  # what earlier writers left lies under keys of theirs
+                await each.clean()
         await site.clock.sleep(CLEAN_EVERY)
 
 
@@ -227,8 +234,16 @@ class Streaming:
             clock=self._site.clock,
             notify=self._site.notify,
             stored=self._tail_stored,
+            lost=self._tail_lost,
             failed=self._uploader.failed,
         )
 
     def _tail_stored(self, destination: str, file: WalFile, start: Lsn, end: Lsn) -> None:
         self.receiver.stored(destination, file, start, end)
+
+    def _tail_lost(self, destination: str, file: WalFile, start: Lsn, end: Lsn) -> None:
+        """It came back emptied: what it had of the server's lineage does not count there any more."""
+        durable, lineage = self.receiver.durable, self.receiver.lineage
+        leg = leg_of(lineage, file.timeline) if lineage is not None else None
+        if durable is not None and leg is not None:
+            durable.retreat(destination, start, end if leg.end is None else min(leg.end, end))

@@ -13,8 +13,10 @@ from datetime import UTC, datetime, timedelta
 from handlers.body import collect
 from handlers.checksum import Checksum
 from handlers.compress import Compress
+from handlers.fetch import Fetcher
 from handlers.outlet import Outlet, Parcel
 from handlers.tail import TailShipper
+from handlers.tail_clean import LeftOvers
 from handlers.upload import Uploader
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import REPOSITORY, wal_key
@@ -87,6 +89,7 @@ class Tails:
     notices: list[Notice] = field(default_factory=list)
     #: What the shipper said: segment, start, end.
     stored: list[tuple[WalFile, Lsn, Lsn]] = field(default_factory=list)
+    lost: list[tuple[WalFile, Lsn, Lsn]] = field(default_factory=list)
     #: Keys in the order in which they were cut.
     cut: list[str] = field(default_factory=list)
 
@@ -105,6 +108,7 @@ class Tails:
             clock=self.clock,
             notify=self.notices.append,
             stored=self._stored,
+            lost=self._lost,
             failed=self.uploader.failed,
             fold_at=self.fold_at,
         )
@@ -121,6 +125,13 @@ class Tails:
     def _stored(self, destination: str, file: WalFile, start: Lsn, end: Lsn) -> None:
         assert destination == self.store.name
         self.stored.append((file, start, end))
+
+    def _lost(self, destination: str, file: WalFile, start: Lsn, end: Lsn) -> None:
+        assert destination == self.store.name
+        self.lost.append((file, start, end))
+
+    def left_overs(self) -> LeftOvers:
+        return LeftOvers(self.outlet, Fetcher([self.store], self.chain, "7"), self.notices.append)
 
     def begin(self, file: WalFile = FILE) -> OpenSegment:
         segment = self.wal.begin(file, self.size)

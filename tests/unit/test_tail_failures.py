@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from infra.storage.memory import MemoryStore
 from pipeline.errors import ObjectConflict, StoreError
 from pipeline.events import DestinationFailed
+from pipeline.tail import TailName
 from tests.tailing import (
     FILE,
     SIZE,
@@ -198,3 +200,167 @@ async def test_after_an_outage_finished_segments_come_by_themselves_first() -> N
         await clock.pass_by(1)
         await until(lambda: it.stored)
     assert it.stored == [(FILE, START, START + SIZE)]
+
+
+async def outage(it: Tails, clock: HandClock) -> None:
+    """Somebody finds the destination down, and it is up again."""
+    await it.uploader.failed(it.outlet, "wal/any", passing())
+    assert it.outlet.down
+    while it.outlet.down:
+        await clock.pass_by(0.1)
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+@pytest.mark.parametrize("idle", [False, True])
+async def test_one_that_comes_back_emptied_gets_all_tails_anew(*, synchronous: bool, idle: bool) -> None:
+    it, clock = await tails(synchronous=synchronous)
+    async with running(it):
+        segment = it.begin()
+        for _ in range(3):
+            before = len(it.stored)
+            it.grow(segment, b"x" * 100)
+            await clock.pass_by(1)
+            await until(lambda before=before: len(it.stored) > before)  # type: ignore[misc]  # bound for the loop
+        await it.store.store.delete([name.key for name in await it.names()])
+        await outage(it, clock)
+        if not idle:
+            it.grow(segment, b"y" * 100)
+        await clock.pass_by(6)
+        await until(lambda: len(it.stored) > 3 and it.stored[-1][2] == segment.end)
+    assert it.lost == [(FILE, START, START + 300)]
+    assert it.stored[3][1] == START
+    assert (await it.recover()).content == segment.data
+    assert (await it.recover()).reach == segment.filled
+
+
+async def test_one_that_comes_back_as_it_was_goes_on_where_it_was() -> None:
+    it, clock = await tails()
+    async with running(it):
+        segment = it.begin()
+        it.grow(segment, b"one")
+        await clock.pass_by(1)
+        await until(lambda: it.stored)
+        await outage(it, clock)
+        it.grow(segment, b"two")
+        await clock.pass_by(2)
+        await until(lambda: len(it.stored) == 2)
+        looks = [key for operation, key in it.store.calls if operation == "head" and key.startswith("tail/")]
+        assert looks == [TailName(FILE, 7, 0, 3).key]
+    assert it.lost == []
+    assert await it.ranges() == [(0, 3), (3, 6)]
+
+
+async def test_what_was_on_its_way_when_the_destination_was_emptied_is_not_told_as_stored() -> None:
+    held = Held(MemoryStore())
+    held.store = (await founded()).store
+    clock = HandClock()
+    it = Tails(held, clock)
+    async with running(it):
+        segment = it.begin()
+        it.grow(segment, b"first")
+        await clock.pass_by(1)
+        held.waiting.popitem()[1].set_result(None)
+        await until(lambda: it.stored)
+        it.grow(segment, b"second")
+        await clock.pass_by(1)
+        await until(lambda: held.waiting)
+        await it.store.store.delete([TailName(FILE, 7, 0, 5).key])
+        await it.uploader.failed(it.outlet, "wal/any", passing())
+        held.waiting.popitem()[1].set_result(None)
+        held.open = True
+        await clock.pass_by(0.5)
+        assert len(it.stored) == 1
+        await clock.pass_by(6)
+        await until(lambda: len(it.stored) == 2)
+    assert it.stored[-1] == (FILE, START, START + 11)
+    assert (await it.recover()).reach == 11
+
+
+async def test_a_joint_tail_does_not_hide_that_earlier_ones_are_gone() -> None:
+    it, clock = await tails(fold_at=2)
+    async with running(it):
+        segment = it.begin()
+        for number in range(3):
+            it.grow(segment, b"x" * 10)
+            await clock.pass_by(1)
+            await until(lambda number=number: len(it.stored) > number)  # type: ignore[misc]  # bound for the loop
+            await clock.pass_by(0.3)
+        await until(lambda: it.store.count("delete"))
+        assert await it.ranges() == [(0, 20), (20, 30)]
+        it.store.fail = {("put", it.store.count("put") + 2): StoreError("the store is full")}
+        it.grow(segment, b"x" * 10)
+        await clock.pass_by(1)
+        await until(lambda: len(it.told(DestinationFailed)) == 1)  # the joint tail of the last two
+        await it.store.store.delete([name.key for name in await it.names()])
+        await outage(it, clock)
+        await clock.pass_by(10)
+        await until(lambda: it.lost)
+        await until(lambda: it.stored[-1] == (FILE, START, START + 40))
+    assert (await it.recover()).reach == 40
+
+
+async def test_a_look_that_fails_is_tried_again_before_anything_is_cut() -> None:
+    it, clock = await tails()
+    async with running(it):
+        segment = it.begin()
+        it.grow(segment, b"one")
+        await clock.pass_by(1)
+        await until(lambda: it.stored)
+        await it.store.store.delete([name.key for name in await it.names()])
+        await it.uploader.failed(it.outlet, "wal/any", passing())
+        # The uploader's look succeeds, ours does not, and so on.
+        heads = it.store.count("head")
+        it.store.fail = {("head", heads + 2): passing(), ("head", heads + 4): passing()}
+        it.grow(segment, b"two")
+        await clock.pass_by(30)
+        await until(lambda: len(it.stored) == 2)
+        assert len(it.cut) == 2
+    assert it.lost == [(FILE, START, START + 3)]
+    assert (await it.recover()).reach == 6
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+async def test_a_damaged_tail_under_our_key_stops_nobody(*, synchronous: bool) -> None:
+    """It was stored, its answer got lost, and then it was damaged; and nothing more is written."""
+    it, clock = await tails(synchronous=synchronous)
+    async with running(it):
+        segment = it.begin()
+        it.grow(segment, bytes(range(100)))
+        it.store.lose = {("put", 1): passing()}
+        it.store.flip = {TailName(FILE, 7, 0, 100).key: 700, TailName(FILE, 7, 0, 50).key: 700}
+        await it.store.store.put(TailName(FILE, 7, 0, 50).key, it.parcel(TailName(FILE, 7, 0, 50).key, b"").body)
+        async with asyncio.timeout(10):
+            while not (it.stored and it.stored[-1][2] == START + 100):
+                await clock.pass_by(0.5)
+                await asyncio.sleep(0.001)  # what is there is compared in a thread
+    assert (0, 25) in await it.ranges()
+    check_order(it)
+    await it.store.store.delete([TailName(FILE, 7, 0, 100).key, TailName(FILE, 7, 0, 50).key])
+    assert (await it.recover()).reach == 100
+
+
+async def test_a_damaged_joint_tail_is_made_of_fewer() -> None:
+    it, clock = await tails(fold_at=3)
+    joint = TailName(FILE, 7, 0, 30).key
+    await it.store.store.put(joint, it.parcel(joint, b"").body)
+    it.store.flip = {joint: 700}
+    async with running(it):
+        segment = it.begin()
+        for number in range(3):
+            it.grow(segment, bytes(10))
+            await clock.pass_by(1)
+            await until(lambda number=number: len(it.stored) > number)  # type: ignore[misc]  # bound for the loop
+        await clock.pass_by(1)
+        await until(lambda: it.store.count("delete"))
+    assert await it.ranges() == [(0, 20), (0, 30), (20, 30)]
+
+
+async def test_names_of_finished_segments_are_not_kept_for_ever() -> None:
+    """The stream is refused for weeks, and the other source ships on."""
+    it, _ = await tails()
+    file = FILE
+    for _ in range(5000):
+        it.shipper.segment_stored(file)
+        file = file.next(SIZE)
+    assert len(it.shipper._finished) == 4096
+    assert min(it.shipper._finished) > FILE

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import pytest
 
-from handlers.tail_clean import clean_left_overs
 from pipeline.catalog import wal_key
 from pipeline.errors import StoreError
 from pipeline.events import DeleteRefused, DestinationFailed, TailsRemoved
-from pipeline.objects import MemoryBody
 from pipeline.openwal import OpenSegment
 from pipeline.tail import TailName
 from pipeline.wal import WalFile
-from tests.stores import Faulty
 from tests.tailing import FILE, SIZE, HandClock, Tails, running, settled, tails, until
 
 NEXT = FILE.next(SIZE)
@@ -194,18 +189,20 @@ async def test_a_tail_in_flight_when_the_segment_is_finished_goes_as_well() -> N
     assert await it.ranges() == []
 
 
-async def test_what_an_earlier_run_left_of_the_first_segment_goes_too() -> None:
-    it, clock = await tails()
-    for name in (TailName(FILE, 3, 0, 10), TailName(FILE, 4, 0, 99)):
-        await it.store.store.put(name.key, it.parcel(name.key, b"left over").body)
+async def test_what_another_epoch_left_of_the_segment_is_not_taken_unseen() -> None:
+    it, clock = await tails(epoch=7)
+    foreign = [TailName(FILE, 3, 0, 10), TailName(FILE, 4, 0, 9)]
+    for name in foreign:
+        await it.store.store.put(name.key, it.parcel(name.key, b"acknowledged to another").body)
     async with running(it):
         segment = it.begin()
-        it.grow(segment, bytes(SIZE))
-        await clock.pass_by(0.5)
+        await ship(it, clock, segment, 1)
+        it.grow(segment, bytes(SIZE - segment.filled))
         await it.finish(segment)
         await clock.pass_by(0.3)
         await until(lambda: it.told(TailsRemoved))
-    assert it.told(TailsRemoved) == [TailsRemoved("memory", 2)]
+    assert it.told(TailsRemoved) == [TailsRemoved("memory", 1)]
+    assert sorted(await it.names()) == foreign
 
 
 async def test_segments_without_tails_are_not_asked_for() -> None:
@@ -219,7 +216,8 @@ async def test_segments_without_tails_are_not_asked_for() -> None:
             it.wal.drop(segment)
             await clock.pass_by(0.3)
             file = file.next(SIZE)
-    assert it.store.count("list") == 1, "only of the first, where an earlier run may have died"
+    assert it.store.count("list") == 0
+    assert it.store.count("head") == 0
 
 
 async def test_a_store_that_does_not_answer_keeps_tails_for_the_hourly_cleaning() -> None:
@@ -234,63 +232,6 @@ async def test_a_store_that_does_not_answer_keeps_tails_for_the_hourly_cleaning(
         await settled()
         assert it.told(DeleteRefused) == []
     assert len(await it.ranges()) == 2
-    assert await clean_left_overs(it.outlet, notify=it.notices.append) == 2
+    assert await it.left_overs().clean() == 2
     assert await it.ranges() == []
     assert it.told(TailsRemoved) == [TailsRemoved("memory", 2)]
-
-
-async def put_tails(store: Faulty, file: WalFile, count: int) -> None:
-    for number in range(count):
-        name = TailName(file, 1, number, number + 1)
-        await store.store.put(name.key, MemoryBody([b"tail"]))
-
-
-async def everything(store: Faulty) -> list[str]:
-    return sorted([info.key async for info in store.store.list("")])
-
-
-async def test_left_overs_of_finished_segments_go_and_all_else_stays() -> None:
-    it, _ = await tails()
-    done, far, opened = FILE, WalFile.segment(1, 5 << 32, SIZE), NEXT
-    forked = WalFile.segment(2, 3 * SIZE, SIZE)
-    for file in (done, far, opened, forked):
-        await put_tails(it.store, file, 3)
-    for file in (done, far):
-        await it.store.store.put(wal_key(file), MemoryBody([b"segment"]))
-    await it.store.store.put(f"tail/{done.name}/notes.txt", MemoryBody([b"not ours"]))
-    await it.store.store.put("tail/README", MemoryBody([b"not ours"]))
-    before = await everything(it.store)
-    assert await clean_left_overs(it.outlet, notify=it.notices.append) == 6
-    kept = [key for key in before if not (TailName.parse(key) and (done.name in key or far.name in key))]
-    assert await everything(it.store) == kept
-    assert it.told(TailsRemoved) == [TailsRemoved("memory", 3)] * 2
-    assert await clean_left_overs(it.outlet, notify=it.notices.append) == 0
-
-
-class Unsure(Faulty):
-    """Shows in listings what it has no more."""
-
-    async def delete(self, keys: Collection[str]) -> None:
-        raise AssertionError(f"{keys} must stay")
-
-
-async def test_a_listing_alone_deletes_nothing() -> None:
-    it, _ = await tails()
-    await put_tails(it.store, FILE, 1)
-    await it.store.store.put(wal_key(FILE), MemoryBody([b"segment"]))
-    unsure = Unsure(it.store.store)
-    unsure.fail = {("head", 1): StoreError("no answer", passing=True)}
-    it.outlet.store = unsure
-    with pytest.raises(StoreError, match="no answer"):
-        await clean_left_overs(it.outlet, notify=it.notices.append)
-
-
-async def test_where_deletes_are_refused_cleaning_says_so_once_and_stops() -> None:
-    it, _ = await tails()
-    for file in (FILE, NEXT):
-        await put_tails(it.store, file, 2)
-        await it.store.store.put(wal_key(file), MemoryBody([b"segment"]))
-    it.store.down = {"delete": LOCKED}
-    assert await clean_left_overs(it.outlet, notify=it.notices.append) == 0
-    assert len(it.told(DeleteRefused)) == 1
-    assert it.store.count("delete") == 1

@@ -313,3 +313,31 @@ async def test_a_server_that_was_rolled_back_is_not_followed(start_server: Start
         assert (stream.stored_to(), stream.repository.tails) == (stored, tails)
         restart = "select restart_lsn::text from pg_replication_slots"
         assert Lsn.parse((await ask(server, restart))[0][0]) < stored
+
+
+async def test_a_server_that_was_rolled_back_is_noticed_where_no_segment_is_open(start_server: StartServer) -> None:
+    """What comes next would be taken for what follows: nothing is sent a second time at a border of segments."""
+    server = started(start_server)
+    async with receiving(server) as stream:
+        await stream.caught_up(server)
+        await asyncio.to_thread(server.stop)
+        snapshot = server.data_dir.with_name("snapshot")
+        await asyncio.to_thread(shutil.copytree, server.data_dir, snapshot)
+        await asyncio.to_thread(server.start)
+        await write(server, 0.2)
+        await ask(server, "select pg_switch_wal()")
+        stored = await stream.caught_up(server)
+        assert stored % SEGMENT == 0
+        assert stream.receiver.received == stored
+        await asyncio.to_thread(server.kill9)
+        shutil.rmtree(server.data_dir)
+        snapshot.rename(server.data_dir)
+        server.configure({"max_wal_senders": "0"})  # nobody looks before it has gone past that position
+        await asyncio.to_thread(server.start)
+        await write(server, 0.4)
+        await ask(server, "select pg_switch_wal()")
+        await write(server, 0.1)
+        server.configure({"max_wal_senders": "4"})
+        await asyncio.to_thread(server.restart)
+        await stream.until(lambda: "other bytes of segment" in stream.told(StreamLost)[-1].fact, "it differs")
+        assert stream.stored_to() == stored

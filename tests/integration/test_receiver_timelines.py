@@ -12,7 +12,7 @@ from infra.postgres.throwaway import ThrowawayServer
 from pipeline.events import GapOpened, StreamLost, StreamStarted, TimelineLeft
 from pipeline.wal import Lsn, WalFile, parse_history
 from tests.receiving import SEGMENT, Receiving, Repository, ask, settings_for
-from tests.servers import StartServer, server_folder, start_server
+from tests.servers import NEWEST, StartServer, server_folder, start_server
 
 __all__ = ["server_folder", "start_server"]
 
@@ -156,3 +156,36 @@ async def test_a_service_that_was_away_stores_the_end_of_the_old_timeline_first(
     async with pair.receiving() as stream:
         await stream.caught_up(pair.standby)
         assert stream.told(StreamStarted)[0].timeline == 2
+
+
+async def test_two_promotions_while_the_service_was_away(start_server: StartServer) -> None:
+    server = start_server(NEWEST, segment_mb=1, settings=KEEPING)
+    server.query("create table t (n serial, filler text)")
+    system_id = str(server.query("select system_identifier from pg_control_system()")[0][0])
+    repository = Repository()
+    async with Receiving(settings_for(server), repository, system_id) as stream:
+        await rows(server, 500)
+        await stream.caught_up(server)
+    for _ in range(2):
+        await rows(server, 1500)
+        await asyncio.to_thread(server.stop)
+        (server.data_dir / "standby.signal").touch()
+        await asyncio.to_thread(server.start)
+        assert await ask(server, "select pg_promote()") == [(True,)]
+    await rows(server, 1500)
+    async with Receiving(settings_for(server), repository, system_id) as stream:
+        end = await stream.caught_up(server)
+        await stream.until(lambda: 3 in repository.histories, "the newest history is stored")
+        await stream.until(lambda: stream.durable.flush(end, 0.0) >= end, "all of it counts")
+        assert [s.timeline for s in stream.told(StreamStarted)] == [1, 2, 3]
+        assert not stream.told(GapOpened)
+        assert not stream.told(TimelineLeft)
+    forks = parse_history("3", repository.histories[3])
+    for fork in forks:
+        name = f"{fork.timeline + 1:08X}.history"
+        assert repository.histories[fork.timeline + 1] == (server.data_dir / "pg_wal" / name).read_bytes()
+        first = WalFile.segment(fork.timeline + 1, fork.lsn, SEGMENT)
+        assert repository.order.index(first.name) < repository.order.index(name), "never before its first bytes"
+        assert len(repository.tails[WalFile.segment(fork.timeline, fork.lsn, SEGMENT)]) == fork.lsn % SEGMENT
+    for file, content in repository.segments.items():
+        assert content == (server.data_dir / "pg_wal" / file.name).read_bytes(), file

@@ -173,6 +173,8 @@ async def test_list_by_prefix_behind_a_key_and_shallow(store: Store) -> None:
     assert sizes["wal/2.history"] == len("wal/2.history")
 
 
+# Wrappers know nothing of pages: one S3 store fills one.
+@pytest.mark.parametrize("store", [v for v in VARIANTS if v != "s3-rooted in retrying"], indirect=True)
 async def test_a_listing_of_more_than_a_page(store: Store) -> None:
     names = [f"many/{number:05d}" for number in range(1101)]
     for start in range(0, len(names), 16):

@@ -135,8 +135,9 @@ async def test_a_longer_queue_than_memory_is_told_to_hold(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("way", ["written", "renamed", "moved in", "linked"])
-async def test_what_arrives_is_noticed(tmp_path: Path, way: str) -> None:
+async def test_what_arrives_is_noticed(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real clock, long before the next look at the whole folder."""
+    monkeypatch.setattr(watcher, "SETTLE", 0.2)  # nobody closes what is linked or moved in
     spool, elsewhere = tmp_path / "spool", tmp_path / "elsewhere"
     spool.mkdir()
     elsewhere.mkdir()

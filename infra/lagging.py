@@ -41,8 +41,15 @@ class Lagging:
         #: Where the stream began, and what was stored then.
         self.origin = Lsn(0)
         self.stored = Stored()
+        #: Where it has to be looked for: what lies behind each gap is stored, and was not told by anybody.
+        self._after = [0]
         #: destination → its position at the last look, and for how many looks it has not moved.
         self._stuck: dict[str, tuple[Lsn, int]] = {}
+
+    def skip(self, gap_end: int, origin: Lsn) -> None:
+        """The stream goes on at ``origin``; from the end of the gap to there, WAL is stored somewhere."""
+        self._after.append(gap_end)
+        self.origin = origin
 
     async def run(self) -> None:
         """Look every few seconds, until cancelled."""
@@ -64,9 +71,10 @@ class Lagging:
         if durable is None or lineage is None:
             return
         self.stored.segments[name] = await segments_at(self._stores[name], self._site)
-        if end := self.stored.end(name, lineage):
-            durable.stored(name, 0, min(end, self.origin))
-            self._receiver.report_soon()
+        for after in self._after:
+            if (end := min(self.stored.end(name, lineage, after), self.origin)) > after:
+                durable.stored(name, after, end)
+        self._receiver.report_soon()
         reached = durable.reached()[name]
         before, looks = self._stuck.get(name, (reached, 0))
         looks = looks + 1 if before == reached else 0

@@ -36,10 +36,13 @@ class Stored:
         """The greatest timeline that has bytes; 1 if nothing is stored. A history alone is ignored by restores too."""
         return max([1, *self.tails, *(timeline for each in self.segments.values() for timeline in each)])
 
-    def end(self, destination: str, lineage: Lineage) -> Lsn:
-        """Up to where a destination has the lineage without a hole; 0 if it has nothing, or did not answer."""
+    def end(self, destination: str, lineage: Lineage, after: int = 0) -> Lsn:
+        """Up to where a destination has the lineage without a hole, from ``after`` on, the end of a gap.
+
+        0 if it has nothing, or did not answer.
+        """
         segments = self.segments.get(destination)
-        own = go_on(lineage, segments, begin=self.begin(lineage)) if segments else None
+        own = go_on(lineage, segments, begin=self.begin(lineage), after=after) if segments else None
         return own.lsn if own is not None else Lsn(0)
 
     @property

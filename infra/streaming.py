@@ -169,6 +169,8 @@ class Streaming:
         where = go_on(lineage, stored.anywhere, begin=stored.begin(lineage), after=after)
         if where is not None:
             await check_overlap(replace(self._site, settings=self.receiver.server), lineage, stored.anywhere, where)
+            if self.receiver.durable is not None:
+                self._lagging.skip(after, where.lsn)
         return where
 
     def _make_durable(self, origin: Lsn) -> Durable:
@@ -196,12 +198,10 @@ class Streaming:
 
     def _object_stored(self, notice: ObjectStored) -> None:
         file = parse_wal_key(notice.name)
-        durable, lineage = self.receiver.durable, self.receiver.lineage
         if file is None:
             return
-        if file.kind is WalKind.HISTORY and durable and lineage and file.timeline == lineage.timeline:
-            durable.release(notice.destination)
-            self.receiver.report_soon()
+        if file.kind is WalKind.HISTORY:
+            self.receiver.history_stored(notice.destination, file)
         if file.kind is not WalKind.SEGMENT:
             return
         if file in self._ours or file.end(self._size) <= self._lagging.origin:

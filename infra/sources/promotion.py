@@ -113,8 +113,12 @@ class Promotion:
             self._announced.history(self._held, self._history)
             self._history = None
 
+    def history_stored(self, destination: str, file: WalFile, durable: Durable) -> None:
+        """A history is stored at a destination: what lies behind its fork counts there, if it was held back for it."""
+        if file.timeline == self._held:  # not that of a timeline that was passed through on the way
+            durable.release(destination)
+
     def history_done(self, file: WalFile, durable: Durable) -> None:
         """A history is durable at every required destination."""
-        if file.timeline == self._held:  # not that of a timeline that was passed through on the way
-            for destination in durable.reached():
-                durable.release(destination)
+        for destination in durable.reached():
+            self.history_stored(destination, file, durable)

@@ -144,6 +144,12 @@ class Receiver:
 
     # -- what is durable
 
+    def history_stored(self, destination: str, file: WalFile) -> None:
+        """The history of a timeline is stored there."""
+        if self.durable is not None:
+            self._promotion.history_stored(destination, file, self.durable)
+            self.report_soon()
+
     def stored(self, destination: str, file: WalFile, start: int, end: int) -> bool:
         """Bytes ``[start, end)`` (positions) of that segment, or tail of it, are durable there.
 

@@ -330,7 +330,8 @@ def _reasons_of(place: DestinationStatus, most: int | None) -> Iterator[str]:
     yield from place.problems
     if place.missing:
         yield f"{place.missing} is missing: what lies behind it cannot be reached"
-    if place.holes:
+    # Before the newest backup they harm nobody who wants to go back to a moment behind it; `walship list` shows them.
+    if place.holes and not place.last_backup:
         yield f"{place.holes} segments are missing between stored ones"
     if place.durable_lsn is None:
         yield "no WAL yet"

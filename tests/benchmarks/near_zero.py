@@ -53,7 +53,9 @@ class Run:
     """What one run of pgbench showed. Times in seconds."""
 
     commits: list[float] = field(default_factory=list)
+    #: Of tails, and of whole segments.
     puts: list[float] = field(default_factory=list)
+    segments: list[float] = field(default_factory=list)
     lags: list[float] = field(default_factory=list)
     #: CPU seconds of the service for each second.
     cpu: float = 0.0
@@ -64,15 +66,14 @@ class Run:
 class Bench:
     """One installation; ``close`` ends and removes all of it."""
 
-    def __init__(self, folder: Path, s3: Seaweed, proxy: Proxy, *, seconds: float) -> None:
+    def __init__(self, folder: Path, s3: Seaweed, proxy: Proxy, *, seconds: int) -> None:
         self.seconds = seconds
         self.proxy = proxy
         self._logs = Path(tempfile.mkdtemp(prefix="pgbench-", dir=folder))
         give(self._logs, run_as())
         url = f"s3://{s3.bucket}/bench?endpoint=http://127.0.0.1:{proxy.port}&region=us-east-1"
-        settings = {"WALSHIP_SOURCES": "stream", **s3.environment}
         self.rig = Rig(
-            folder, MAJOR, [url], settings=settings, segment_mb=16, server_settings={"archive_mode": "off", **_SERVER}
+            folder, MAJOR, [url], settings=s3.environment, segment_mb=16, server_settings=_SERVER, sources="stream"
         )
         self.rig.server.start()
         self.rig.run("init")
@@ -92,8 +93,9 @@ class Bench:
             if lag:
                 time.sleep(2.0)  # the last samples have to arrive
         requests = self.proxy.requests[before:]
-        puts = [r for r in requests if r.method == "PUT" and "/tail/" in r.path]
-        result.puts = [r.seconds for r in puts if r.seconds is not None]
+        puts = [r for r in requests if r.method == "PUT" and r.seconds is not None]
+        result.puts = [r.seconds or 0.0 for r in puts if "/tail/" in r.path]
+        result.segments = [r.seconds or 0.0 for r in puts if "/wal/" in r.path]
         return result
 
     def _pgbench(self, clients: int) -> list[float]:
@@ -193,14 +195,15 @@ def commits(bench: Bench, delays: Sequence[float], clients: Sequence[int]) -> It
 
 def lag(bench: Bench, delays: Sequence[float]) -> Iterator[str]:
     """A table, line by line."""
-    yield "| store slowed by | commits/s | WAL MB/s | PUT p99 | lag p50 | lag p99 | CPU |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| store slowed by | commits/s | WAL MB/s | PUT p99, tails | segments | lag p50 | lag p99 | CPU |"
+    yield "|---|---|---|---|---|---|---|---|"
     for delay in delays:
         bench.proxy.to_client = delay
         run = bench.run(16, lag=True)
         cells = [
             f"{delay * 1000:.0f} ms", f"{len(run.commits) / bench.seconds:.0f}", f"{run.wal / 1e6:.1f}",
-            milliseconds(quantile(run.puts, 0.99)), milliseconds(quantile(run.lags, 0.5)),
+            milliseconds(quantile(run.puts, 0.99)), milliseconds(quantile(run.segments, 0.99)),
+            milliseconds(quantile(run.lags, 0.5)),
             milliseconds(quantile(run.lags, 0.99)), f"{run.cpu:.0%}",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
@@ -211,10 +214,9 @@ def catch_up(folder: Path, megabytes: int, rounds: int) -> Iterator[str]:
     yield "| round | walship MB/s | pg_receivewal MB/s | ratio | CPU seconds for each GB | peak MB |"
     yield "|---|---|---|---|---|---|"
     destination = f"file://{folder}/store"
-    settings = {"WALSHIP_SOURCES": "stream"}
     with Rig(
-        folder, MAJOR, [destination], settings=settings, segment_mb=16,
-        server_settings={"archive_mode": "off", "synchronous_commit": "off", **_SERVER},
+        folder, MAJOR, [destination], segment_mb=16, sources="stream",
+        server_settings={"synchronous_commit": "off", **_SERVER},
     ) as rig:  # fmt: skip
         rig.server.start()
         for slot in ("walship", "peer"):
@@ -288,7 +290,7 @@ def main() -> None:
     try:
         if {"commits", "lag"} & options.tasks:
             with Seaweed(folder) as s3, Proxy(_port(s3), http=True) as proxy:
-                bench = Bench(folder, s3, proxy, seconds=options.seconds)
+                bench = Bench(_below(folder, "commits"), s3, proxy, seconds=options.seconds)
                 try:
                     if "commits" in options.tasks:
                         _print(commits(bench, options.delays, options.clients))
@@ -297,11 +299,16 @@ def main() -> None:
                 finally:
                     bench.close()
         if "catch-up" in options.tasks:
-            (folder / "catch-up").mkdir()
-            (folder / "catch-up").chmod(0o755)
-            _print(catch_up(folder / "catch-up", options.megabytes, options.rounds))
+            _print(catch_up(_below(folder, "catch-up"), options.megabytes, options.rounds))
     finally:
         shutil.rmtree(folder)
+
+
+def _below(folder: Path, name: str) -> Path:
+    made = folder / name
+    made.mkdir()
+    made.chmod(0o755)
+    return made
 
 
 def _port(s3: Seaweed) -> int:
@@ -318,7 +325,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench-stream", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=10, help="each run of pgbench (default 10)")
+    parser.add_argument("--seconds", type=int, default=10, help="each run of pgbench (default 10)")
     parser.add_argument("--delays", type=_delays, default=(0, 0.005, 0.02, 0.05), help="in ms (default 0,5,20,50)")
     parser.add_argument("--clients", type=_numbers, default=(1, 16, 64), help="default 1,16,64")
     parser.add_argument("--megabytes", type=int, default=1200, help="backlog to catch up with (default 1200)")

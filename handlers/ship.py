@@ -23,6 +23,9 @@ from pipeline.errors import StoreError
 from pipeline.events import BackupReady, Event, HistoryReady, Priority
 from pipeline.objects import TRAILER_SIZE, read_header
 
+#: Seconds that a destination has once another one has an object: longer, and a service goes on without it.
+STALLED = 10.0
+
 #: Names whose fingerprint is remembered, so that another source's bytes can be compared.
 MOST_REMEMBERED = 10_000
 
@@ -95,7 +98,7 @@ class Shipper:
             if len(self._fingerprints) > MOST_REMEMBERED:
                 self._fingerprints.popitem(last=False)
         try:
-            await self._uploader.store(parcel)
+            await self._uploader.store(parcel, patience=STALLED if self._patient else None)
         finally:
             parcel.body.close()
         return Shipped(name, parcel.body.size, parcel.digest)

@@ -12,7 +12,7 @@ none does, nothing is read. What an earlier process left owing is found by compa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from handlers.checksum import check_stored
@@ -24,6 +24,9 @@ from pipeline.events import DestinationCaughtUp, DestinationFailed, DestinationH
 
 #: Seconds between attempts to reach a destination that is down: first and longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 5.0
+
+#: Seconds between looks whether a destination still is one.
+WATCH_EVERY = 5.0
 
 #: So many objects that a destination refuses, one after the other, and it is left alone for a while.
 MOST_REFUSALS = 10
@@ -39,24 +42,52 @@ class Uploader:
         self._up = asyncio.Event()
         self._up.set()
 
-    async def store(self, parcel: Parcel) -> frozenset[str]:
+    async def store(self, parcel: Parcel, *, patience: float | None = None) -> frozenset[str]:
         """Offer the parcel to every destination at once; returns the names of those that now have it.
 
-        What is missing at some is owed to them from then on, if any other has it. Raises ObjectConflict or
-        IntegrityError if a required destination holds something else of that name, StoreError if none has taken it.
+        What is missing at some is owed to them from then on, if any other has it. ``patience``: seconds that the others
+        have once one has it, None for as long as it takes; who takes longer is taken for down, so that a destination
+        that accepts and never answers holds up no other. Raises ObjectConflict or IntegrityError if a required
+        destination holds something else of that name, StoreError if none has taken it.
         """
-        results = await asyncio.gather(*(self._offer(outlet, parcel) for outlet in self.outlets))
-        failed = {outlet.name: error for outlet, error in zip(self.outlets, results, strict=True) if error is not None}
+        tasks = [asyncio.create_task(self._offer(outlet, parcel)) for outlet in self.outlets]
+        try:
+            await self._wait(tasks, patience)
+        finally:
+            for task in tasks:
+                task.cancel()  # those that are done stay as they are
+            await asyncio.gather(*tasks, return_exceptions=True)
+        failed: dict[str, WalshipError] = {}
+        for outlet, task in zip(self.outlets, tasks, strict=True):
+            if task.cancelled():
+                fact = f"{outlet.name} has not answered for {patience:g} seconds, and others have"
+                late = failed[outlet.name] = StoreError(fact, passing=True)
+                await self.failed(outlet, parcel.name, late)
+            elif (told := task.result()) is not None:
+                failed[outlet.name] = told
         for outlet in self.outlets:
-            error = failed.get(outlet.name)
-            if outlet.required and isinstance(error, ObjectConflict | IntegrityError):
-                raise error
+            known = failed.get(outlet.name)
+            if outlet.required and isinstance(known, ObjectConflict | IntegrityError):
+                raise known
         if len(failed) == len(self.outlets):
             raise failed[self.outlets[0].name]
         for outlet in self.outlets:
             if outlet.name in failed:
                 outlet.owe(parcel.name)
         return frozenset(outlet.name for outlet in self.outlets) - failed.keys()
+
+    @staticmethod
+    async def _wait(tasks: Collection[asyncio.Task[WalshipError | None]], patience: float | None) -> None:
+        """Until all have ended, or ``patience`` seconds after the first success."""
+        waiting: set[asyncio.Task[WalshipError | None]] = set(tasks)
+        until: float | None = None
+        loop = asyncio.get_running_loop()
+        while waiting and (until is None or loop.time() < until):
+            timeout = None if until is None else until - loop.time()
+            done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            stored = any(not task.cancelled() and not task.exception() and task.result() is None for task in done)
+            if stored and until is None and patience is not None:
+                until = loop.time() + patience
 
     def owed(self, name: str) -> asyncio.Future[None] | None:
         """Resolved once no required destination is owed the object; None if none is.
@@ -91,6 +122,27 @@ class Uploader:
             group.create_task(self._owe_differences())
             for outlet in self.outlets:
                 group.create_task(self._revive(outlet))
+
+    async def watch(self) -> None:
+        """Notice a destination that was emptied, or has something else in its place. Runs until cancelled.
+
+        Puts would go on without a word: what makes it the repository, and the keys, are gone.
+        """
+        while True:
+            await self._clock.sleep(WATCH_EVERY)
+            for outlet in self.outlets:
+                if outlet.down:
+                    continue
+                try:
+                    await outlet.store.head(REPOSITORY)
+                except ObjectMissing:
+                    fact = (
+                        f"{outlet.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place"
+                    )
+                    hint = "nothing counts as stored there; after walship init what other destinations have is copied"
+                    await self.failed(outlet, REPOSITORY, StoreError(fact, hint=hint, passing=True))
+                except StoreError:
+                    continue  # whoever stores something there tells
 
     async def _offer(self, outlet: Outlet, parcel: Parcel) -> WalshipError | None:
         if outlet.down:

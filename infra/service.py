@@ -28,6 +28,7 @@ from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
 from infra.sources.watcher import SpoolWatcher
 from infra.storage.lease import Lease, LeaseHeldError
+from infra.storage.retry import SERVICE
 from infra.streaming import Streaming, keep_clean
 from infra.wiring import Shipping, Site, open_destinations, open_shipping, open_site
 from pipeline.catalog import wal_key
@@ -96,7 +97,7 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: 
         try:
             chosen = cluster or await _cluster(settings)
             async with (
-                open_site(settings, cluster=chosen, writer=True) as site,
+                open_site(settings, cluster=chosen, writer=True, policy=SERVICE) as site,
                 open_shipping(site) as shipping,
                 _holding_lease(site) as lease,
             ):
@@ -149,7 +150,7 @@ def _can_pass(error: WalshipError, spool: Path | None) -> bool:
 
 async def _cluster(settings: Settings) -> str:
     """Whose WAL is in the spool: empty where the destinations hold one cluster only, else what the server says."""
-    async with open_destinations(settings) as destinations:
+    async with open_destinations(settings, policy=SERVICE) as destinations:
         try:
             await find(destinations)
         except ConfigError as error:
@@ -199,6 +200,7 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
         if lease is not None:
             group.create_task(lease.run())
             group.create_task(keep_clean(site, shipping))
+            group.create_task(shipping.uploader.watch())
         if watcher is not None:
             group.create_task(_keep_history(site, shipping.service))
         if stream is not None:

@@ -21,6 +21,7 @@ from infra.monitoring.log import log_notice
 from infra.repository import Destination, RepositoryFacts, find
 from infra.settings import Settings
 from infra.storage import open_store
+from infra.storage.retry import RetryPolicy
 from infra.storage.rooted import Rooted
 from pipeline.catalog import kind_of
 from pipeline.chain import Chain
@@ -78,14 +79,16 @@ class Shipping:
 
 
 @asynccontextmanager
-async def open_destinations(settings: Settings) -> AsyncIterator[tuple[Destination, ...]]:
+async def open_destinations(
+    settings: Settings, *, policy: RetryPolicy | None = None
+) -> AsyncIterator[tuple[Destination, ...]]:
     """The destinations of the settings; nothing is asked of them yet."""
     if not settings.destinations:
         raise _no_destinations()
     async with AsyncExitStack() as stack:
         opened: list[Destination] = []
         for url in settings.destinations:
-            store = open_store(url, settings)
+            store = open_store(url, settings, policy=policy)
             stack.push_async_callback(store.close)
             if any(store.name == other.name for other in opened):
                 raise ConfigError(
@@ -113,10 +116,14 @@ async def open_site(
     writer: bool = False,
     allow_unencrypted: bool = False,
     notify: Callable[[Notice], None] = log_notice,
+    policy: RetryPolicy | None = None,
 ) -> AsyncIterator[Site]:
-    """Find the repository and open its keys. ``writer`` makes a data key of its own for what is written."""
+    """Find the repository and open its keys. ``writer`` makes a data key of its own for what is written.
+
+    ``policy``: how patient the stores are; None for what suits a command.
+    """
     clock = SystemClock()
-    async with open_destinations(settings) as destinations:
+    async with open_destinations(settings, policy=policy) as destinations:
         facts = await find(destinations, cluster)
         stores = tuple(Rooted(d.root, facts.system_id) for d in destinations)
         keys = await _open_keys(

@@ -34,11 +34,20 @@ class RetryPolicy:
     first: float = 0.25
     #: No delay is longer, in seconds.
     most: float = 15.0
+    #: Seconds for which a store that has accepted a call and not answered is left alone: whatever is asked meanwhile
+    #: fails at once, and nobody else waits for it. 0: each call waits by itself, and is tried again.
+    rest: float = 0.0
 
     def delay(self, failed: int, draw: float) -> float:
         """Seconds to wait after so many failed attempts; ``draw`` is random, from 0 to 1."""
         return draw * min(self.most, self.first * 2.0 ** min(failed - 1, 30))
 
+
+#: For a service, which has other destinations to look after: who does not answer holds nobody up for long.
+SERVICE = RetryPolicy(rest=10.0)
+
+#: An attempt that took so many seconds and failed was not answered at all.
+_STALLED = 5.0
 
 #: As many attempts as usual and no waiting, for tests.
 AT_ONCE = RetryPolicy(first=0.0, most=0.0)
@@ -61,6 +70,8 @@ class Retrying:
         self._policy = policy or RetryPolicy()
         self._draw = draw
         self._observe = observe or (lambda *_: None)
+        #: Until when the store is left alone, in monotonic seconds, and why.
+        self._resting: tuple[float, str] | None = None
 
     @property
     def name(self) -> str:
@@ -78,6 +89,7 @@ class Retrying:
 
     async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
         """As the contract says. A listing that breaks goes on behind its last key, if its keys came in order."""
+        self._refuse_resting()
         attempts: _Attempts | None = None
         last, ordered = after, True
         while True:
@@ -105,7 +117,15 @@ class Retrying:
     async def close(self) -> None:
         await self._store.close()
 
+    def _refuse_resting(self) -> None:
+        if self._resting and self._clock.monotonic() < self._resting[0]:
+            raise StoreError(self._resting[1], hint="it is tried again in a few seconds", passing=True)
+
+    def _rest(self, error: StoreError) -> None:
+        self._resting = self._clock.monotonic() + self._policy.rest, error.fact
+
     async def _try(self, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        self._refuse_resting()
         attempts = self._begin(operation)
         while True:
             try:
@@ -118,7 +138,7 @@ class Retrying:
 
     def _begin(self, operation: str) -> _Attempts:
         return _Attempts(
-            self._clock, self._policy, self._draw, lambda error: self._observe(self.name, operation, error)
+            self._clock, self._policy, self._draw, lambda error: self._observe(self.name, operation, error), self._rest
         )
 
 
@@ -131,12 +151,14 @@ class _Attempts:
         policy: RetryPolicy,
         draw: Callable[[], float],
         observe: Callable[[StoreError], None],
+        rest: Callable[[StoreError], None],
     ) -> None:
+        self._rest = rest
         self._clock = clock
         self._policy = policy
         self._draw = draw
         self._observe = observe
-        self._began = clock.monotonic()
+        self._began = self._attempted = clock.monotonic()
         self._count = 0
 
     async def failed(self, error: StoreError) -> None:
@@ -145,9 +167,14 @@ class _Attempts:
         self._observe(error)
         if not error.passing:
             raise error
-        spent = self._clock.monotonic() - self._began
+        now = self._clock.monotonic()
+        if self._policy.rest and now - self._attempted >= _STALLED:
+            self._rest(error)
+            raise error
+        spent = now - self._began
         delay = self._policy.delay(self._count, self._draw())
         if self._count >= self._policy.attempts or spent + delay > self._policy.total:
             tries = "1 attempt" if self._count == 1 else f"{self._count} attempts"
             raise StoreError(f"{error.fact} ({tries} in {spent:.1f} s)", hint=error.hint, passing=True) from error
         await self._clock.sleep(delay)
+        self._attempted = self._clock.monotonic()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Seconds for a connection to be made.
 _CONNECT = 5.0
 #: Seconds without a byte in either direction after which a request is given up.
-STALL = 30.0
+STALL = 15.0
 #: Connections at once, and how many objects are deleted at once.
 CONNECTIONS = 16
 #: Bytes that are sent or received in one go.

@@ -96,3 +96,30 @@ def test_jitter_is_full_and_bounded(failed: int) -> None:
     assert 0 <= policy.delay(failed, draw) <= policy.most
     assert policy.delay(failed, 0.0) == 0.0
     assert policy.delay(1, 1.0) == policy.first
+
+
+async def test_a_store_that_did_not_answer_is_left_alone_for_a_while() -> None:
+    """A service has others to look after: only the first call waits for one that accepts and never answers."""
+    faulty, clock, store, _ = parts(RetryPolicy(rest=10.0))
+
+    async def hang() -> None:
+        clock.passed += 15.0
+        raise PASSING
+
+    with pytest.raises(StoreError, match="cannot be reached"):
+        await store._try("put", hang)
+    with pytest.raises(StoreError, match="cannot be reached"):
+        await store.put("a", BODY)
+    with pytest.raises(StoreError, match="cannot be reached"):
+        [info async for info in store.list("")]
+    assert not faulty.calls, "nobody else waited"
+    clock.passed += 10.0
+    await store.put("a", BODY)
+    assert faulty.count("put") == 1
+
+
+async def test_a_store_that_refuses_quickly_is_tried_again_also_for_a_service() -> None:
+    faulty, _, store, _ = parts(RetryPolicy(rest=10.0))
+    faulty.fail = {("put", 1): PASSING}
+    await store.put("a", BODY)
+    assert faulty.count("put") == 2

@@ -42,6 +42,7 @@ class Switchable(MemoryStore):
         self.lose_answer = False
         self.refuses = ""
         self.failing_lists = 0
+        self.stalled = False
         self.puts: list[str] = []
 
     async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
@@ -49,6 +50,8 @@ class Switchable(MemoryStore):
             raise StoreError(f"{self.name} does not answer", passing=True)
         if key == self.refuses:
             raise StoreError(f"{self.name} does not like {key}")
+        while self.stalled:
+            await asyncio.sleep(0.001)
         self.puts.append(key)
         await super().put(key, body, replace=replace, keep_until=keep_until)
         if self.lose_answer:
@@ -313,3 +316,41 @@ async def test_a_destination_that_could_not_be_listed_at_the_start_is_compared_o
         await until(lambda: NAME in it.b._objects)
         await until(lambda: DestinationCaughtUp("b") in it.notices)
         task.cancel()
+
+
+async def test_a_destination_that_accepts_and_never_answers_holds_up_no_other() -> None:
+    async with bench() as it:
+        it.b.stalled = True
+        parcel = await it.shipper.encode(NAME, b"one")
+        assert await it.uploader.store(parcel, patience=0.05) == {"a"}
+        assert any(
+            isinstance(n, DestinationFailed) and "has not answered for 0.05 seconds" in n.fact for n in it.notices
+        )
+        assert it.uploader.missing(NAME) == ["b"]
+        it.b.stalled = False
+        await until(lambda: NAME in it.b._objects)
+
+
+async def test_who_waits_for_a_command_waits_for_every_destination() -> None:
+    async with bench() as it:
+        it.b.stalled = True
+        parcel = await it.shipper.encode(NAME, b"one")
+        stored = asyncio.create_task(it.uploader.store(parcel))
+        await until(lambda: NAME in it.a._objects)
+        await asyncio.sleep(0.05)
+        assert not stored.done()
+        it.b.stalled = False
+        assert await stored == {"a", "b"}
+
+
+async def test_a_destination_that_was_emptied_counts_for_nothing_until_it_is_a_repository_again() -> None:
+    async with bench() as it:
+        await it.shipper.ship(NAME, b"one")
+        watching = asyncio.create_task(it.uploader.watch())
+        it.b._objects.clear()
+        await until(lambda: any(isinstance(n, DestinationFailed) and "it was emptied" in n.fact for n in it.notices))
+        assert it.uploader.outlets[1].down
+        assert await it.uploader.store(await it.shipper.encode(OTHER, b"two")) == {"a"}
+        await MemoryStore.put(it.b, REPOSITORY, MemoryBody([b"{}"]))
+        await until(lambda: {NAME, OTHER} <= it.b.names())
+        watching.cancel()

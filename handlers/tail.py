@@ -42,10 +42,17 @@ from pipeline.contracts import Buffer, Clock
 from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError, foreseen
 from pipeline.events import DestinationHampered, Notice, ObjectStored
 from pipeline.openwal import OpenSegment, OpenWal
+from pipeline.tail import TailName
 from pipeline.wal import Lsn, WalFile, WalKind
 
 #: Tails under way at a time.
 MOST_IN_FLIGHT, MOST_IN_FLIGHT_SYNCHRONOUS = 4, 16
+
+#: No tail is cut while so many bytes are under way: with one more tail, that is what a destination costs in memory.
+MOST_BYTES = 4 << 20
+
+#: Synchronous: no tail is longer, what remains goes in the next.
+LONGEST_SYNCHRONOUS = 4 << 20
 
 #: Seconds between two cuts in synchronous mode, at least: a PUT costs about as much however small it is.
 SPACING = 0.002
@@ -120,14 +127,16 @@ class TailShipper:
         self._tailed: set[WalFile] = set()
         #: Outages of the destination behind which what is durable was looked for.
         self._outages = outlet.outages
-        #: Deliveries under way, and the first of them that failed: key and why.
-        self._flight: set[asyncio.Task[None]] = set()
+        #: Deliveries under way and how many bytes each has, and the first of them that failed: key and why.
+        self._flight: dict[asyncio.Task[None], int] = {}
         self._failure: tuple[str, WalshipError] | None = None
         self._pause = FIRST_PAUSE
         #: In monotonic seconds: no cut before; the last headway of finished segments.
         self._not_before = self._headway = clock.monotonic()
         #: Seconds that a PUT takes, smoothed.
         self._latency = 0.0
+        #: Plaintexts are copies: one tail is encoded at a time, and one joint tail is encoded and stored.
+        self._encoding, self._joining = asyncio.Lock(), asyncio.Lock()
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -174,7 +183,7 @@ class TailShipper:
             course.closed = course.closed or dropped or course.segment.file in self._finished
             if not course.folding and course.foldable(self._fold_at):
                 course.folding = True
-                group.create_task(self._fold(course))
+                group.create_task(self._fold(group, course))
         self._courses = [each for each in self._courses if not (each.quiet and (each.closed or each.over))]
         busy = {course.segment.file for course in self._courses}
         for file in self._finished.keys() - busy:
@@ -204,10 +213,12 @@ class TailShipper:
         due, course = min(dues, key=lambda pair: pair[0])
         if due > now:
             return due - now
-        if len(self._flight) >= (MOST_IN_FLIGHT_SYNCHRONOUS if synchronous else MOST_IN_FLIGHT):
+        most = MOST_IN_FLIGHT_SYNCHRONOUS if synchronous else MOST_IN_FLIGHT
+        if len(self._flight) >= most or sum(self._flight.values()) >= MOST_BYTES:
             await self._wake.wait()
             return 0
-        await self._cut(group, course)
+        filled = course.segment.filled
+        await self._cut(group, course, min(filled, course.sent + LONGEST_SYNCHRONOUS) if synchronous else filled)
         if synchronous:
             self._not_before = now + max(SPACING, self._latency / MOST_IN_FLIGHT_SYNCHRONOUS)
         return 0
@@ -222,25 +233,23 @@ class TailShipper:
             return max(arrived, self._headway) + max(HELD_UP, self._interval)
         return arrived if synchronous or segment.ended else arrived + self._interval
 
-    async def _cut(self, group: asyncio.TaskGroup, course: Course) -> None:
-        end = course.segment.filled
-        if course.waiting > HASH_AT_ONCE:
-            cut, plain = await asyncio.to_thread(course.cut, end)
-        else:
-            cut, plain = course.cut(end)
+    async def _cut(self, group: asyncio.TaskGroup, course: Course, end: int) -> None:
+        cut = await asyncio.to_thread(course.cut, end) if end - course.sent > HASH_AT_ONCE else course.cut(end)
         self._tailed.add(course.segment.file)
-        task = group.create_task(self._deliver(course, cut, plain))
-        self._flight.add(task)
+        task = group.create_task(self._deliver(course, cut))
+        self._flight[task] = cut.tail.name.end - cut.tail.name.start
         task.add_done_callback(self._settled)
 
     def _settled(self, task: asyncio.Task[None]) -> None:
-        self._flight.discard(task)
+        del self._flight[task]
         self._wake.set()  # only now: whoever wakes counts what is in flight
 
-    async def _deliver(self, course: Course, cut: Cut, plain: Buffer) -> None:
+    async def _deliver(self, course: Course, cut: Cut) -> None:
         key = cut.tail.name.key
         try:
-            seconds = await self._put(key, plain)
+            async with self._encoding:
+                parcel = await self._encoded(course, cut.tail)
+            seconds = await self._put(parcel)
         except ObjectConflict:
             raise
         except (StoreError, IntegrityError) as error:
@@ -256,9 +265,13 @@ class TailShipper:
                 start = course.segment.start
                 self._stored(self._outlet.name, name.file, start + name.start, start + name.end)
 
-    async def _put(self, key: str, plain: Buffer) -> float:
-        """Encode and store; returns how many seconds the destination took."""
-        parcel = await self._encode(key, plain)
+    async def _encoded(self, course: Course, tail: Tail) -> Parcel:
+        copy = tail.name.end - tail.name.start > HASH_AT_ONCE
+        plain = await asyncio.to_thread(course.plain, tail) if copy else course.plain(tail)
+        return await self._encode(tail.name.key, plain)
+
+    async def _put(self, parcel: Parcel) -> float:
+        """Store and close it; returns how many seconds the destination took."""
         began = self._clock.monotonic()
         new = self._outlet.abilities is None
         try:
@@ -269,7 +282,7 @@ class TailShipper:
         abilities = self._outlet.abilities
         if new and abilities and not abilities.conditional_put:
             self._notify(DestinationHampered(self._outlet.name, abilities.remark))
-        self._notify(ObjectStored(self._outlet.name, key, parcel.body.size, seconds))
+        self._notify(ObjectStored(self._outlet.name, parcel.name, parcel.body.size, seconds))
         return seconds
 
     async def _give_up(self, key: str, error: WalshipError) -> None:
@@ -311,16 +324,22 @@ class TailShipper:
                 return
         self._outages = outages
 
-    async def _fold(self, course: Course) -> None:
+    async def _fold(self, group: asyncio.TaskGroup, course: Course) -> None:
         try:
             while members := course.foldable(self._fold_at):
                 joint = course.joint(members)
                 if not await self._persist(course, members, joint):
                     return
-                await self._cleaner.delete(sorted(name.key for name in course.folded(members, joint)))
+                group.create_task(self._clear(course, course.folded(members, joint)))
         finally:
             course.folding = False
             self._wake.set()
+
+    async def _clear(self, course: Course, names: set[TailName]) -> None:
+        """Delete what is folded. A delete that is late must not meet a tail that was cut anew under that name."""
+        course.spoiled |= names
+        await self._cleaner.delete([name.key for name in names])
+        course.spoiled -= {name for name in names if name.key not in self._cleaner.unanswered}
 
     async def _persist(self, course: Course, members: list[Tail], joint: Tail) -> bool:
         """Store the joint tail, however long it takes. False if that is no longer of use."""
@@ -329,7 +348,8 @@ class TailShipper:
             # Not before it is known whether the members are still there: a joint tail would hide that others are not.
             if not self._outlet.down and self._outlet.outages == self._outages:
                 try:
-                    await self._put(joint.name.key, await asyncio.to_thread(course.plain, joint))
+                    async with self._joining:
+                        await self._put(await self._encoded(course, joint))
                 except ObjectConflict:
                     raise
                 except (StoreError, IntegrityError) as error:

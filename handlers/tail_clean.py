@@ -5,15 +5,15 @@ Our own go as soon as the finished segment of the bytes that they were cut from 
 name, and the commits that the other one acknowledged are in its tails and nowhere else.
 
 What cannot be deleted is told once and stays: shipping never waits for it, and it harms no restore, which looks at
-tails only where there is no finished segment, and joins what overlaps. What failed in passing is taken by ``LeftOvers``
-an hour later.
+tails only where there is no finished segment, and joins what overlaps. What failed in passing, or was not answered, is
+taken by ``LeftOvers`` within the hour: deletes that hang must not take the connections that tails need.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 from handlers.outlet import Outlet
@@ -24,55 +24,112 @@ from pipeline.events import DeleteRefused, Notice, SourcesDiffer, TailsRemoved
 from pipeline.tail import HASH_SIZE, TailName, tail_folder
 from pipeline.wal import WalFile, WalKind
 
-#: Tails that are deleted at once. Less than a destination has connections: the others are for tails that commits
-#: wait for, which stood still for most of a second when 256 deletes at once took them all.
-WIDTH = 4
+#: Tails that are deleted at once, and how often that. Less than a destination has connections: the others are for tails
+#: that commits wait for, which stood still for most of a second when 256 deletes at once took them all.
+WIDTH, MOST_UNDER_WAY = 4, 2
+
+#: Segments and folds that may wait for their turn; what comes on top is left to ``LeftOvers``.
+MOST_WAITING = 64
+
+#: Seconds in which a look, a listing and a delete have to be answered. A healthy store takes a small part of one.
+ANSWER_WITHIN = 10.0
+
+#: Seconds in which nothing is removed after one that was not.
+REST = 60.0
 
 
 class TailCleaner:
-    """Deletes tails at one destination. Raises no StoreError."""
+    """Deletes tails at one destination, at its own pace. Raises no StoreError. Times are those of the event loop."""
 
     def __init__(self, outlet: Outlet, *, notify: Callable[[Notice], None]) -> None:
         self._outlet = outlet
         self._notify = notify
+        self._turns = asyncio.Semaphore(MOST_UNDER_WAY)
+        self._waiting = 0
+        self._resting_until = 0.0
+        #: Keys whose delete was sent and not answered: they may go at any moment, or stay.
+        self.unanswered: set[str] = set()
 
     async def delete(self, keys: Collection[str]) -> bool:
-        """Delete these; returns whether they are gone. A refusal is told once, until a delete succeeds."""
-        waiting = sorted(keys)
-        try:
-            while waiting:
-                await self._outlet.store.delete(waiting[:WIDTH])
-                self._outlet.keeps_all = False
-                del waiting[:WIDTH]
-        except StoreError as error:
-            if not error.passing and not self._outlet.keeps_all:
-                self._outlet.keeps_all = True
-                self._notify(
-                    DeleteRefused(
-                        self._outlet.name,
-                        f"tails that are no longer needed cannot be deleted: {error.fact}",
-                        "restores are not harmed, but one small object stays for each interval in which the WAL moved:"
-                        " allow s3:DeleteObject under tail/. Let no lifecycle rule expire current objects there, they"
-                        " may be all that is stored of a segment; docs/durability.md says what tails cost then",
-                    )
-                )
-            return False
-        return True
+        """Delete these; returns whether they are gone. A refusal is told once, until a delete succeeds.
+
+        So is that no answer comes, after ``ANSWER_WITHIN`` seconds; then nothing is tried for ``REST`` seconds.
+        """
+        return await self._in_turn(lambda: self._delete(sorted(keys)))
 
     async def remove(self, file: WalFile, epoch: int) -> None:
         """Delete the tails of our ``epoch``, if the finished segment is seen here.
 
         For whoever knows that its bytes are those that the tails were cut from: they are not compared.
         """
+        await self._in_turn(lambda: self._remove(file, epoch))
+
+    async def _in_turn(self, work: Callable[[], Awaitable[bool]]) -> bool:
+        """Do it as soon as few enough are under way. False, and left undone, if that would take too long."""
+        if self._waiting >= MOST_WAITING:
+            return False
+        self._waiting += 1
+        try:
+            async with self._turns:
+                return asyncio.get_running_loop().time() >= self._resting_until and await work()
+        finally:
+            self._waiting -= 1
+
+    async def _delete(self, waiting: list[str]) -> bool:
+        while waiting:
+            some = waiting[:WIDTH]
+            self.unanswered.update(some)
+            try:
+                async with asyncio.timeout(ANSWER_WITHIN):
+                    await self._outlet.store.delete(some)
+            except TimeoutError:
+                self._rest()
+                if not self._outlet.down:
+                    self._tell(
+                        f"a delete of tails that are no longer needed has not been answered for {ANSWER_WITHIN:g} s",
+                        "nothing waits for it, and restores are not harmed; but small objects stay, and more of them,"
+                        " until the destination answers deletes again: look at what it does with them",
+                    )
+                return False
+            except StoreError as error:
+                if not error.passing:
+                    self.unanswered.difference_update(some)
+                    self._tell(
+                        f"tails that are no longer needed cannot be deleted: {error.fact}",
+                        "restores are not harmed, but one small object stays for each interval in which the WAL moved:"
+                        " allow s3:DeleteObject under tail/. Let no lifecycle rule expire current objects there, they"
+                        " may be all that is stored of a segment; docs/durability.md says what tails cost then",
+                    )
+                return False
+            self.unanswered.difference_update(some)
+            self._outlet.keeps_all = False
+            del waiting[:WIDTH]
+        return True
+
+    async def _remove(self, file: WalFile, epoch: int) -> bool:
         store = self._outlet.store
         try:
-            await store.head(wal_key(file))
-            names = [name async for info in store.list(tail_folder(file)) if (name := TailName.parse(info.key))]
+            async with asyncio.timeout(ANSWER_WITHIN):
+                await store.head(wal_key(file))
+                names = [name async for info in store.list(tail_folder(file)) if (name := TailName.parse(info.key))]
         except StoreError:
-            return  # absent after all, or it does not answer now: left to ``LeftOvers``
-        keys = [name.key for name in names if name.epoch == epoch]
-        if keys and await self.delete(keys):
+            return False  # absent after all, or it does not answer now: left to ``LeftOvers``
+        except TimeoutError:
+            self._rest()
+            return False
+        keys = sorted(name.key for name in names if name.epoch == epoch)
+        gone = await self._delete(list(keys))
+        if keys and gone:
             self._notify(TailsRemoved(self._outlet.name, len(keys)))
+        return gone
+
+    def _rest(self) -> None:
+        self._resting_until = asyncio.get_running_loop().time() + REST
+
+    def _tell(self, fact: str, hint: str) -> None:
+        if not self._outlet.keeps_all:
+            self._outlet.keeps_all = True
+            self._notify(DeleteRefused(self._outlet.name, fact, hint))
 
 
 @dataclass(slots=True)

@@ -62,7 +62,7 @@ class Course:
     levels: list[list[Tail]] = field(default_factory=lambda: [[]])
     #: Keys of cuts that were given up and may be stored all the same.
     doubtful: set[TailName] = field(default_factory=set)
-    #: Keys under which something damaged lies here: never used again.
+    #: Keys under which something damaged lies here, or that are being deleted: not used again.
     spoiled: set[TailName] = field(default_factory=set)
     #: SHA-256 of the first ``sent`` bytes.
     _hasher: _Hash = field(default_factory=hashlib.sha256)
@@ -88,8 +88,8 @@ class Course:
         """The durable tail that goes furthest."""
         return next((level[-1].name for level in self.levels if level), None)
 
-    def cut(self, end: int) -> tuple[Cut, bytearray]:
-        """The bytes from ``sent`` to ``end`` as a tail in flight, and its plaintext; less where that key is spoiled.
+    def cut(self, end: int) -> Cut:
+        """The bytes from ``sent`` to ``end`` as a tail in flight; less where that key is spoiled.
 
         Hashes at about 1 GB/s with the GIL released: call it from a thread when it is much, and never twice at once.
         """
@@ -97,15 +97,12 @@ class Course:
         # On an idle server the same bytes would have the same key for ever. (A single byte has no other one.)
         while end - start > 1 and TailName(self.segment.file, self.epoch, start, end) in self.spoiled:
             end = start + (end - start) // 2
-        data = self.segment.view(start, end)
         after = hasher.copy()
-        after.update(data)
+        after.update(self.segment.view(start, end))
         cut = Cut(Tail(TailName(self.segment.file, self.epoch, start, end), hasher.digest()), hasher)
-        plain = bytearray(cut.tail.before)
-        plain += data
         self._hasher, self.sent = after, end
         self.flight.append(cut)
-        return cut, plain
+        return cut
 
     def landed(self, cut: Cut) -> Iterator[TailName]:
         """The destination has confirmed it: yields what is durable by that, in order."""
@@ -155,7 +152,7 @@ class Course:
         return Tail(TailName(self.segment.file, self.epoch, first.name.start, last.name.end), first.before)
 
     def plain(self, tail: Tail) -> bytes:
-        """The plaintext of a tail, once more."""
+        """The plaintext of a tail: a copy, so make it when it is its turn to be encoded."""
         return tail.before + self.segment.view(tail.name.start, tail.name.end)
 
     def folded(self, members: list[Tail], joint: Tail) -> set[TailName]:

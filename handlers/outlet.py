@@ -45,6 +45,8 @@ class Outlet:
     outages: int = 0
     #: It lets go of nothing, and that was told.
     keeps_all: bool = False
+    #: When it was last told that it is still away, in monotonic seconds.
+    told: float = float("-inf")
     #: What others have and it lacks is known, and owed to it.
     compared: bool = False
     #: What the store was found to be able to do; None until the first object is delivered.

@@ -25,6 +25,9 @@ from pipeline.events import DestinationCaughtUp, DestinationFailed, DestinationH
 #: Seconds between attempts to reach a destination that is down: first and longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 5.0
 
+#: Seconds between words about a destination that stays away.
+TELL_EVERY = 30.0
+
 #: Seconds between looks whether a destination still is one.
 WATCH_EVERY = 5.0
 
@@ -136,11 +139,7 @@ class Uploader:
                 try:
                     await outlet.store.head(REPOSITORY)
                 except ObjectMissing:
-                    fact = (
-                        f"{outlet.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place"
-                    )
-                    hint = "nothing counts as stored there; after walship init what other destinations have is copied"
-                    await self.failed(outlet, REPOSITORY, StoreError(fact, hint=hint, passing=True))
+                    await self.failed(outlet, REPOSITORY, _emptied(outlet))
                 except StoreError:
                     continue  # whoever stores something there tells
 
@@ -228,7 +227,11 @@ class Uploader:
         try:
             await outlet.store.head(REPOSITORY)
         except StoreError as error:
-            await self.failed(outlet, REPOSITORY, error)
+            now = self._clock.monotonic()
+            if not outlet.down or now - outlet.told >= TELL_EVERY:
+                outlet.told = now
+                known = _emptied(outlet) if isinstance(error, ObjectMissing) else error
+                await self.failed(outlet, REPOSITORY, known)
             return
         # Fresh objects go straight to it again, while older ones are still being copied.
         if outlet.down:
@@ -293,6 +296,14 @@ class Uploader:
             body = await source.store.get(name)
             with suppress(ObjectConflict):
                 await target.store.put(name, body)
+
+
+def _emptied(outlet: Outlet) -> StoreError:
+    return StoreError(
+        f"{outlet.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place",
+        hint="nothing counts as stored there; after walship init what other destinations have is copied",
+        passing=True,
+    )
 
 
 async def _names(outlet: Outlet) -> set[str] | None:

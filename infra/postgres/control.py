@@ -12,13 +12,8 @@ from infra.postgres.connect import Connection
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn, WalFile
 
-#: What walship calls, now or for a local copy; superusers may, others need EXECUTE.
-FUNCTIONS = (
-    "pg_switch_wal()",
-    "pg_create_restore_point(text)",
-    "pg_backup_start(text,boolean)",
-    "pg_backup_stop(boolean)",
-)
+#: What walship calls, and a person beside it; superusers may, others need EXECUTE.
+FUNCTIONS = ("pg_switch_wal()", "pg_create_restore_point(text)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ def problems(facts: ServerFacts, settings: Settings) -> list[Problem]:
     found = [*_wal(facts), *_role(facts)]
     if "watch" in settings.sources:
         found += _archiving(facts, settings)
+    else:
+        found += _unwatched(facts)
     return sorted(found, key=lambda problem: problem.severity)
 
 
@@ -66,8 +68,7 @@ def _role(facts: ServerFacts) -> Iterator[Problem]:
         yield _warning(f"the role {role.name} is no member of pg_monitor and sees only a part of the statistics",
                        f"GRANT pg_monitor TO {name};")  # fmt: skip
     for function in role.missing_functions:
-        purpose = _RIGHT_OF.get(function, "backups by local copy")
-        yield _warning(f"the role {role.name} may not execute {function}, for {purpose}",
+        yield _warning(f"the role {role.name} may not execute {function}, for {_RIGHT_OF[function]}",
                        f"GRANT EXECUTE ON FUNCTION {function} TO {name};")  # fmt: skip
 
 
@@ -98,6 +99,15 @@ def _archiving(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
     if facts.archive_timeout == 0 and "stream" not in settings.sources:
         yield _warning("archive_timeout is 0: a quiet server keeps its last changes in an unfinished segment for long",
                        "set archive_timeout = 60, or less")  # fmt: skip
+
+
+def _unwatched(facts: ServerFacts) -> Iterator[Problem]:
+    """Without ``watch``, what is archived into a folder stays there."""
+    if facts.archive_mode in ("on", "always") and facts.archive_library == "basic_archive" and facts.archive_directory:
+        yield _warning(f"PostgreSQL archives into {facts.archive_directory}, which walship does not empty without watch"
+                       " in WALSHIP_SOURCES: it fills the disk",
+                       "ALTER SYSTEM SET archive_mode = off; then restart the server and empty that folder (before"
+                       " that, do not merely empty archive_library: the server would keep all WAL)")  # fmt: skip
 
 
 def _library(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from infra.postgres.control import ServerFacts
@@ -13,21 +13,20 @@ from infra.settings import Settings
 
 error, warning = partial(Problem, "error"), partial(Problem, "warning")
 
+#: Values of synchronous_commit by which commits wait for no standby.
+NO_WAIT = ("local", "off")
 #: A sender that hears nothing for so many seconds is closed; below this, a busy moment closes it.
 _SHORT = 5
 #: A slot that keeps less than so many segments is lost in any busy minute.
 _FEW = 8
 
-_KEEP = (
-    "set max_slot_wal_keep_size to what the server's disk can spare beside the data: beyond it the slot is lost, and"
-    " what was not stored is a hole that needs a new base backup; without a limit the disk fills and the server stops"
-)
+_KEEP = "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB'; SELECT pg_reload_conf(); -- what the disk can spare"
 
 
 def stream_problems(facts: ServerFacts, stream: StreamFacts, settings: Settings) -> list[Problem]:
     """All that is wrong for WALSHIP_SOURCES=stream, errors first."""
     found = [*_server(facts, stream), *_slot(stream, settings.slot), *_kept(facts, stream, settings)]
-    found += _commits(facts, stream, settings.slot)
+    found += commit_problems(facts, stream, settings.slot)
     return sorted(found, key=lambda problem: problem.severity)
 
 
@@ -94,23 +93,21 @@ def _slot(stream: StreamFacts, name: str) -> Iterator[Problem]:
 def _kept(facts: ServerFacts, stream: StreamFacts, settings: Settings) -> Iterator[Problem]:
     """How long WAL is kept while walship, or the store, is away."""
     if stream.keep_size is None:
-        yield warning("max_slot_wal_keep_size is -1: while walship or a required destination is away, the server keeps"
-                      " all WAL, until its disk is full", _KEEP)  # fmt: skip
+        yield warning("max_slot_wal_keep_size is -1: while nothing can be shipped, the server keeps all WAL, until its"
+                      " disk is full", _KEEP)  # fmt: skip
     elif stream.keep_size < _FEW * facts.segment_size:
         few = f"max_slot_wal_keep_size is {_mb(stream.keep_size)}"
         if "watch" in settings.sources:
-            yield warning(f"{few}: the slot is lost as soon as walship is a little behind; the archive fills the hole"
-                          " later, without the open end", _KEEP)  # fmt: skip
+            yield warning(f"{few}: a little behind, and the slot is lost; the archive fills the hole later", _KEEP)
         else:
-            yield error(f"{few}: the slot is lost at the first checkpoint at which walship is a little behind, and"
-                        " nothing else keeps the WAL", _KEEP)  # fmt: skip
+            yield error(f"{few}: a little behind, and the slot is lost, with WAL that nothing else keeps", _KEEP)
     if stream.idle_timeout:
         yield warning(f"idle_replication_slot_timeout is {stream.idle_timeout} s: if walship is away for longer, its"
                       " slot is lost, and what was not stored is a hole",
                       "set idle_replication_slot_timeout = 0, or to days")  # fmt: skip
 
 
-def _commits(facts: ServerFacts, stream: StreamFacts, name: str) -> Iterator[Problem]:
+def commit_problems(facts: ServerFacts, stream: StreamFacts, name: str) -> Iterator[Problem]:
     """Whether a commit that has returned is stored. POSTGRES 20: several settings look as if it were."""
     means = meaning(facts.synchronous_standby_names, name)
     if means.wait == "none":
@@ -125,7 +122,8 @@ def _commits(facts: ServerFacts, stream: StreamFacts, name: str) -> Iterator[Pro
         yield _for_others(means, names, others)
         return
     if means.wait == "ours":
-        yield from _for_us(stream, names, others, name)
+        hang = warning if facts.synchronous_commit in NO_WAIT else error
+        yield from _for_us(stream, names, others, name, hang)
     else:
         yield error(means.fact, means.hint)
     yield from _how(facts, stream, name)
@@ -138,19 +136,21 @@ def _for_others(means: Meaning, names: SyncNames, others: list[Sender]) -> Probl
     return warning(f"{means.fact}: what they wait for is not offsite", means.hint)
 
 
-def _for_us(stream: StreamFacts, names: SyncNames, others: list[Sender], name: str) -> Iterator[Problem]:
-    """The setting is right; is everybody who they seem to be?"""
+def _for_us(
+    stream: StreamFacts, names: SyncNames, others: list[Sender], name: str, hang: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """The setting is right; is everybody there, and who they seem to be? ``hang``: how bad it is if nobody is."""
     if len(others) >= names.count:
         who = "; ".join(str(sender) for sender in others)
         yield error(f"commits need not wait for {name}: other connections release them in its place ({who})",
                     "end them, or give them another application_name: each confirms for all of that name")  # fmt: skip
     elif stream.ours is None:
-        yield warning(f"commits wait for {name}, which is not connected: they wait until it is",
+        yield hang(f"commits wait: nobody streams as {name}, and they hang until somebody does",
                       "start `walship run`; to let them go on without it: ALTER SYSTEM RESET"
                       " synchronous_standby_names; SELECT pg_reload_conf();")  # fmt: skip
     elif len(others) < names.count - 1:
-        yield warning(f"commits wait for {names.count} standbys, and {len(others) + 1} of the named are connected: they"
-                      " wait until the others are", f"connect them; or {order(name)}")  # fmt: skip
+        yield hang(f"commits wait for {names.count} standbys, and {len(others) + 1} of the named are connected: they"
+                   " hang until the others are", f"connect them; or {order(name)}")  # fmt: skip
 
 
 def _how(facts: ServerFacts, stream: StreamFacts, name: str) -> Iterator[Problem]:
@@ -158,7 +158,7 @@ def _how(facts: ServerFacts, stream: StreamFacts, name: str) -> Iterator[Problem
     if facts.synchronous_commit == "remote_apply":
         yield error(f"synchronous_commit is remote_apply: commits wait until {name} has replayed them, which it never"
                     " does, so they wait for ever", "set synchronous_commit = on")  # fmt: skip
-    elif facts.synchronous_commit in ("local", "off"):
+    elif facts.synchronous_commit in NO_WAIT:
         yield warning(f"synchronous_commit is {facts.synchronous_commit}: commits do not wait for {name}, whatever"
                       " synchronous_standby_names says", "set synchronous_commit = on")  # fmt: skip
     for other in stream.other_commits:

@@ -27,8 +27,7 @@ SECRET = "s3cret-of-the-role"
 RIGHTS = """
 create role walship login replication password 's3cret-of-the-role';
 grant pg_monitor to walship;
-grant execute on function pg_switch_wal(), pg_backup_start(text, boolean), pg_backup_stop(boolean),
-    pg_create_restore_point(text) to walship;
+grant execute on function pg_switch_wal(), pg_create_restore_point(text) to walship;
 """
 
 
@@ -195,7 +194,7 @@ async def test_missing_rights_come_with_the_grant(start_server: StartServer) -> 
     hints = [hint for _, _, hint in told]
     assert 'ALTER ROLE "od""d" REPLICATION;' in hints
     assert 'GRANT pg_monitor TO "od""d";' in hints
-    for function in ("pg_switch_wal()", "pg_create_restore_point(text)", "pg_backup_start(text,boolean)"):
+    for function in ("pg_switch_wal()", "pg_create_restore_point(text)"):
         assert f'GRANT EXECUTE ON FUNCTION {function} TO "od""d";' in hints
     async with await connect(settings_for(server, 'od"d')) as control:
         with pytest.raises(SourceError, match="permission denied for function pg_switch_wal") as caught:

@@ -154,7 +154,7 @@ async def test_a_server_as_it_should_be(server: ThrowawayServer) -> None:
 async def test_limits_and_time_outs(server: ThrowawayServer) -> None:
     for setting, value, severity, words in (
         ("max_slot_wal_keep_size", "-1", "warning", "keeps all WAL, until its disk is full"),
-        ("max_slot_wal_keep_size", "0", "error", "the slot is lost at the first checkpoint"),
+        ("max_slot_wal_keep_size", "0", "error", "the slot is lost, with WAL that nothing else keeps"),
         ("wal_sender_timeout", "0", "warning", "does not notice a connection that is cut"),
         ("wal_sender_timeout", "2s", "warning", "wal_sender_timeout is 2 s"),
         ("idle_replication_slot_timeout", "1h", "warning", "idle_replication_slot_timeout is 3600 s"),
@@ -182,6 +182,11 @@ async def test_the_stream_needs_no_archive_timeout(server: ThrowawayServer, tmp_
              for sources in (("watch",), ("watch", "stream"))}  # fmt: skip
     (only,) = (p.fact for p in found["watch",] if p not in found["watch", "stream"])
     assert only.startswith("archive_timeout is 0")
+    alone = settings.model_copy(update={"sources": ("stream",), "spool_dir": None})
+    (left,) = (p for p in problems(facts, alone) if "archive" in p.fact)
+    assert (left.severity, "it fills the disk" in left.fact) == ("warning", True)
+    assert left.hint.startswith("ALTER SYSTEM SET archive_mode = off;")
+    assert left not in problems(replace(facts, archive_mode="off"), alone)
 
 
 async def test_slots(server: ThrowawayServer) -> None:
@@ -261,8 +266,8 @@ async def test_what_commits_wait_for(server: ThrowawayServer) -> None:
 
     change(server, {"synchronous_standby_names": "WalShip"})
     found = await briefly(server)
-    assert not any(s == "error" for s, _ in found)
-    assert any("which is not connected: they wait until it is" in fact for _, fact in found)
+    hang = "commits wait: nobody streams as walship, and they hang until somebody does"
+    assert [fact for s, fact in found if s == "error"] == [hang]
     others = [fact for _, fact in found if "is another one for the" in fact]
     assert [fact.rpartition(": ")[2] for fact in others] == ["its commits do not wait", "its commits wait for ever"]
     assert "role app: local" in others[0]
@@ -281,7 +286,8 @@ async def test_what_commits_wait_for(server: ThrowawayServer) -> None:
         assert any("WALSHIP_SYNC_TIMEOUT is not set" in word for word in right)
         change(server, {"synchronous_standby_names": "FIRST 2 (walship, replica)"})
         found = await briefly(server)
-        assert any("commits wait for 2 standbys, and 1 of the named are connected" in fact for _, fact in found)
+        said = "commits wait for 2 standbys, and 1 of the named are connected"
+        assert any(s == "error" and said in fact for s, fact in found)
         change(server, {"synchronous_standby_names": "walship"})
         for value, severity, say in (
             ("remote_apply", "error", "which it never does"),
@@ -303,7 +309,7 @@ async def test_the_settings_that_come_with_walship_are_right(start_server: Start
         for statement in ROLE.split(";"):
             session.execute(statement.encode())
     found = await briefly(server)
-    assert found == [("warning", "commits wait for walship, which is not connected: they wait until it is")]
+    assert found == [("error", "commits wait: nobody streams as walship, and they hang until somebody does")]
 
 
 async def test_a_stream_alone_needs_no_archive_and_no_spool(server: ThrowawayServer, tmp_path: Path) -> None:

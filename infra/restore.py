@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from infra.keys import RepositoryKeys
 from infra.postgres import programs as installed
 from infra.postgres.recovery_files import (
     Neutralised,
+    forget_recovery,
     notices,
     remove_recovery_files,
     settings_for,
@@ -29,7 +32,7 @@ from infra.postgres.restored import Replay, Started, start_restored
 from infra.postgres.wal_script import FEED, FOLDER
 from infra.settings import Settings
 from pipeline.contracts import Clock, Fetch, Store
-from pipeline.errors import RecoveryError, WalshipError
+from pipeline.errors import ConfigError, RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Action, Target, TargetKind
 
@@ -64,6 +67,8 @@ class Place:
     tablespaces: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
     start: bool = False
+    #: Where the started server will listen, as far as that can be told before its files are there; None: unknown.
+    port: int | None = None
     #: WALSHIP_PG_BIN_DIR; None looks in the usual places. Used with ``start``, and checked whenever it is given.
     bin_dir: Path | None = None
     #: Log of the started server; None: beside the directory.
@@ -114,13 +119,29 @@ async def make_plan(
 
 
 async def check_place(plan: RestorePlan, place: Place) -> Targets:
-    """All that can be refused before anything is touched: folders, room, programs. For ``--dry-run`` too."""
+    """All that can be refused before anything is touched: folders, room, programs, port. For ``--dry-run`` too."""
     if place.start or place.bin_dir is not None:
         await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
+    if place.start and place.port is not None:
+        await asyncio.to_thread(_check_port, place.port)
     margin = min(plan.path.size, _WAL_MARGIN)
     return await asyncio.to_thread(
         look, plan.backup, place.directory, place.tablespaces, force=place.force, wal_margin=margin
     )
+
+
+def _check_port(port: int) -> None:
+    """A server that finds its port taken ends, after everything was restored."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: what was closed is not in use
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"port {port} is in use here, and the restored server would listen there",
+                    hint="end what uses it, or restore with --port N, a free one; nothing was touched",
+                ) from None
 
 
 async def restore(
@@ -163,7 +184,12 @@ async def restore(
         )
 
     files = await lay_down(plan.backup, targets, fetch=repository.fetch, complete=complete, progress=watch.files)
-    said = notices(neutralised, targets.directory)
+    said = notices(
+        neutralised,
+        targets.directory,
+        archiving="watch" in repository.settings.sources,
+        promoted=place.start and plan.stop.action is Action.PROMOTE,
+    )
     for remark in said:
         watch.say(remark)
     server = await _start(repository, plan, place, targets, watch) if place.start else None
@@ -188,6 +214,7 @@ async def _start(repository: Repository, plan: RestorePlan, place: Place, target
             raise _cause(feed, error) from error
     if plan.stop.action is Action.PROMOTE:
         await asyncio.to_thread(remove_recovery_files, directory)
+        await asyncio.to_thread(forget_recovery, directory, owner=targets.owner)
     return server
 
 

@@ -124,15 +124,17 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: 
 async def _holding_lease(site: Site) -> AsyncIterator[Lease]:
     """Nobody else ships this cluster meanwhile; the next writer need not wait when we are through."""
     what = f"spool {site.settings.spool_dir}" if "watch" in site.settings.sources else f"slot {site.settings.slot}"
-    lease = await Lease.acquire(
-        site.stores, clock=site.clock, tell=lambda line: log.info("lease", said=line), server=what
-    )
+    lease = await Lease.acquire(site.stores, clock=site.clock, tell=_tell_of_lease, server=what)
     try:
         yield lease
     finally:
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(5):
                 await lease.release()
+
+
+def _tell_of_lease(line: str) -> None:
+    (log.warning if " cannot be " in line else log.info)("lease", said=line)
 
 
 def _can_pass(error: WalshipError, spool: Path | None) -> bool:

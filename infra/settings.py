@@ -255,7 +255,18 @@ def _content(name: str, path: Path) -> str:
     )
 
 
+#: In place of what pydantic says of a pattern or a bound.
+_PLAIN = {
+    "WALSHIP_TAIL_INTERVAL": "must be 0.1 to 3600, in seconds",
+    "WALSHIP_SLOT": "must be made of a to z, 0 to 9 and _, at most 63 of them",
+    "WALSHIP_SYNC_TIMEOUT": "must be a number of seconds above 0, or empty: wait for ever",
+    "WALSHIP_WAL_TIMEOUT": "must be a number of seconds above 0",
+    "WALSHIP_PUT_PRICE": "must be a number, 0 or more",
+    "WALSHIP_WORKERS": "must be a whole number, 1 to 64",
+}
+
+
 def _sentence(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"])
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = _PLAIN.get(place) or str(error["msg"]).removeprefix("Value error, ")
     return f"{place}: {message}" if place else message

@@ -186,6 +186,8 @@ class StreamStarted:
     lsn: Lsn
     #: Whether commits wait for us there.
     synchronous: bool
+    #: It came all along, and only that is new.
+    changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ async def command(target_dir: Path, **options: Any) -> None:
         site = await answering(opened)
         repository = _repository(site, options)
         plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
-        targets = await check_place(plan, _with_programs(place, site.settings))
+        place = _on_this_machine(place, site.settings)
+        targets = await check_place(plan, place)
         _show(plan, targets, repository)
         if options["dry_run"]:
             emit(plan.summary(), [], as_json=as_json)
@@ -82,7 +83,7 @@ async def command(target_dir: Path, **options: Any) -> None:
         _confirm(targets)
         with Bytes("base backup") as bar:
             watch = Watch(files=bar, replay=_replayed(), say=lambda line: say(f"note: {line}"))
-            restored = await restore(repository, plan, _with_programs(place, site.settings), watch=watch)
+            restored = await restore(repository, plan, place, watch=watch)
     _finish(plan, restored, time.monotonic() - began, as_json=as_json)
 
 
@@ -116,8 +117,12 @@ def _place(directory: Path, options: dict[str, Any]) -> Place:
     return Place(directory, maps, force=options["force"], start=options["start_server"], options=listen)
 
 
-def _with_programs(place: Place, wanted: Settings) -> Place:
-    return replace(place, bin_dir=wanted.pg_bin_dir)
+def _on_this_machine(place: Place, wanted: Settings) -> Place:
+    """With programs and port. Without ``--port`` it will listen where the server that was backed up does, as a rule."""
+    ports = {port for _, port in wanted.servers}
+    guessed = ports.pop() if len(ports) == 1 else None
+    port = int(place.options["port"]) if "port" in place.options else guessed
+    return replace(place, bin_dir=wanted.pg_bin_dir, port=port)
 
 
 def _narrowed(wanted: Settings, source: str) -> Settings:

@@ -14,9 +14,13 @@ from infra.service import serve
 @click.command("run")
 @cluster_option
 def command(cluster: str) -> None:
-    """Ship WAL from the spool to every destination until told to stop (SIGTERM).
+    """Ship WAL to every destination until told to stop (SIGTERM).
 
-    What was not yet acknowledged when it stops, however it stops, is still in the spool and goes on at the next start.
+    It comes from the spool that PostgreSQL archives into (WALSHIP_SOURCES=watch), from the server itself through a
+    replication slot that walship makes (stream), or from both (watch,stream).
+
+    What was not yet acknowledged when it stops, however it stops, is still in the spool, and kept on the server by the
+    slot: it goes on at the next start. Settings are read at the start only.
 
     Example: walship run
     """

@@ -66,11 +66,17 @@ def configure(*, plain: bool = False) -> None:
     else:
         last = [stamp, structlog.processors.JSONRenderer()]
     structlog.configure(
-        processors=[structlog.processors.add_log_level, *last],
+        processors=[structlog.processors.add_log_level, _without_empty_hint, *last],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def _without_empty_hint(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if event.get("hint") == "":
+        del event["hint"]
+    return event
 
 
 def _plain(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
@@ -141,6 +147,8 @@ def _log_streaming(notice: _Streaming) -> None:
             log.info("gap_closed", what=notice.file.name)
         case SourcesDiffer():
             log.error("sources_differ", error=notice.fact, hint=notice.hint)
+        case StreamStarted(changed=True):
+            log.info("commits_wait" if notice.synchronous else "commits_do_not_wait", server=notice.server)
         case StreamStarted():
             log.info(
                 "stream_started",

@@ -41,6 +41,15 @@ _TARGETS = (
     "recovery_target_xid",
     "recovery_target_lsn",
 )
+#: What serves one recovery only. Left behind it gets into every pg_basebackup, and a standby that is made of that would
+#: follow it, with a restore_command whose script no backup holds.
+_ONCE = (
+    "restore_command",
+    "recovery_target_timeline",
+    "recovery_target_inclusive",
+    "recovery_target_action",
+    *_TARGETS,
+)
 #: Their values may hold passwords.
 _QUIET = frozenset({"primary_conninfo", "archive_command", "recovery_end_command", "archive_cleanup_command"})
 _DEFAULTS = {"archive_mode": "off", "recovery_min_apply_delay": "0", "hot_standby": "on"}
@@ -56,6 +65,16 @@ _ELSEWHERE = ("hba_file", "ident_file")
 _INCLUDES = ("include", "include_if_exists", "include_dir")
 _REMARK = b"# walship restore: "
 _REMOVED = ("standby.signal", "recovery.signal", "postmaster.pid", "postmaster.opts")
+_ONCE_LINE = re.compile(rf"\s*(?:{'|'.join(_ONCE)})\s*(?:=|\s)", re.IGNORECASE)
+_ARCHIVING = (
+    "the restored server archives nothing; once it replaces the old one, which must never run again, turn that on with"
+    " ALTER SYSTEM RESET archive_mode; ALTER SYSTEM RESET archive_library; ALTER SYSTEM RESET archive_command; (what"
+    " was itself set with ALTER SYSTEM has to be set again); then restart it and take a base backup: walship backup"
+)
+_NO_ARCHIVING = (
+    "the restored server archives nothing, and the stream needs no archive; once it replaces the old one, which must"
+    " never run again, let walship run stream from it and take a base backup: walship backup"
+)
 _LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(?:=|\s)\s*('(?:[^'\\]|''|\\.)*'|[^\s#']*)")
 
 
@@ -181,8 +200,30 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
-def notices(neutralised: Sequence[Neutralised], directory: Path) -> tuple[str, ...]:
-    """What people have to know of a directory that was made ready to recover."""
+def forget_recovery(directory: Path, *, owner: tuple[int, int] | None) -> None:
+    """Take what served the recovery out of postgresql.auto.conf, once the server is promoted. Blocking. Raises OSError.
+
+    What ``ALTER SYSTEM RESET`` does, without a connection; what postgresql.conf sets itself stays switched off. The
+    file is replaced as a whole, as the server does it.
+    """
+    conf, own = directory / "postgresql.auto.conf", directory / "postgresql.conf"
+    set_there = parse_conf(own.read_text("utf-8", "replace")) if own.is_file() else {}
+    kept = []
+    for line in conf.read_text("utf-8", "surrogateescape").splitlines(keepends=True):
+        if not line.lstrip().startswith("#") and _ONCE_LINE.match(line):
+            continue
+        kept.append(line)
+    kept += [f"{name} = ''\n" for name in _TARGETS if set_there.get(name)]
+    _write(conf, "".join(kept).encode("utf-8", "surrogateescape"), 0o600, owner)
+
+
+def notices(
+    neutralised: Sequence[Neutralised], directory: Path, *, archiving: bool = True, promoted: bool = False
+) -> tuple[str, ...]:
+    """What people have to know of a directory that was made ready to recover.
+
+    ``archiving``: whether walship takes WAL from an archive at all. ``promoted``: whether ``forget_recovery`` follows.
+    """
     said = [
         f"commented out in {directory}/postgresql.conf: {setting}"
         for setting in neutralised
@@ -191,10 +232,16 @@ def notices(neutralised: Sequence[Neutralised], directory: Path) -> tuple[str, .
     if off := [setting for setting in neutralised if setting.name not in _COMMENTED]:
         said.append(f"switched off in {directory}/postgresql.auto.conf: {', '.join(map(str, off))}")
     if any(n.name in ("archive_mode", "archive_command", "archive_library") for n in neutralised):
+        said.append(_ARCHIVING if archiving else _NO_ARCHIVING)
+    if names := next((n.value for n in neutralised if n.name == "synchronous_standby_names"), ""):
         said.append(
-            "the restored server archives nothing; once it replaces the old one, which must never run again, turn that"
-            " on with ALTER SYSTEM RESET archive_mode; ALTER SYSTEM RESET archive_library; ALTER SYSTEM RESET"
-            " archive_command; then restart it and take a base backup: walship backup"
+            "commits on the restored server wait for nobody; to let them wait again, once walship run streams from it:"
+            f" ALTER SYSTEM SET synchronous_standby_names = {_literal(names)}; SELECT pg_reload_conf();"
+        )
+    if not promoted:
+        said.append(
+            "once the server is promoted, take out what served this recovery, or a standby that is made of it follows"
+            f" that: {' '.join(f'ALTER SYSTEM RESET {name};' for name in _ONCE)}"
         )
     said.append(
         "settings on the server's command line (in a service unit, a compose file) win over all that is written here:"
@@ -222,8 +269,13 @@ def notices(neutralised: Sequence[Neutralised], directory: Path) -> tuple[str, .
     return tuple(said)
 
 
+def _literal(value: str) -> str:
+    """A string in SQL, with standard_conforming_strings."""
+    return "'" + value.replace("'", "''") + "'"
+
+
 def remove_recovery_files(directory: Path) -> None:
-    """Delete what could open the repository, once recovery has ended. The wrapper stays: restore_command names it."""
+    """Delete what could open the repository, once recovery has ended. The wrapper stays: the server knows it still."""
     (directory / FOLDER / CONTEXT).unlink(missing_ok=True)
 
 

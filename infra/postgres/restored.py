@@ -159,14 +159,17 @@ async def _after_the_end(
     # Before it has read its configuration a server speaks without FATAL in front.
     words = "; ".join(follow.loud[-3:]) or follow.last_line or f"exit status {code}"
     raise RecoveryError(
-        f"the restored server ended before it reached its target: {words}", hint=_what_to_do(follow, words)
+        f"the restored server ended before it reached its target: {words}", hint=_what_to_do(directory, follow, words)
     )
 
 
-def _what_to_do(follow: _Follower, words: str) -> str:
+def _what_to_do(directory: Path, follow: _Follower, words: str) -> str:
     # One address that is taken is no reason to end, as long as there is another.
     if _PORT_TAKEN.search(words) or (follow.port_taken and "could not create any TCP/IP sockets" in words):
-        return "another server uses that port: run the same restore again with --force and --port N, a free one"
+        return (
+            "another server uses that port; the directory is ready all the same: start it on a free port N, as its"
+            f" owner, with pg_ctl -D {directory} -o '-p N' start"
+        )
     return f"see {follow.path}; the directory holds half replayed data now: run the same restore again with --force"
 
 

@@ -355,11 +355,12 @@ class Receiver:
         if synchronous != self.synchronous:
             self.synchronous = synchronous
             self._wal.tell()
-            self._started(self._place)
+            self._started(self._place, changed=True)
 
-    def _started(self, place: str) -> None:
+    def _started(self, place: str, *, changed: bool = False) -> None:
         self._place = place
-        self._notify(StreamStarted(place, self._assembly.timeline, self._assembly.received, self.synchronous))
+        at = self._assembly
+        self._notify(StreamStarted(place, at.timeline, at.received, self.synchronous, changed))
 
     async def _tell_for_ever(self) -> None:
         """How far everybody is, each second, connected or not."""

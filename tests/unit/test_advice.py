@@ -34,7 +34,7 @@ def test_a_port_in_use_is_told_from_what_another_port_does_not_mend(tmp_path: Pa
     follow = _Follower(path)
     path.write_text(log)
     follow.read()
-    assert ("--port N" in _what_to_do(follow, "; ".join(follow.loud))) is port
+    assert ("-o '-p N'" in _what_to_do(tmp_path, follow, "; ".join(follow.loud))) is port
 
 
 @pytest.mark.parametrize("there", [False, True])

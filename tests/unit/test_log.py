@@ -31,6 +31,7 @@ LINES: list[tuple[events.Notice, tuple[str, str, str] | None]] = [
     (events.GapClosed(FIRST), ("info", "gap_closed", FIRST.name)),
     (events.SourcesDiffer("other bytes", "a clone"), ("error", "sources_differ", "a clone")),
     (events.StreamStarted("h:5432", 1, Lsn(0x16B374D848), synchronous=True), ("info", "stream_started", "16/B374D848")),
+    (events.StreamStarted("h:5432", 1, Lsn(1), synchronous=True, changed=True), ("info", "commits_wait", "h:5432")),
     (events.StreamLost("gone", "start it", 2.0), ("warning", "stream_lost", "2.0")),
     (events.WalMoved(1, Lsn(1), Lsn(1), Lsn(1), {}, {}), None),
     (events.TimelineLeft(1, Lsn(512), Lsn(512)), ("info", "timeline_left", "0/200")),

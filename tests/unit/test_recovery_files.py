@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.postgres.recovery_files import inherited, notices, parse_conf, quoted, settings_for, write_recovery_files
+from infra.postgres.recovery_files import (
+    forget_recovery,
+    inherited,
+    notices,
+    parse_conf,
+    quoted,
+    settings_for,
+    write_recovery_files,
+)
 from pipeline.backup import BackupInfo
 from pipeline.lineage import Leg, Lineage, WalPath
 from pipeline.recovery import RestorePlan
@@ -88,6 +96,11 @@ def test_what_was_inherited_is_told_without_secrets(tmp_path: Path) -> None:
         "archive_mode (was 'on')", "archive_command", "synchronous_standby_names (was 'b, c')", "primary_conninfo",
     }  # fmt: skip
     said = " ".join(notices(found, tmp_path))
+    assert "ALTER SYSTEM SET synchronous_standby_names = 'b, c'; SELECT pg_reload_conf();" in said
+    assert "RESET archive_mode" in said
+    assert "RESET archive_mode" not in " ".join(notices(found, tmp_path, archiving=False))
+    assert "ALTER SYSTEM RESET restore_command;" in said
+    assert "RESET restore_command" not in " ".join(notices(found, tmp_path, promoted=True))
     assert "hunter2" not in said
     assert "password" not in said
     assert "no postgresql.conf" not in said
@@ -124,3 +137,18 @@ def test_the_words_of_the_restore_come_last(tmp_path: Path) -> None:
     assert parse_conf(conf.read_text()) == settings
     assert conf.read_text().startswith("archive_mode = on\n# walship restore\n")
     assert "'x y' --context" in (tmp_path / "pgsql_tmp.walship/restore_wal.sh").read_text()
+
+
+def test_a_promoted_server_forgets_its_recovery(tmp_path: Path) -> None:
+    """But what its own postgresql.conf says of a target stays switched off: the next standby would follow that."""
+    (tmp_path / "postgresql.conf").write_text("recovery_target_name = 'old'\n")
+    conf = tmp_path / "postgresql.auto.conf"
+    conf.write_text("work_mem = 1\nrestore_command = 'of an earlier restore'\nrecovery_target_xid=7\n")
+    settings = settings_for(plan(Target().to_time(NOON)))
+    write_recovery_files(tmp_path, settings, segment_size=SIZE, fetch=("x",), context=b"", owner=None)
+    forget_recovery(tmp_path, owner=None)
+    left = parse_conf(conf.read_text())
+    assert {name: value for name, value in left.items() if name.startswith(("rec", "res"))} == {
+        "recovery_end_command": "", "recovery_min_apply_delay": "0", "recovery_target_name": "",
+    }  # fmt: skip
+    assert (left["work_mem"], left["archive_mode"], left["synchronous_standby_names"]) == ("1", "off", "")

@@ -16,7 +16,7 @@ from pipeline.openwal import OpenSegment, OpenWal
 from pipeline.wal import Lsn, WalFile
 
 #: Whole segments that may wait until they are stored somewhere; with one more, nothing further is read.
-MOST_WHOLE = 3
+MOST_WHOLE = 2
 
 ROLLED_BACK = (
     "the server was put back to an earlier state, or is another copy of the cluster; what is stored stays as it is."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,9 +12,12 @@ from handlers.fetch import Fetcher
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, rows
 from infra.postgres.senders import StreamFacts, read_stream_facts
+from infra.postgres.stream_problems import NO_WAIT, commit_problems, stream_problems
 from infra.postgres.sync import meaning
 from infra.reach import leads_to, unbroken, with_claimed_tails
+from infra.settings import Settings
 from infra.sources.spool import SpoolState, holder, look_at_spool
+from infra.storage.lease import newest
 from infra.wiring import Site
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Listing, backup_of, checked_info, info_key, wal_key
@@ -82,13 +86,12 @@ class StreamStatus:
     sync_state: str
     #: What commits wait for, by the server's settings.
     commits: str
+    #: Whether no commit returns now before we have confirmed it.
+    waited_for: bool
+    #: What ``check`` calls an error, and ``problem`` does not tell.
+    errors: tuple[str, ...]
     #: Up to here the server has WAL that it sends: what it has written and not flushed, no stream can have.
     flushed_lsn: str
-
-    @property
-    def waited_for(self) -> bool:
-        """Whether commits wait for us now."""
-        return self.sync_state in ("sync", "quorum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ class Status:
     spool_error: str
     #: Process id of the service that ships the spool; None if there is none.
     service: int | None
+    #: The same for people, where no spool tells it; else empty.
+    service_words: str
     #: None if WALSHIP_SOURCES is without stream, or the server does not answer.
     stream: StreamStatus | None
     destinations: tuple[DestinationStatus, ...]
@@ -182,6 +187,9 @@ async def _look(site: Site) -> tuple[Status, ServerFacts | None]:
     destinations = []
     for destination, store in zip(site.destinations, site.stores, strict=True):
         destinations.append(await _destination(store, site, server, required=destination.required))
+    service_words = "unknown" if spool_error else ""
+    if "stream" in site.settings.sources and spool_dir is None:
+        service_words = await _service(site.stores, stream)
     status = Status(
         system_id=site.facts.system_id,
         now=now,
@@ -191,10 +199,25 @@ async def _look(site: Site) -> tuple[Status, ServerFacts | None]:
         spool=spool,
         spool_error=spool_error,
         service=holder(spool_dir) if spool_dir else None,
+        service_words=service_words,
         stream=stream,
         destinations=tuple(destinations),
     )
     return status, server
+
+
+async def _service(stores: Sequence[Store], stream: StreamStatus | None) -> str:
+    """What is known of a service that ships no spool: by its slot, else by the newest lease that can be read."""
+    if stream is not None and stream.sync_state:
+        return f"running: it streams from the slot {stream.slot}"
+    found = []
+    for store in stores:
+        with suppress(StoreError):  # told as the destination's error
+            if (there := await newest(store)) is not None:
+                found.append(there)
+    if not found:
+        return "unknown"
+    return max(found, key=lambda there: (there[0], there[1].released, there[1].counter))[1].words
 
 
 async def _server(site: Site) -> tuple[ServerFacts | None, StreamStatus | None, str]:
@@ -207,25 +230,29 @@ async def _server(site: Site) -> tuple[ServerFacts | None, StreamStatus | None, 
             if "stream" in site.settings.sources:
                 ((flushed,),) = await rows(connection, _FLUSHED)
                 seen = await read_stream_facts(connection, site.settings.slot)
-                stream = _stream(facts, seen, site.settings.slot, flushed)
+                stream = _stream(facts, seen, site.settings, flushed)
     except SourceError as error:
         return None, None, error.fact
     return facts, stream, ""
 
 
-def _stream(server: ServerFacts, stream: StreamFacts, name: str, flushed: str) -> StreamStatus:
-    slot, ours = stream.slot, stream.ours
+def _stream(server: ServerFacts, stream: StreamFacts, settings: Settings, flushed: str) -> StreamStatus:
+    slot, ours, name = stream.slot, stream.ours, settings.slot
     problem = ""
     if slot is None:
         problem = f"there is no slot {name}: nothing streams (`walship run` makes it)"
     elif ours is None:
         kept = f"it keeps {slot.retained} bytes of WAL"
-        used = f"is used by another program: {slot.holder}" if slot.active else "is idle: nothing streams"
+        used = f"is in use by another program: {slot.holder}" if slot.active else "is idle: nothing streams"
         problem = f"the slot {name} {used}; {kept}"
     if slot is not None and slot.lost:
         problem = f"the slot {name} is lost: the server did not keep its WAL"
     elif slot is not None and slot.wal_status == "unreserved":
         problem = f"the slot {name} is about to be lost: it keeps more than max_slot_wal_keep_size"
+    means = meaning(server.synchronous_standby_names, name)
+    sync = ours is not None and ours.sync_state in ("sync", "quorum") and server.synchronous_commit not in NO_WAIT
+    shared = any(found.severity == "error" for found in commit_problems(server, stream, name))
+    told = problem.partition(":")[0]
     return StreamStatus(
         slot=name,
         problem=problem,
@@ -233,7 +260,13 @@ def _stream(server: ServerFacts, stream: StreamFacts, name: str, flushed: str) -
         retained_bytes=slot.retained if slot else 0,
         safe_wal_size=slot.safe_wal_size if slot else None,
         sync_state=ours.sync_state if ours else "",
-        commits=meaning(server.synchronous_standby_names, name).fact,
+        commits=means.fact,
+        waited_for=sync and means.wait == "ours" and not shared,
+        errors=tuple(
+            found.fact
+            for found in stream_problems(server, stream, settings)
+            if found.severity == "error" and found.fact.partition(":")[0] != told
+        ),
         flushed_lsn=flushed,
     )
 
@@ -307,6 +340,8 @@ def _reasons(status: Status, server: ServerFacts | None, site: Site) -> Iterator
         yield f"server: archiving fails since {server.archiver.last_failed_wal}"
     if status.stream is not None and status.stream.problem:
         yield f"stream: {status.stream.problem}"
+    if status.stream is not None:
+        yield from status.stream.errors
     if status.spool_error:
         yield f"spool: {status.spool_error}"
     if status.spool is not None:

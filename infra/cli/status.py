@@ -20,6 +20,8 @@ async def command(cluster: str, as_json: bool) -> None:
     destination lacks is looked at again once it was due: that takes WALSHIP_TAIL_INTERVAL and a second, or a few if it
     does not come.
 
+    The exit code is 0 also if it is NOT WELL; a script reads "healthy" of --json.
+
     Example: walship status --json
     """
     async with open_site(settings(), cluster=cluster) as site:
@@ -31,8 +33,8 @@ def _lines(status: Status) -> list[str]:
     lines = [f"cluster {status.system_id}: {'all is well' if status.healthy else 'NOT WELL'}"]
     lines += [f"  ! {reason}" for reason in status.reasons]
     lines.append(f"server   {status.server_error or f'WAL written to {status.current_lsn}'}")
-    if status.spool is not None or status.stream is None:
-        lines.append(f"service  {f'process {status.service}' if status.service else 'not running'}")
+    known = "not running" if status.service is None else f"process {status.service}"
+    lines.append(f"service  {status.service_words or known}")
     if status.stream is not None:
         lines += _stream(status.stream)
     if status.spool_error:
@@ -49,17 +51,22 @@ def _lines(status: Status) -> list[str]:
             continue
         lag = "unknown" if place.lag_bytes is None else human(place.lag_bytes)
         hole = f", {place.missing} is missing" if place.missing else ""
-        tails = f" and {human(place.tail_bytes)} in tails, as far as names tell" if place.tail_bytes else ""
-        lines.append(f"  last segment {place.last_segment or 'none'}{tails}{hole}; behind by {lag}")
+        newest = f"last segment {place.last_segment}"
+        if not place.last_segment:
+            newest = f"timeline {place.timeline}: no finished segment yet"
+        tails = f", {human(place.tail_bytes)} in tails" if place.tail_bytes else ""
+        lines.append(f"  {newest}{tails}{hole}; behind by {lag}")
         lines.append(f"  last backup  {place.last_backup or 'none'}")
     return lines
 
 
 def _stream(stream: StreamStatus) -> list[str]:
     safe = "" if stream.safe_wal_size is None else f", and can keep {human(max(0, stream.safe_wal_size))} more"
-    kept = f"the slot {stream.slot} keeps {human(stream.retained_bytes)} ({stream.wal_status or 'nothing yet'}){safe}"
-    waits = "commits wait for it" if stream.waited_for else "commits do not wait for it"
+    kept = f"the slot {stream.slot} keeps {human(stream.retained_bytes)}{safe}"
+    waits = "commits do not wait for it" if stream.sync_state == "async" else "commits need not wait for it"
+    if stream.waited_for:
+        waits = "commits wait for it"
     return [
         f"stream   {stream.problem or f'WAL streams, {waits}; {kept}'}",
-        f"commits  {stream.commits}",
+        f"commits  {stream.commits.removeprefix('commits ')}",
     ]

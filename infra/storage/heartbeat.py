@@ -103,6 +103,13 @@ class Heartbeat:
         members = asdict(self.holder) | {"counter": self.counter, "written": self.written, "released": self.released}
         return MemoryBody((json.dumps(members, indent=1).encode() + b"\n",))
 
+    @property
+    def words(self) -> str:
+        """For people, whether the holder is at work, as far as one look tells."""
+        if self.released or self.holder.ended():
+            return f"not running; the last was {self.holder.words}"
+        return f"{self.holder.words}; its last sign of life was at {_shown(self.written)}"
+
     @classmethod
     def decode(cls, content: bytes) -> Self | None:
         """What ``encode`` made, or None: damaged, cut, or of a walship that says more."""

@@ -21,6 +21,7 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from handlers.body import joined
+from infra.clock import SystemClock
 from infra.storage.heartbeat import MOST, Heartbeat, Holder
 from pipeline.contracts import Clock, Store
 from pipeline.errors import ObjectConflict, ObjectMissing, SourceError, StoreError, foreseen
@@ -278,6 +279,14 @@ class _Place:
             self.failure = error
         except TimeoutError:
             self.failure = StoreError(f"{self.store.name} has not answered in {ANSWER:.0f} s", passing=True)
+
+
+async def newest(store: Store) -> tuple[int, Heartbeat] | None:
+    """The highest lease at a destination, for people; None if none can be read there. Raises StoreError."""
+    place = _Place(store, SystemClock())
+    await place.look()
+    there = Heartbeat.decode(place.content)
+    return (place.highest, there) if there else None
 
 
 async def _vacant(places: Sequence[_Place], clock: Clock, ttl: float, tell: Callable[[str], None]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from infra.postgres.slots import Slot
 from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
 from infra.status import DestinationStatus, _destination, _late, _reasons, _stream, read_status
+from infra.storage.lease import Lease
 from infra.storage.memory import MemoryStore
 from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
@@ -194,6 +196,10 @@ SLOT = Slot(
 OURS = Sender(7, "walship", "shipper", "a local socket", "streaming", "sync")
 
 
+def settings(**more: Any) -> Settings:
+    return Settings(_env_file=None, WALSHIP_SOURCES="stream", **more)
+
+
 def stream_facts(slot: Slot | None, *senders: Sender) -> StreamFacts:
     return StreamFacts(slot, senders, 1, 10, None, 60.0, 0, ())
 
@@ -204,7 +210,7 @@ def stream_facts(slot: Slot | None, *senders: Sender) -> StreamFacts:
         (SLOT, (OURS,), ""),
         (None, (), "there is no slot walship"),
         (replace(SLOT, active=False, active_pid=None), (), "is idle: nothing streams; it keeps 524288 bytes"),
-        (SLOT, (replace(OURS, application_name="pg_receivewal"),), "is used by another program"),
+        (SLOT, (replace(OURS, application_name="pg_receivewal"),), "is in use by another program"),
         (replace(SLOT, lost=True), (OURS,), "is lost: the server did not keep its WAL"),
         (replace(SLOT, wal_status="unreserved"), (OURS,), "is about to be lost"),
     ],
@@ -213,7 +219,7 @@ async def test_the_stream_as_the_server_tells_of_it(
     shelf: Shelf, slot: Slot | None, senders: tuple[Sender, ...], problem: str
 ) -> None:
     server = replace(SERVER, synchronous_standby_names="walship")
-    stream = _stream(server, stream_facts(slot, *senders), "walship", "0/900000")
+    stream = _stream(server, stream_facts(slot, *senders), settings(), "0/900000")
     assert problem in stream.problem
     assert bool(stream.problem) is bool(problem)
     assert stream.commits.startswith("commits wait until walship has stored them")
@@ -244,7 +250,7 @@ async def test_what_the_stream_was_due_to_bring(
     site = replace(site, settings=site.settings.model_copy(update={"tail_interval": interval}))
     flushed = SERVER.wal_lsn
     place = DestinationStatus("memory", required=True, durable_lsn=str(Lsn(flushed - missing)))
-    stream = _stream(SERVER, stream_facts(SLOT, OURS), "walship", str(flushed))
+    stream = _stream(SERVER, stream_facts(SLOT, OURS), settings(), str(flushed))
     first = replace(await read_status(site), stream=stream, timeline=timeline, destinations=(place,))
     found = _late(first, first, site)
     assert found.get("memory", "").startswith(word)
@@ -253,6 +259,50 @@ async def test_what_the_stream_was_due_to_bring(
     assert _late(idle, first, site) == {}, "that is told instead"
     for hidden in (replace(place, error="away"), replace(place, missing="x"), replace(place, durable_lsn=None)):
         assert _late(replace(first, destinations=(hidden,)), first, site) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "commit", "senders", "line", "error"),
+    [
+        ("walship", "on", (OURS,), "commits wait for it", ""),
+        ("", "on", (replace(OURS, sync_state="async"),), "commits do not wait for it", ""),
+        ("walship", "local", (OURS,), "commits need not wait for it", ""),
+        ("ANY 1 (walship, replica)", "on", (replace(OURS, sync_state="quorum"),), "commits need not wait for it",
+         "commits wait for any 1 of walship and replica"),
+        ("walship", "on", (OURS, replace(OURS, pid=8)), "commits need not wait for it",
+         "commits need not wait for walship: other connections release them"),
+        ("walship", "on", (), "stream   the slot walship is idle", "commits wait: nobody streams as walship"),
+    ],
+)  # fmt: skip
+async def test_what_commits_wait_for_is_told_as_check_tells_it(
+    shelf: Shelf, names: str, commit: str, senders: tuple[Sender, ...], line: str, error: str
+) -> None:
+    server = replace(SERVER, synchronous_standby_names=names, synchronous_commit=commit)
+    slot = SLOT if senders else replace(SLOT, active=False, active_pid=None, application_name="", holder="")
+    site = replace(site_of(shelf, shelf.store), settings=settings())
+    status = replace(await read_status(site), stream=_stream(server, stream_facts(slot, *senders), settings(), "0/9"))
+    assert any(line in shown for shown in status_lines(status))
+    assert not any("commits  commits" in shown for shown in status_lines(status))
+    found = [reason for reason in _reasons(status, server, site) if reason.startswith("commits")]
+    assert [reason.startswith(error) for reason in found] == ([True] if error else [])
+
+
+async def test_without_spool_and_server_the_lease_tells_of_the_service(shelf: Shelf, tmp_path: Path) -> None:
+    site = replace(site_of(shelf, shelf.store), settings=settings(POSTGRES_HOST=str(tmp_path)))
+    assert "service  unknown" in status_lines(await read_status(site))
+    lease = await Lease.acquire([shelf.store], clock=site.clock, tell=lambda _: None, server="slot walship")
+    (line,) = (line for line in status_lines(await read_status(site)) if line.startswith("service "))
+    assert line.startswith("service  process ")
+    assert line.endswith("; its last sign of life was at 2026-01-14T12:00:00Z")
+    await lease.release()
+    (line,) = (line for line in status_lines(await read_status(site)) if line.startswith("service "))
+    assert line.startswith("service  not running; the last was process ")
+
+
+async def test_a_timeline_that_has_only_tails_so_far(shelf: Shelf) -> None:
+    place = DestinationStatus("memory", required=True, timeline=3, durable_lsn="0/9", tail_bytes=29800)
+    status = replace(await read_status(site_of(shelf, shelf.store)), destinations=(place,))
+    assert "  timeline 3: no finished segment yet, 29.1 KB in tails; behind by unknown" in status_lines(status)
 
 
 async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:

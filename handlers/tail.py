@@ -171,6 +171,12 @@ class TailShipper:
                 del self._finished[next(iter(self._finished))]
             self._wake.set()
 
+    @property
+    def newest(self) -> str | None:
+        """Key of the last tail that is durable and still needed; None if there is none."""
+        lasts = [course.last for course in self._courses if not course.closed]
+        return next((last.key for last in reversed(lasts) if last is not None), None)
+
     def _follow(self, group: asyncio.TaskGroup) -> None:
         """Take up what has begun, let go of what is done with."""
         while (segment := self._wal.following(self._last)) is not None:

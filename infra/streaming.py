@@ -28,12 +28,16 @@ from pipeline.catalog import parse_wal_key
 from pipeline.contracts import Buffer, Source
 from pipeline.dispatcher import Handle
 from pipeline.durable import Durable
-from pipeline.errors import IntegrityError, ObjectConflict, StoreError
-from pipeline.events import Event, GapClosed, GapOpened, Notice, ObjectStored, SegmentReady
+from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError
+from pipeline.events import DestinationFailed, Event, GapClosed, GapOpened, Notice, ObjectStored, SegmentReady
 from pipeline.lineage import Lineage
 from pipeline.openwal import OpenWal
 from pipeline.resume import GoOn, go_on
+from pipeline.tail import tail_folder
 from pipeline.wal import Lsn, WalFile, WalKind
+
+#: Seconds between looks whether the newest tail is still there.
+LOOK_EVERY = 5.0
 
 #: Segments that are remembered to be the server's: as many as may wait for a destination that is away.
 MOST_PROVEN = 200_000
@@ -98,10 +102,28 @@ class Streaming:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.receiver.run())
                 group.create_task(self._lagging.run())
+                group.create_task(self._look_for_tails())
                 for shipper in self._tails.values():
                     group.create_task(shipper.run())
         finally:
             self._worker.shutdown(wait=False, cancel_futures=True)
+
+    async def _look_for_tails(self) -> None:
+        """A rule or a person may have removed tails: what comes behind them would be stored, and be of no use."""
+        while True:
+            await self._site.clock.sleep(LOOK_EVERY)
+            for outlet in self._uploader.outlets:
+                shipper = self._tails.get(outlet.name)
+                key = shipper.newest if shipper is not None and not outlet.down else None
+                if key is None or shipper is None:
+                    continue
+                try:
+                    await outlet.store.head(key)
+                except ObjectMissing:
+                    if shipper.newest == key:  # else folded, or the segment is finished
+                        outlet.outages += 1  # as if it had been away: it is looked at whole
+                except StoreError:
+                    continue  # whoever stores something there tells
 
     def shipping(self, handle: Handle) -> Handle:
         """The handle that stores what it is given, and now knows which segments are the stream's own bytes."""
@@ -242,8 +264,11 @@ class Streaming:
         self.receiver.stored(destination, file, start, end)
 
     def _tail_lost(self, destination: str, file: WalFile, start: Lsn, end: Lsn) -> None:
-        """It came back emptied: what it had of the server's lineage does not count there any more."""
+        """What it had of the server's lineage does not count there any more: it was emptied, or tails were removed."""
         durable, lineage = self.receiver.durable, self.receiver.lineage
         leg = leg_of(lineage, file.timeline) if lineage is not None else None
         if durable is not None and leg is not None:
             durable.retreat(destination, start, end if leg.end is None else min(leg.end, end))
+        fact = f"tails of segment {file} that were stored at {destination} are gone; they are stored once more"
+        hint = "does a lifecycle rule or a person remove what begins with tail/? it is needed until its segment is finished"
+        self._site.notify(DestinationFailed(destination, tail_folder(file), fact, hint))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from infra.repository import Destination, RepositoryFacts, find
 from infra.repository import read_facts as read_repository
 from infra.settings import SECRETS, Settings
 from infra.sources.spool import check_spool
+from infra.storage.retry import LOOK
 from infra.storage.rooted import Rooted
 from infra.wiring import open_destinations
 from pipeline.catalog import REPOSITORY
@@ -48,8 +49,11 @@ def _wrong(subject: str, error: WalshipError) -> Finding:
     return Finding(subject, "error", error.fact, error.hint, error)
 
 
-async def examine(settings: Settings) -> AsyncIterator[Finding]:
-    """Try everything, one finding after the other. Writes one small object to each destination and removes it."""
+async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _: None) -> AsyncIterator[Finding]:
+    """Try everything, one finding after the other. Writes one small object to each destination and removes it.
+
+    ``waits`` is told, in a sentence, of a destination that is slow to answer.
+    """
     server: ServerFacts | None = None
     stream: StreamFacts | None = None
     try:
@@ -66,7 +70,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         yield finding
     if exposed := env_file(Path(".env")):
         yield exposed
-    async with open_destinations(settings) as destinations:
+    async with open_destinations(settings, policy=LOOK, waits=waits) as destinations:
         facts: RepositoryFacts | None = None
         try:
             facts = await find(destinations, server.system_identifier if server else "")

@@ -23,6 +23,7 @@ from infra.settings import Settings
 from infra.storage import open_store
 from infra.storage.retry import RetryPolicy
 from infra.storage.rooted import Rooted
+from infra.storage.telling import Telling
 from pipeline.catalog import kind_of
 from pipeline.chain import Chain
 from pipeline.contracts import Clock, Store
@@ -80,9 +81,9 @@ class Shipping:
 
 @asynccontextmanager
 async def open_destinations(
-    settings: Settings, *, policy: RetryPolicy | None = None
+    settings: Settings, *, policy: RetryPolicy | None = None, waits: Callable[[str], None] | None = None
 ) -> AsyncIterator[tuple[Destination, ...]]:
-    """The destinations of the settings; nothing is asked of them yet."""
+    """The destinations of the settings; nothing is asked of them yet. ``waits`` is told of one that is slow."""
     if not settings.destinations:
         raise _no_destinations()
     async with AsyncExitStack() as stack:
@@ -95,6 +96,8 @@ async def open_destinations(
                     f"WALSHIP_DESTINATIONS has two destinations that are both called {store.name}",
                     hint="give one of them another bucket name or prefix: the name tells them apart in messages",
                 )
+            if waits is not None:
+                store = Telling(store, waits)
             opened.append(Destination(store, not settings.required or url in settings.required))
         yield tuple(opened)
 
@@ -117,13 +120,14 @@ async def open_site(
     allow_unencrypted: bool = False,
     notify: Callable[[Notice], None] = log_notice,
     policy: RetryPolicy | None = None,
+    waits: Callable[[str], None] | None = None,
 ) -> AsyncIterator[Site]:
     """Find the repository and open its keys. ``writer`` makes a data key of its own for what is written.
 
-    ``policy``: how patient the stores are; None for what suits a command.
+    ``policy``: how patient the stores are; None for what suits a command. ``waits``: see ``open_destinations``.
     """
     clock = SystemClock()
-    async with open_destinations(settings, policy=policy) as destinations:
+    async with open_destinations(settings, policy=policy, waits=waits) as destinations:
         facts = await find(destinations, cluster)
         stores = tuple(Rooted(d.root, facts.system_id) for d in destinations)
         keys = await _open_keys(

@@ -6,7 +6,7 @@ import click
 
 from infra.checkup import examine
 from infra.cli.exits import exit_code
-from infra.cli.verb import asynchronous, emit, json_option, settings
+from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from pipeline.errors import WalshipError
 
 _MARKS = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
@@ -24,7 +24,7 @@ async def command(context: click.Context, as_json: bool) -> None:
     Example: walship check
     """
     findings, first = [], None
-    async for finding in examine(settings()):
+    async for finding in examine(settings(), waits=(lambda _: None) if as_json else say):
         findings.append(
             {"subject": finding.subject, "severity": finding.severity, "fact": finding.fact, "hint": finding.hint}
         )

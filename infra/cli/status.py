@@ -6,6 +6,7 @@ import click
 
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.status import Status, StreamStatus, read_status
+from infra.storage.retry import LOOK
 from infra.wiring import open_site
 
 
@@ -24,8 +25,9 @@ async def command(cluster: str, as_json: bool) -> None:
 
     Example: walship status --json
     """
-    async with open_site(settings(), cluster=cluster) as site:
-        status = await read_status(site, waits=(lambda _: None) if as_json else say)
+    waits = None if as_json else say
+    async with open_site(settings(), cluster=cluster, policy=LOOK, waits=waits) as site:
+        status = await read_status(site, waits=waits or (lambda _: None))
     emit(status.result(), _lines(status), as_json=as_json)
 
 

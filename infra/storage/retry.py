@@ -46,6 +46,9 @@ class RetryPolicy:
 #: For a service, which has other destinations to look after: who does not answer holds nobody up for long.
 SERVICE = RetryPolicy(rest=10.0)
 
+#: For a command that looks how things are: that a store does not answer is what it is to find out, soon.
+LOOK = RetryPolicy(attempts=2, total=10.0, rest=60.0)
+
 #: An attempt that took so many seconds and failed was not answered at all.
 _STALLED = 5.0
 

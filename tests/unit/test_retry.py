@@ -7,6 +7,7 @@ import pytest
 from handlers.body import joined
 from infra.storage.memory import MemoryStore
 from infra.storage.retry import Retrying, RetryPolicy
+from infra.storage.telling import Telling
 from pipeline.errors import ObjectConflict, StoreError
 from pipeline.objects import MemoryBody
 from tests.clock import FastClock
@@ -116,6 +117,18 @@ async def test_a_store_that_did_not_answer_is_left_alone_for_a_while() -> None:
     clock.passed += 10.0
     await store.put("a", BODY)
     assert faulty.count("put") == 1
+
+
+async def test_a_person_is_told_once_whom_the_command_waits_for() -> None:
+    said: list[str] = []
+    faulty = Faulty(MemoryStore())
+    store = Telling(faulty, said.append, patience=0.01)
+    await store.put("a", BODY)
+    assert said == [], "who answers at once is not waited for"
+    faulty.delay = {"list": 0.05, "head": 0.05}
+    assert [info.key async for info in store.list("")] == ["a"]
+    assert (await store.head("a")).size == BODY.size
+    assert said == ["waiting for memory"]
 
 
 async def test_a_store_that_refuses_quickly_is_tried_again_also_for_a_service() -> None:

@@ -122,12 +122,13 @@ async def check_place(plan: RestorePlan, place: Place) -> Targets:
     """All that can be refused before anything is touched: folders, room, programs, port. For ``--dry-run`` too."""
     if place.start or place.bin_dir is not None:
         await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
-    if place.start and place.port is not None:
-        await asyncio.to_thread(_check_port, place.port)
     margin = min(plan.path.size, _WAL_MARGIN)
-    return await asyncio.to_thread(
+    targets = await asyncio.to_thread(
         look, plan.backup, place.directory, place.tablespaces, force=place.force, wal_margin=margin
     )
+    if place.start and place.port is not None:
+        await asyncio.to_thread(_check_port, place.port)  # last: a server that runs on the folder itself is told before
+    return targets
 
 
 def _check_port(port: int) -> None:

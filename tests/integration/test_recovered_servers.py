@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.wal_script import FOLDER, SCRIPT
 from infra.restore import Repository, check_place, make_plan, restore
 from pipeline.catalog import wal_key
-from pipeline.errors import RecoveryError
+from pipeline.errors import ConfigError, RecoveryError
 from pipeline.targets import Target
 from pipeline.wal import WalFile
 from tests.integration.test_recovery_rules import (
@@ -138,6 +139,18 @@ async def test_a_killed_server_is_told_from_one_that_runs(start_server: StartSer
             await check_place(plan, place)
         pid_file.write_text("\n".join(lines))
         assert (await check_place(plan, place)).full == (other.data_dir,)
+
+
+async def test_a_port_in_use_is_found_before_anything_is_touched(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    bank = await small_history(start_server, server_folder)
+    plan = await make_plan(bank.repository(), Target())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = replace(bank.place("beside"), start=True, port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"port {place.port} is in use here"):
+            await check_place(plan, place)
+    await check_place(plan, place)
 
 
 async def test_an_interrupted_start_leaves_no_server(start_server: StartServer, server_folder: Path) -> None:

@@ -174,3 +174,19 @@ def test_ports_that_fit_no_server_are_refused(
     monkeypatch.setenv("POSTGRES_PORT", port)
     with pytest.raises(ConfigError, match=words):
         load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WALSHIP_TAIL_INTERVAL", "0", "WALSHIP_TAIL_INTERVAL: must be 0.1 to 3600, in seconds"),
+        ("WALSHIP_SLOT", "Wal-ship", "WALSHIP_SLOT: must be made of a to z, 0 to 9 and _, at most 63 of them"),
+    ],
+)
+def test_what_a_setting_may_be_is_said_in_plain_words(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as raised:
+        load()
+    assert raised.value.fact == words

@@ -270,5 +270,5 @@ class Streaming:
         if durable is not None and leg is not None:
             durable.retreat(destination, start, end if leg.end is None else min(leg.end, end))
         fact = f"tails of segment {file} that were stored at {destination} are gone; they are stored once more"
-        hint = "does a lifecycle rule or a person remove what begins with tail/? it is needed until its segment is finished"
+        hint = "does a rule or a person remove what begins with tail/? it is needed until its segment is finished"
         self._site.notify(DestinationFailed(destination, tail_folder(file), fact, hint))

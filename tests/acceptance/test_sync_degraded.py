@@ -96,3 +96,19 @@ def test_after_the_timeout_commits_go_on_with_one_durable_copy_and_it_is_told(ri
     assert not waiting.returned.wait(5)
     (rig.folder / "away").rename(rig.folder / "local")
     assert waiting.returned.wait(60)
+
+
+def test_an_optional_destination_that_accepts_and_never_answers_holds_up_nothing(rig: Rig, proxy: Proxy) -> None:
+    """The commits of the other one go on, and so do finished segments, many more than fit into memory."""
+    begin(rig, WALSHIP_REQUIRED=rig.destinations[0])
+    proxy.turn(Mode.STALL)
+    local = rig.folder / "local"
+    before = len(list(local.glob("*/wal/*/*")))
+    for number in range(8):
+        assert Commit(rig, 10 + number).returned.wait(30)
+        rig.sql("select pg_switch_wal()")
+    rig.wait(lambda: len(list(local.glob("*/wal/*/*"))) >= before + 8, "the local folder goes on", 40)
+    rig.wait(lambda: "has not answered for 10 seconds" in rig.service_log(), "it is told", 40)
+    proxy.turn(Mode.PASS)
+    rig.wait(lambda: '"event": "destination_caught_up"' in rig.service_log(), "it gets what it missed", 90)
+    assert rig.json("verify")["ok"]

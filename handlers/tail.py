@@ -27,13 +27,13 @@ something damaged lies under that key, the range is cut differently.
 
 *Folding*: 256 tails of a segment are stored once more as one of their joint range, from memory, before they are
 deleted; 256 of those as well. A timeline's last, never finished segment is folded into one tail in the end. Folding and
-removing run beside the tails and never delay one, but for the processor.
+removing run beside the tails and never delay one, but for the processor; deletes that hang delay nothing at all.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 
 from handlers.outlet import Outlet, Parcel
 from handlers.tail_clean import TailCleaner
@@ -54,6 +54,9 @@ MOST_BYTES = 4 << 20
 #: Synchronous: no tail is longer, what remains goes in the next.
 LONGEST_SYNCHRONOUS = 4 << 20
 
+#: Segments that are let go of elsewhere and have tails under way, which hold their memory: nor is any tail cut then.
+MOST_LINGERING = 3
+
 #: Seconds between two cuts in synchronous mode, at least: a PUT costs about as much however small it is.
 SPACING = 0.002
 
@@ -66,6 +69,9 @@ HELD_UP = 5.0
 #: Seconds between looks at what has no event of its own: a destination that is down, synchronous mode switched on, and
 #: while nothing is written, whether the destination was down.
 POLL, SLICE, IDLE = 0.1, 0.25, 5.0
+
+#: ``SLICE`` while there are several segments: they come and go quickly, and who looks late holds them in memory.
+HASTE = 0.03
 
 #: Finished segments that are remembered until the stream comes by. Of one that was forgotten, tails may be cut: the
 #: stream's own attempt to store it finds it there, and they go.
@@ -219,12 +225,12 @@ class TailShipper:
         due, course = min(dues, key=lambda pair: pair[0])
         if due > now:
             return due - now
+        lingering = sum(course.closed for course in self._courses) >= MOST_LINGERING
         most = MOST_IN_FLIGHT_SYNCHRONOUS if synchronous else MOST_IN_FLIGHT
-        if len(self._flight) >= most or sum(self._flight.values()) >= MOST_BYTES:
-            await self._wake.wait()
+        if len(self._flight) >= most or sum(self._flight.values()) >= MOST_BYTES or lingering:
+            await self._first(self._wake.wait(), self._clock.sleep(HASTE if self._courses[1:] else SLICE))
             return 0
-        filled = course.segment.filled
-        await self._cut(group, course, min(filled, course.sent + LONGEST_SYNCHRONOUS) if synchronous else filled)
+        await self._cut(group, course, LONGEST_SYNCHRONOUS if synchronous else course.waiting)
         if synchronous:
             self._not_before = now + max(SPACING, self._latency / MOST_IN_FLIGHT_SYNCHRONOUS)
         return 0
@@ -239,8 +245,10 @@ class TailShipper:
             return max(arrived, self._headway) + max(HELD_UP, self._interval)
         return arrived if synchronous or segment.ended else arrived + self._interval
 
-    async def _cut(self, group: asyncio.TaskGroup, course: Course, end: int) -> None:
-        cut = await asyncio.to_thread(course.cut, end) if end - course.sent > HASH_AT_ONCE else course.cut(end)
+    async def _cut(self, group: asyncio.TaskGroup, course: Course, most: int) -> None:
+        size = min(most, course.waiting)
+        end = course.sent + size
+        cut = await asyncio.to_thread(course.cut, end) if size > HASH_AT_ONCE else course.cut(end)
         self._tailed.add(course.segment.file)
         task = group.create_task(self._deliver(course, cut))
         self._flight[task] = cut.tail.name.end - cut.tail.name.start
@@ -285,8 +293,7 @@ class TailShipper:
         finally:
             parcel.body.close()
         seconds = self._clock.monotonic() - began
-        abilities = self._outlet.abilities
-        if new and abilities and not abilities.conditional_put:
+        if new and (abilities := self._outlet.abilities) and not abilities.conditional_put:
             self._notify(DestinationHampered(self._outlet.name, abilities.remark))
         self._notify(ObjectStored(self._outlet.name, parcel.name, parcel.body.size, seconds))
         return seconds
@@ -375,15 +382,15 @@ class TailShipper:
         if seconds is not None and not self._synchronous():
             # Whatever arrives meanwhile is due later than that: a busy server need not wake us for every message.
             if seconds:
-                await self._clock.sleep(min(seconds, SLICE, max(self._interval, 0.01)))
+                await self._clock.sleep(min(seconds, HASTE if self._courses[1:] else SLICE, max(self._interval, 0.01)))
             return
         if seconds == 0:
             return
-        waits: list[asyncio.Task[object]] = [
-            asyncio.create_task(self._wal.changed(seen)),
-            asyncio.create_task(self._wake.wait()),
-            asyncio.create_task(self._clock.sleep(IDLE if seconds is None else seconds)),
-        ]
+        pause = self._clock.sleep(IDLE if seconds is None else seconds)
+        await self._first(self._wal.changed(seen), self._wake.wait(), pause)
+
+    async def _first(self, *all_: Coroutine[object, object, object]) -> None:
+        waits = [asyncio.create_task(each) for each in all_]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -7,6 +7,7 @@ import asyncio
 import click
 
 from infra.cli.verb import cluster_option, settings, until_signalled
+from infra.malloc import give_back_large_blocks
 from infra.monitoring import log
 from infra.service import serve
 
@@ -25,5 +26,6 @@ def command(cluster: str) -> None:
     Example: walship run
     """
     log.configure()
+    give_back_large_blocks()
     # To be told to stop is how a service ends: no other verb may call that a success.
     asyncio.run(until_signalled(serve(settings(), cluster=cluster)))

@@ -7,6 +7,7 @@ Blog, 2015).
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
@@ -96,16 +97,18 @@ class Retrying:
         attempts: _Attempts | None = None
         last, ordered = after, True
         while True:
+            asked = self._clock.monotonic()
             try:
                 async for info in self._store.list(prefix, after=last, shallow=shallow):
                     ordered = ordered and info.key > last
                     last, attempts = info.key, None
                     yield info
+                    asked = self._clock.monotonic()
             except StoreError as error:
                 if not ordered:
                     self._observe(self.name, "list", error)
                     raise
-                attempts = attempts or self._begin("list")
+                attempts = attempts or self._begin("list", asked)
                 await attempts.failed(error)
             else:
                 self._observe(self.name, "list", None)
@@ -122,7 +125,8 @@ class Retrying:
 
     def _refuse_resting(self) -> None:
         if self._resting and self._clock.monotonic() < self._resting[0]:
-            raise StoreError(self._resting[1], hint="it is tried again in a few seconds", passing=True)
+            hint = f"it did not answer, and is left alone for {self._policy.rest:g} s"
+            raise StoreError(self._resting[1], hint=hint, passing=True)
 
     def _rest(self, error: StoreError) -> None:
         self._resting = self._clock.monotonic() + self._policy.rest, error.fact
@@ -139,10 +143,10 @@ class Retrying:
                 self._observe(self.name, operation, None)
                 return result
 
-    def _begin(self, operation: str) -> _Attempts:
-        return _Attempts(
-            self._clock, self._policy, self._draw, lambda error: self._observe(self.name, operation, error), self._rest
-        )
+    def _begin(self, operation: str, asked: float | None = None) -> _Attempts:
+        """``asked``: when the first attempt began, in monotonic seconds; None for now."""
+        observe = functools.partial(self._observe, self.name, operation)
+        return _Attempts(self._clock, self._policy, self._draw, observe, self._rest, asked)
 
 
 class _Attempts:
@@ -155,13 +159,14 @@ class _Attempts:
         draw: Callable[[], float],
         observe: Callable[[StoreError], None],
         rest: Callable[[StoreError], None],
+        asked: float | None = None,
     ) -> None:
         self._rest = rest
         self._clock = clock
         self._policy = policy
         self._draw = draw
         self._observe = observe
-        self._began = self._attempted = clock.monotonic()
+        self._began = self._attempted = clock.monotonic() if asked is None else asked
         self._count = 0
 
     async def failed(self, error: StoreError) -> None:

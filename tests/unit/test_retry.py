@@ -6,7 +6,7 @@ import pytest
 
 from handlers.body import joined
 from infra.storage.memory import MemoryStore
-from infra.storage.retry import Retrying, RetryPolicy
+from infra.storage.retry import LOOK, Retrying, RetryPolicy
 from infra.storage.telling import Telling
 from pipeline.errors import ObjectConflict, StoreError
 from pipeline.objects import MemoryBody
@@ -117,6 +117,23 @@ async def test_a_store_that_did_not_answer_is_left_alone_for_a_while() -> None:
     clock.passed += 10.0
     await store.put("a", BODY)
     assert faulty.count("put") == 1
+
+
+async def test_a_listing_that_got_no_answer_is_not_asked_for_twice() -> None:
+    faulty, clock, _, _ = parts()
+    faulty.down = {"list": PASSING}
+
+    class Hanging(Faulty):
+        async def _begin(self, operation: str, key: str) -> int:
+            clock.passed += 15.0
+            return await super()._begin(operation, key)
+
+    hanging = Hanging(faulty.store, down=faulty.down)
+    store = Retrying(hanging, clock, LOOK)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="cannot be reached"):
+            [info async for info in store.list("")]
+    assert hanging.count("list") == 1
 
 
 async def test_a_person_is_told_once_whom_the_command_waits_for() -> None:

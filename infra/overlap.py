@@ -1,7 +1,7 @@
 """Is the server the one whose WAL is stored? Its bytes are compared with the stored ones where both have some.
 
 System identifier and timeline do not tell: a server that was rolled back to a snapshot has the same ones, and once it
-has written past the stored position nothing else would ever notice (POSTGRES.md, item 14).
+has written past the stored position nothing else would ever notice.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from pipeline.dispatcher import Gate
 from pipeline.errors import ConfigError, IntegrityError, StoreError, WalshipError
 from pipeline.events import Notice
 
-#: Objects held in memory at a time. With the base of the interpreter it makes the bound of DESIGN section 3:
+#: Objects held in memory at a time. With the base of the interpreter it makes the bound of memory:
 #: 100 MB + 4 × max(segment, part).
 PLACES = 4
 

@@ -108,7 +108,7 @@ def _kept(facts: ServerFacts, stream: StreamFacts, settings: Settings) -> Iterat
 
 
 def commit_problems(facts: ServerFacts, stream: StreamFacts, name: str) -> Iterator[Problem]:
-    """Whether a commit that has returned is stored. POSTGRES 20: several settings look as if it were."""
+    """Whether a commit that has returned is stored: several settings look as if it were."""
     means = meaning(facts.synchronous_standby_names, name)
     if means.wait == "none":
         return

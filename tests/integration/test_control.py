@@ -23,7 +23,7 @@ from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, new_server, serv
 __all__ = ["server_folder", "start_server"]
 
 SECRET = "s3cret-of-the-role"
-#: As POSTGRES 19 says, for a role that is no superuser.
+#: What is needed by a role that is no superuser.
 RIGHTS = """
 create role walship login replication password 's3cret-of-the-role';
 grant pg_monitor to walship;

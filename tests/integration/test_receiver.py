@@ -123,7 +123,7 @@ async def test_commits_wait_for_the_store(start_server: StartServer) -> None:
 
 
 async def test_nothing_is_read_while_nothing_is_stored(start_server: StartServer) -> None:
-    """Four segments in memory, the connection stays, and a shutdown that waits for the rest does not wait for ever."""
+    """Three segments in memory, the connection stays, and a shutdown that waits for the rest does not wait for ever."""
     server = started(start_server, settings={"wal_sender_timeout": "2s"})
     repository = Repository()
     async with receiving(server, repository, grace=1.0) as stream:
@@ -131,9 +131,9 @@ async def test_nothing_is_read_while_nothing_is_stored(start_server: StartServer
         stream.storing.clear()
         await write(server, 9)
         before = stream.stored_to()
-        await stream.until(lambda: len(stream.wal.segments) == 4, "four segments are held")
+        await stream.until(lambda: len(stream.wal.segments) == 3, "three segments are held")
         await asyncio.sleep(2.5)
-        assert stream.most == 4
+        assert stream.most == 3
         assert not stream.told(StreamLost)
         assert stream.told(WalMoved)[-1].age["store"] > 1
         assert stream.told(WalMoved)[-1].flush == before

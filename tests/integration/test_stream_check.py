@@ -33,7 +33,7 @@ __all__ = ["server_folder", "start_server"]
 _HOME = Path(__file__).resolve().parents[2]
 #: With these, nothing is wrong.
 RIGHT = {"max_slot_wal_keep_size": "10GB", "wal_keep_size": "16MB", "fsync": "on"}
-#: POSTGRES 19, without what base backups need.
+#: The least rights for the stream, without what base backups need.
 ROLE = "create role shipper login replication; grant pg_monitor to shipper"
 
 

@@ -1,4 +1,4 @@
-"""The stream of WAL from real servers: POSTGRES 10 and 13 to 20, as far as it is about the protocol."""
+"""The stream of WAL from real servers, as far as it is about the protocol."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # The few verbs of the project. Each brings what it needs into .venv first; python3 (3.11 or later) is all that must be there.
 
 PYTHON = .venv/bin/python
-# How many tests run at once; and more words for pytest, such as ARGS='-k restore'
-WORKERS = 2
+# How many tests run at once, most of which wait for servers; and more words for pytest, such as ARGS='-k restore'
+WORKERS = 4
 # How often the kill test destroys everything but the bucket
 ROUNDS = 10
 ARGS =

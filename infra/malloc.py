@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
-#: Blocks of at least so many bytes are the kernel's: segments, and the pieces of objects on their way.
-LARGE = 1 << 20
+#: Blocks of at least so many bytes are the kernel's: segments, stored objects. Not less: a compressor's own memory is
+#: 1 to 4 MiB, and to get it anew from the kernel for each tail made commits wait half as long again.
+LARGE = 8 << 20
 
 #: ``M_MMAP_THRESHOLD`` of glibc's ``malloc.h``.
 _MMAP_THRESHOLD = -3

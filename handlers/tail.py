@@ -15,9 +15,8 @@ counts stays "interval + one PUT". It may be held up all the same, by an uploade
 time out. So when for ``HELD_UP`` seconds no finished segment has reached this destination, the rest goes as a tail
 after all; while they do arrive, tails of what waits behind them would only take bandwidth from them.
 
-*Synchronous* (commits wait for us): what has gathered goes at once, several PUTs at a time, spaced so that they spread
-over the time that one takes. The end of a segment goes as a tail too, unless so much is left of it that the finished
-object is as soon there.
+*Synchronous* (commits wait for us): what has gathered goes at once, several PUTs at a time. The end of a segment goes
+as a tail too, unless so much is left of it that the finished object is as soon there.
 
 *Failure*: everything in flight is given up, the destination is told of (``failed`` marks it down), and once it is up
 again, cutting begins anew from its durable position; from the segment's first byte (``lost``) if what is durable is not
@@ -232,7 +231,9 @@ class TailShipper:
             return 0
         await self._cut(group, course, LONGEST_SYNCHRONOUS if synchronous else course.waiting)
         if synchronous:
-            self._not_before = now + max(SPACING, self._latency / MOST_IN_FLIGHT_SYNCHRONOUS)
+            # What is free is spread over the time that a PUT takes only when little is: commits come in bunches.
+            spread = self._latency / most if len(self._flight) >= most // 2 else 0.0
+            self._not_before = now + max(SPACING, spread)
         return 0
 
     def _due(self, course: Course, synchronous: bool) -> float | None:  # noqa: FBT001  two modes, looked up once
@@ -247,12 +248,12 @@ class TailShipper:
 
     async def _cut(self, group: asyncio.TaskGroup, course: Course, most: int) -> None:
         size = min(most, course.waiting)
-        end = course.sent + size
-        cut = await asyncio.to_thread(course.cut, end) if size > HASH_AT_ONCE else course.cut(end)
+        cut = course.cut(course.sent + size)
         self._tailed.add(course.segment.file)
         task = group.create_task(self._deliver(course, cut))
         self._flight[task] = cut.tail.name.end - cut.tail.name.start
         task.add_done_callback(self._settled)
+        await asyncio.to_thread(course.hash_on) if size > HASH_AT_ONCE else course.hash_on()  # while it is encoded
 
     def _settled(self, task: asyncio.Task[None]) -> None:
         del self._flight[task]

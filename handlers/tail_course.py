@@ -64,8 +64,9 @@ class Course:
     doubtful: set[TailName] = field(default_factory=set)
     #: Keys under which something damaged lies here, or that are being deleted: not used again.
     spoiled: set[TailName] = field(default_factory=set)
-    #: SHA-256 of the first ``sent`` bytes.
+    #: SHA-256 of the first ``hashed`` bytes: all that was sent, but for the newest cut until ``hash_on``.
     _hasher: _Hash = field(default_factory=hashlib.sha256)
+    hashed: int = 0
 
     @property
     def waiting(self) -> int:
@@ -89,20 +90,26 @@ class Course:
         return next((level[-1].name for level in self.levels if level), None)
 
     def cut(self, end: int) -> Cut:
-        """The bytes from ``sent`` to ``end`` as a tail in flight; less where that key is spoiled.
-
-        Hashes at about 1 GB/s with the GIL released: call it from a thread when it is much, and never twice at once.
-        """
-        start, hasher = self.sent, self._hasher
+        """The bytes from ``sent`` to ``end`` as a tail in flight; less where that key is spoiled."""
+        assert self.hashed == self.sent, "hash_on comes between two cuts"
+        start = self.sent
         # On an idle server the same bytes would have the same key for ever. (A single byte has no other one.)
         while end - start > 1 and TailName(self.segment.file, self.epoch, start, end) in self.spoiled:
             end = start + (end - start) // 2
-        after = hasher.copy()
-        after.update(self.segment.view(start, end))
-        cut = Cut(Tail(TailName(self.segment.file, self.epoch, start, end), hasher.digest()), hasher)
-        self._hasher, self.sent = after, end
+        name = TailName(self.segment.file, self.epoch, start, end)
+        cut = Cut(Tail(name, self._hasher.digest()), self._hasher)
+        self.sent = end
         self.flight.append(cut)
         return cut
+
+    def hash_on(self) -> None:
+        """Hash what was cut last: what the next cut begins with. It need not be done before that one is on its way.
+
+        About 1 GB/s with the GIL released: call it from a thread when it is much, and nothing else until it returns.
+        """
+        after = self._hasher.copy()  # the old one is where to begin again
+        after.update(self.segment.view(self.hashed, self.sent))
+        self._hasher, self.hashed = after, self.sent
 
     def landed(self, cut: Cut) -> Iterator[TailName]:
         """The destination has confirmed it: yields what is durable by that, in order."""
@@ -119,7 +126,7 @@ class Course:
         if self.flight:
             self.doubtful.update(cut.tail.name for cut in self.flight)
             self._hasher = self.flight[0].hasher
-            self.sent = self.durable
+            self.sent = self.hashed = self.durable
             self.flight.clear()
 
     def restart(self) -> None:
@@ -127,7 +134,7 @@ class Course:
         assert not self.flight
         self.doubtful.update(tail.name for level in self.levels for tail in level)
         self.levels = [[]]
-        self.sent = self.durable = 0
+        self.sent = self.hashed = self.durable = 0
         self._hasher = hashlib.sha256()
 
     def holds(self, members: list[Tail]) -> bool:

@@ -160,7 +160,9 @@ def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str) -> Chai
         encrypted = settings.wal_encrypted if kind_of(name) == "wal" else settings.backup_encryption_enabled
         return settings.backup_encryption_algorithm if encrypted else "none"
 
-    compress = Compress(settings.compression, settings.compression_level)
+    compress = Compress(
+        settings.compression, settings.compression_level, hurried=lambda name: name.startswith("tail/")
+    )
     return Chain([compress, Encrypt(keys, cipher_for), Checksum()], keys, system_id)
 
 

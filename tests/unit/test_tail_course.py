@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 
-from handlers.tail_course import Course
+from handlers.tail_course import Course, Cut
 from pipeline.openwal import OpenSegment, OpenWal
 from pipeline.tail import HASH_SIZE, TailName
 from pipeline.wal import WalFile
@@ -19,10 +19,16 @@ def begin() -> tuple[OpenSegment, Course]:
     return segment, Course(segment, 7)
 
 
+def send(course: Course, end: int) -> Cut:
+    made = course.cut(end)
+    course.hash_on()
+    return made
+
+
 def cut(course: Course, segment: OpenSegment, size: int) -> TailName:
     """A tail of so many bytes that is durable at once."""
     segment.append(random.Random(segment.filled).randbytes(size), 1.0)
-    made = course.cut(segment.filled)
+    made = send(course, segment.filled)
     (name,) = course.landed(made)
     return name
 
@@ -32,7 +38,7 @@ def test_the_plaintext_is_the_hash_of_what_comes_before_and_the_bytes() -> None:
     for size in (100, 1, 70_000):
         start = segment.filled
         segment.append(random.Random(size).randbytes(size), 1.0)
-        made = course.cut(segment.filled)
+        made = send(course, segment.filled)
         plain = course.plain(made.tail)
         assert plain[:HASH_SIZE] == hashlib.sha256(segment.data[:start]).digest()
         assert plain[HASH_SIZE:] == segment.data[start : start + size]
@@ -44,7 +50,7 @@ def test_answers_in_any_order_make_it_durable_in_order() -> None:
     cuts = []
     for _ in range(6):
         segment.append(bytes(10), 1.0)
-        cuts.append(course.cut(segment.filled))
+        cuts.append(send(course, segment.filled))
     said: list[TailName] = []
     for at in (3, 1, 0, 2, 5, 4):
         said += course.landed(cuts[at])
@@ -56,13 +62,13 @@ def test_what_was_given_up_is_cut_again_with_the_same_hash() -> None:
     segment, course = begin()
     cut(course, segment, 50)
     segment.append(b"given up", 1.0)
-    lost = course.cut(segment.filled)
+    lost = send(course, segment.filled)
     before = course.plain(lost.tail)
     segment.append(b" twice", 1.0)
-    course.cut(segment.filled)
+    send(course, segment.filled)
     course.roll_back()
     assert (course.sent, course.durable, course.waiting) == (50, 50, 14)
-    again = course.cut(lost.tail.name.end)
+    again = send(course, lost.tail.name.end)
     assert (again.tail, course.plain(again.tail)) == (lost.tail, before)
     course.roll_back()
     course.roll_back()
@@ -72,7 +78,7 @@ def test_what_was_given_up_is_cut_again_with_the_same_hash() -> None:
 def test_a_late_answer_to_what_was_given_up_changes_nothing() -> None:
     segment, course = begin()
     segment.append(bytes(10), 1.0)
-    lost = course.cut(10)
+    lost = send(course, 10)
     course.roll_back()
     assert list(course.landed(lost)) == []
     assert (course.durable, course.sent) == (0, 0)
@@ -83,9 +89,9 @@ def test_a_fold_never_deletes_what_lies_behind_it() -> None:
     segment, course = begin()
     first, second = cut(course, segment, 10), cut(course, segment, 10)
     segment.append(bytes(10), 1.0)
-    course.cut(25)
+    send(course, 25)
     course.roll_back()
-    course.cut(30)
+    send(course, 30)
     members = course.foldable(2)
     course.roll_back()
     joint = course.joint(members)

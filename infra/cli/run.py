@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import click
 
@@ -28,4 +29,14 @@ def command(cluster: str) -> None:
     log.configure()
     give_back_large_blocks()
     # To be told to stop is how a service ends: no other verb may call that a success.
-    asyncio.run(until_signalled(serve(settings(), cluster=cluster)))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(until_signalled(serve(settings(), cluster=cluster)))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, whose shorter turns are half a millisecond of each synchronous commit; None, asyncio's, without it."""
+    try:
+        import uvloop
+    except ImportError:
+        return None  # it has no wheel for this platform, and nothing but speed depends on it
+    return uvloop.new_event_loop

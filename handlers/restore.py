@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec
 
@@ -32,6 +33,21 @@ P = ParamSpec("P")
 
 #: Told (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """What laying a backup down took; bytes are of plaintext."""
+
+    files: int
+    #: Bytes in the backup.
+    size: int
+    #: Bytes of the parts that were fetched.
+    fetched: int
+    #: Bytes that lay there already and were kept.
+    kept: int
+    #: Files that were removed because the backup has none of that name.
+    removed: int
 
 
 async def lay_down(

@@ -14,7 +14,7 @@ from pathlib import Path
 from handlers.feed import Feed
 from handlers.fetch import read_catalog
 from handlers.plan import plan_restore
-from handlers.restore import lay_down
+from handlers.restore import Laid, lay_down
 from handlers.serve_wal import WalServer
 from handlers.target_dir import Targets, look
 from infra.fetch_context import FetchContext
@@ -66,6 +66,10 @@ class Place:
     #: Tablespace location at the time of the backup → the new one.
     tablespaces: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
+    #: Keep what lies there already and is as the backup has it.
+    delta: bool = False
+    #: Go on following the archive, as a standby, in place of stopping at a target.
+    standby: bool = False
     start: bool = False
     #: Where the started server will listen, as far as that can be told before its files are there; None: unknown.
     port: int | None = None
@@ -84,9 +88,7 @@ class Restored:
     """The result."""
 
     directory: Path
-    files: int
-    #: Bytes of the base backup.
-    size: int
+    laid: Laid
     neutralised: tuple[Neutralised, ...]
     notices: tuple[str, ...]
     #: None unless the server was to be started.
@@ -194,7 +196,8 @@ async def restore(
     for remark in said:
         watch.say(remark)
     server = await _start(repository, plan, place, targets, watch) if place.start else None
-    return Restored(targets.directory, files, plan.size, tuple(neutralised), (*targets.notices, *said), server)
+    laid = Laid(files, plan.size, plan.size, kept=0, removed=0)
+    return Restored(targets.directory, laid, tuple(neutralised), (*targets.notices, *said), server)
 
 
 async def _start(repository: Repository, plan: RestorePlan, place: Place, targets: Targets, watch: Watch) -> Started:

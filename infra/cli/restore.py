@@ -47,6 +47,8 @@ from pipeline.targets import Target, zone_remark
 @click.option("--tablespace-map", "maps", multiple=True, metavar="OLD=NEW", help="Put a tablespace elsewhere.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace the data directory that is there.")
+@click.option("--delta", is_flag=True, help="Keep what lies there already and is as in the backup; fetch the rest.")
+@click.option("--standby", is_flag=True, help="Make a standby that goes on following the archive.")
 @click.option("--start", "start_server", is_flag=True, help="Start the server and wait until it is at the target.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With --start: listen there.")
 @click.option("--allow-unencrypted", is_flag=True, help="Accept plain objects in an encrypted repository.")
@@ -114,7 +116,15 @@ def _place(directory: Path, options: dict[str, Any]) -> Place:
     if options["port"] and not options["start_server"]:
         raise ConfigError("--port needs --start", hint="without it the restored postgresql.conf says where to listen")
     listen = {"port": str(options["port"])} if options["port"] else {}
-    return Place(directory, maps, force=options["force"], start=options["start_server"], options=listen)
+    return Place(
+        directory,
+        maps,
+        force=options["force"],
+        delta=options["delta"],
+        standby=options["standby"],
+        start=options["start_server"],
+        options=listen,
+    )
 
 
 def _on_this_machine(place: Place, wanted: Settings) -> Place:
@@ -201,11 +211,13 @@ def _finish(plan: RestorePlan, restored: Restored, seconds: float, *, as_json: b
     result = {
         **plan.summary(),
         "directory": str(restored.directory),
-        "files": restored.files,
+        "files": restored.laid.files,
+        "bytes_fetched": restored.laid.fetched,
+        "bytes_kept": restored.laid.kept,
         "notes": list(restored.notices),
         "seconds": round(seconds, 3),
     }
-    lines = [f"{restored.directory} holds {plan.backup.name}: {restored.files} files, {human(restored.size)}"]
+    lines = [f"{restored.directory} holds {plan.backup.name}: {restored.laid.files} files, {human(restored.laid.size)}"]
     server = restored.server
     if server is None:
         lines.append("start the server with pg_ctl or your service manager: it recovers to the target by itself")

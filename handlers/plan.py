@@ -17,6 +17,7 @@ from pipeline.catalog import Catalog
 from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, RecoveryError
 from pipeline.lineage import Lineage, WalPath
+from pipeline.moments import show
 from pipeline.recovery import (
     Ending,
     RestorePlan,
@@ -28,7 +29,7 @@ from pipeline.recovery import (
     settle,
     timeline_setting,
 )
-from pipeline.targets import Target, TargetKind, show
+from pipeline.targets import Target, TargetKind
 from pipeline.wal import Lsn, WalFile
 from pipeline.walmarks import find_restore_point, find_xid, transactions
 from pipeline.walrecords import Carry, Payload

@@ -20,7 +20,8 @@ from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog
 from pipeline.errors import RecoveryError
 from pipeline.lineage import Lineage, WalPath
-from pipeline.targets import Action, Target, TargetKind, show
+from pipeline.moments import show
+from pipeline.targets import Action, Target, TargetKind
 from pipeline.wal import Lsn, WalFile
 
 

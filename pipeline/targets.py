@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from datetime import datetime, tzinfo
 from enum import Enum
 
 from pipeline.errors import ConfigError
+from pipeline.moments import parse_time, show
 from pipeline.wal import Lsn
 
 
@@ -70,8 +71,9 @@ class Target:
         timeline: int | None = None,
         action: str = "promote",
         zone: tzinfo | None = None,
+        now: datetime | None = None,
     ) -> Target:
-        """What was typed → the target. ``zone`` is for times without one; None means this machine's.
+        """What was typed → the target. ``zone`` is for times without one; None means this machine's; so with ``now``.
 
         Raises ConfigError that names the option.
         """
@@ -88,7 +90,7 @@ class Target:
             raise ConfigError(f"--action {action} is unknown", hint="promote, pause or shutdown")
         rest = cls(inclusive=not exclusive, timeline=timeline, action=Action(action))
         if time is not None:
-            return rest.to_time(parse_time(time, zone))
+            return rest.to_time(parse_time(time, zone, now=now))
         if lsn is not None:
             try:
                 return rest.to_lsn(Lsn.parse(lsn))
@@ -139,39 +141,3 @@ def _xid(text: str) -> int:
         raise ConfigError(f"--to-xid {text} is not the id of a transaction", hint="the first one is 3")
     # PostgreSQL compares the low 32 bits; pg_current_xact_id() carries the epoch above them.
     return value & 0xFFFFFFFF
-
-
-def parse_time(text: str, zone: tzinfo | None = None) -> datetime:
-    """``2026-01-14 12:00:00+01`` → the moment in UTC. Without a zone it is ``zone``, or this machine's.
-
-    Accepts what PostgreSQL prints and RFC 3339. Raises ConfigError.
-    """
-    words = text.strip()
-    for name in (" UTC", " GMT", "Z"):
-        words = words.removesuffix(name) + "+00:00" if words.endswith(name) else words
-    try:
-        moment = datetime.fromisoformat(words)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=zone) if zone else moment.astimezone()
-        return moment.astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise ConfigError(
-            f"--to-time {text!r} is not a time", hint="2026-01-14 12:00:00, or with a zone: 2026-01-14T12:00:00+01:00"
-        ) from None
-
-
-def zone_remark(text: str, moment: datetime, zone: tzinfo | None = None) -> str:
-    """A sentence for people about how ``text`` was understood as ``moment``; empty if it named its zone itself."""
-    if parse_time(text, UTC) == moment == parse_time(text, _FAR):
-        return ""
-    local = moment.astimezone(zone)
-    return f"{text.strip()} has no time zone; it was taken as {local.tzname()}: {local.isoformat(sep=' ')}"
-
-
-def show(moment: datetime) -> str:
-    """As messages print a time: UTC, with microseconds where there are any."""
-    return moment.astimezone(UTC).isoformat(sep=" ").replace("+00:00", " UTC")
-
-
-#: Some zone in which no wall clock shows what it does in UTC.
-_FAR = timezone(timedelta(hours=11))

@@ -8,7 +8,7 @@ from handlers.base_backup import Progress
 from infra.backups import backup
 from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, emit, human, json_option, say, settings
-from pipeline.targets import show
+from pipeline.moments import show
 
 
 @click.command("backup")

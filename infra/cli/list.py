@@ -14,8 +14,8 @@ from infra.cli.verb import asynchronous, cluster_option, emit, human, json_optio
 from infra.wiring import Site, open_site
 from pipeline.catalog import Catalog
 from pipeline.errors import IntegrityError, RecoveryError, StoreError
+from pipeline.moments import show
 from pipeline.runs import Window
-from pipeline.targets import show
 from pipeline.wal import Lsn
 
 

@@ -21,8 +21,9 @@ from infra.settings import Settings
 from infra.storage import display_name
 from infra.wiring import Site, open_site
 from pipeline.errors import ConfigError
+from pipeline.moments import time_remark
 from pipeline.recovery import RestorePlan
-from pipeline.targets import Target, zone_remark
+from pipeline.targets import Target
 
 
 @click.command("restore")
@@ -102,7 +103,7 @@ def _target(options: dict[str, Any]) -> tuple[Target, str]:
         timeline=options["timeline"],
         action=options["action"],
     )
-    return target, zone_remark(options["to_time"], target.time) if target.time else ""
+    return target, time_remark(options["to_time"], target.time) if target.time else ""
 
 
 def _place(directory: Path, options: dict[str, Any]) -> Place:

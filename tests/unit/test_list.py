@@ -6,8 +6,8 @@ from dataclasses import replace
 from datetime import timedelta
 
 from infra.cli.list import _tail_words, _until, _until_words
+from pipeline.moments import show
 from pipeline.runs import Window
-from pipeline.targets import show
 from pipeline.wal import Lsn
 from tests.unit.test_recovery import backup
 

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta, timezone
-
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.targets import Action, Target, TargetKind, parse_time, zone_remark
+from pipeline.targets import Action, Target, TargetKind
 from pipeline.wal import Lsn
-
-EAST = timezone(timedelta(hours=2), "EET")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "2026-01-14 12:00:00+02",
-        "2026-01-14T10:00:00Z",
-        "2026-01-14 10:00:00 UTC",
-        "2026-01-14 10:00:00.000000+00",
-        "2026-01-14 12:00:00",
-        " 2026-01-14T12:00 ",
-    ],
-)
-def test_times_with_and_without_a_zone(text: str) -> None:
-    assert parse_time(text, EAST) == datetime(2026, 1, 14, 10, tzinfo=UTC)
-
-
-def test_the_zone_that_was_taken_is_told() -> None:
-    text = "2026-01-14 12:00:00"
-    assert "EET: 2026-01-14 12:00:00+02:00" in zone_remark(text, parse_time(text, EAST), EAST)
-    assert zone_remark(f"{text}+02:00", parse_time(f"{text}+02:00"), EAST) == ""
 
 
 def test_each_kind() -> None:

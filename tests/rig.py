@@ -266,13 +266,12 @@ def stop_started(target: Path) -> None:
         pid = int((target / "postmaster.pid").read_text("utf-8").splitlines()[0])
     except (OSError, ValueError, IndexError):
         return
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGQUIT)
-        for _ in range(400):
-            os.kill(pid, 0)
-            time.sleep(0.05)
-    except ProcessLookupError:
-        return
+    deadline = time.monotonic() + 20
+    # Its parent, the command, is gone: whoever inherited it may take seconds to ask for its exit code.
+    while processes._alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 class Load:

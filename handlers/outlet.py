@@ -113,5 +113,7 @@ class Outlet:
         raise ObjectConflict(
             f"{parcel.name} is stored at {self.name} with other bytes (made {header.created or 'at an unknown time'})",
             hint="two servers write to one repository, or this one was rolled back: find the other one; a clone needs"
-            " archive_mode=off, or a destination of its own. Nothing was overwritten, and this is not acknowledged",
+            " archive_mode=off, or a destination of its own. Nothing was overwritten",
+            ours=mine.fingerprint,
+            theirs=header.fingerprint,
         )

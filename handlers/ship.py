@@ -15,12 +15,12 @@ from concurrent.futures import Executor
 from handlers.body import collect
 from handlers.outlet import Parcel
 from handlers.upload import Uploader
-from pipeline.catalog import kind_of, wal_key
+from pipeline.catalog import conflict_key, kind_of, wal_key
 from pipeline.chain import Chain
 from pipeline.contracts import Buffer, Clock, Shipped, Source
 from pipeline.dispatcher import Gate
-from pipeline.errors import StoreError
-from pipeline.events import BackupReady, Event, HistoryReady, Priority
+from pipeline.errors import ObjectConflict, StoreError
+from pipeline.events import BackupReady, Event, FileSetAside, HistoryReady, Priority, SideFileReady
 from pipeline.objects import TRAILER_SIZE, read_header
 
 #: Seconds that a destination has once another one has an object: longer, and a service goes on without it.
@@ -66,6 +66,28 @@ class Shipper:
         priority = Priority.HISTORY if isinstance(event, HistoryReady) else Priority.WAL
         name = wal_key(event.file)
         await self._send(name, lambda: source.read(event), priority, "")
+        return self._uploader.owed(name)
+
+    async def set_aside(
+        self, source: Source, event: HistoryReady | SideFileReady, conflict: ObjectConflict
+    ) -> asyncio.Future[None] | None:
+        """Ship it under a key of its own, since its name is taken: nobody waits for it, and nothing of it is lost.
+
+        What is there may be another server's of the same timeline number, or this one's from before it was rolled back:
+        only people can tell. Returns what ``carry`` does.
+        """
+        name = conflict_key(event.file, conflict.ours)
+        await self._send(name, lambda: source.read(event), Priority.WAL, "")
+        self._uploader.notify(
+            FileSetAside(
+                event.file,
+                name,
+                f"{conflict.fact}; fingerprint {conflict.theirs[:16]}, and that of {event.file} from the source"
+                f" {source.name} is {conflict.ours[:16]}",
+                f"two servers have used the number of timeline {event.file.timeline}: restores go by the stored file,"
+                f" and this one is kept as {name}. Find out which server is right: docs/durability.md, Two promotions",
+            )
+        )
         return self._uploader.owed(name)
 
     async def _send(self, name: str, read: Callable[[], Buffer], priority: Priority, backup: str) -> Shipped:

@@ -41,7 +41,8 @@ class Uploader:
     def __init__(self, outlets: Sequence[Outlet], *, clock: Clock, notify: Callable[[Notice], None]) -> None:
         self.outlets = tuple(outlets)
         self._clock = clock
-        self._notify = notify
+        #: Whoever is to be told.
+        self.notify = notify
         self._up = asyncio.Event()
         self._up.set()
 
@@ -156,9 +157,9 @@ class Uploader:
             await self.failed(outlet, parcel.name, error)
             return error
         if new and outlet.abilities and not outlet.abilities.conditional_put:
-            self._notify(DestinationHampered(outlet.name, outlet.abilities.remark))
+            self.notify(DestinationHampered(outlet.name, outlet.abilities.remark))
         seconds = self._clock.monotonic() - began
-        self._notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, seconds))
+        self.notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, seconds))
         return None
 
     async def give(self, parcel: Parcel, outlet: Outlet) -> None:
@@ -167,11 +168,11 @@ class Uploader:
         await outlet.deliver(parcel)
         if (owed := outlet.owed.pop(parcel.name, None)) is not None and not owed.done():
             owed.set_result(None)
-        self._notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, self._clock.monotonic() - began))
+        self.notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, self._clock.monotonic() - began))
 
     async def failed(self, outlet: Outlet, name: str, error: WalshipError) -> None:
         """Tell, and take the destination for down unless it is only this one object that is wrong."""
-        self._notify(DestinationFailed(outlet.name, name, error.fact, error.hint))
+        self.notify(DestinationFailed(outlet.name, name, error.fact, error.hint))
         if isinstance(error, ObjectConflict | IntegrityError):
             return
         if isinstance(error, StoreError) and not error.passing and name != REPOSITORY:
@@ -251,7 +252,7 @@ class Uploader:
                     return
         if outlet.compared and not outlet.owed and not outlet.down:
             outlet.behind.clear()
-            self._notify(DestinationCaughtUp(outlet.name))
+            self.notify(DestinationCaughtUp(outlet.name))
 
     async def _copy(self, name: str, outlet: Outlet) -> None:
         """Verbatim, from the first other destination that has the object whole."""
@@ -274,7 +275,7 @@ class Uploader:
                 body.close()
             if (owed := outlet.owed.pop(name, None)) is not None and not owed.done():
                 owed.set_result(None)
-            self._notify(ObjectStored(outlet.name, name, body.size, self._clock.monotonic() - began))
+            self.notify(ObjectStored(outlet.name, name, body.size, self._clock.monotonic() - began))
             return
         lost = len(failures) == len(others) and all(isinstance(e, ObjectMissing | IntegrityError) for e in failures)
         # Nobody can give it any more. Whoever has it at its source ships it anew.
@@ -310,7 +311,7 @@ async def _names(outlet: Outlet) -> set[str] | None:
     """What a copy of the repository consists of at this destination; None if it does not answer."""
     names: set[str] = set()
     try:
-        for prefix in ("keys/", "wal/", "base/"):
+        for prefix in ("keys/", "wal/", "conflict/", "base/"):
             names.update([entry.key async for entry in outlet.store.list(prefix) if not entry.key.endswith("/")])
     except StoreError:
         return None  # found out, and told, when something is stored there

@@ -238,13 +238,16 @@ async def _wanted(
     needed = {wal_key(file) for way in followed for file in way.path.stored()}
     timelines = {leg.timeline for way in followed for leg in way.lineage.legs} & catalog.histories.keys()
     needed |= {wal_key(WalFile.history(timeline)) for timeline in timelines}
-    for prefix in ("keys/", "wal/") if whole else ("keys/",):
+    for prefix in ("keys/", "wal/", "conflict/") if whole else ("keys/",):
         try:
             async for entry in store.list(prefix):
                 if prefix == "keys/" and entry.key.startswith((_RING, data_key_name(""))):
                     yield _Wanted(entry.key, "", "")
                 elif not entry.key.endswith("/") and WalFile.parse(entry.key.rsplit("/", 1)[-1]):
                     needed.discard(entry.key)
+                    yield _Wanted(entry.key)
+                elif prefix == "conflict/" and not entry.key.endswith("/"):
+                    tally.warnings.append(f"{entry.key} at {store.name}: two servers have used one timeline number")
                     yield _Wanted(entry.key)
         except StoreError as error:
             tally.faults.append(Fault(store.name, prefix, "unreadable", error.fact))

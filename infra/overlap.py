@@ -6,6 +6,8 @@ has written past the stored position nothing else would ever notice.
 
 from __future__ import annotations
 
+import structlog
+
 from infra.postgres.connect import RefusedError
 from infra.postgres.walstream import fetch_part
 from infra.wiring import Site
@@ -16,6 +18,8 @@ from pipeline.objects import MAX_HEAD, read_header
 from pipeline.resume import GoOn
 from pipeline.runs import Runs
 from pipeline.wal import Lsn, WalFile
+
+log = structlog.get_logger()
 
 #: SQLSTATE of "requested WAL segment has already been removed".
 _REMOVED = "58P01"
@@ -78,7 +82,12 @@ async def _compare_tail(site: Site, file: WalFile, fork: Lsn | None) -> None:
         return  # being removed: the finished segment is stored by now
     except StoreError:
         return  # nobody answers: what cannot be compared is not
-    if tail is None or not tail.reach:
+    if tail is None:
+        return
+    for notice in tail.notices:
+        # What they held is not compared, and a restore ends before it: only a finished segment makes up for them.
+        log.warning("tails_passed_over", segment=file.name, error=notice, hint="`walship verify` looks at all of them")
+    if not tail.reach:
         return
     reach = tail.reach if fork is None else min(tail.reach, fork - file.start(size))
     server = await _from_server(site, file, reach)

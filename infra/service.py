@@ -35,7 +35,7 @@ from pipeline.catalog import wal_key
 from pipeline.contracts import Source
 from pipeline.dispatcher import Dispatcher, Handle, endless, none_left
 from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, SourceError, StoreError, WalshipError, foreseen
-from pipeline.events import Acknowledged, BackupReady, Event, Notice
+from pipeline.events import Acknowledged, BackupReady, Event, Notice, SegmentReady
 from pipeline.reconcile import Reconciler
 
 if TYPE_CHECKING:
@@ -305,7 +305,14 @@ def _watcher(spool: Path, site: Site, *, once: bool) -> SpoolWatcher:
 def _handler(site: Site, shipper: Shipper) -> Handle:
     async def handle(source: Source, event: Event) -> asyncio.Future[None] | None:
         if not isinstance(event, BackupReady):
-            return await shipper.carry(source, event)
+            try:
+                return await shipper.carry(source, event)
+            except ObjectConflict as conflict:
+                # Only the archiver's: where a history of the stream is not the stored one, its WAL cannot be restored,
+                # and nothing behind the fork may count as safe.
+                if source.name != SpoolWatcher.name or isinstance(event, SegmentReady):
+                    raise
+                return await shipper.set_aside(source, event, conflict)
         await _take_dropped(site, shipper, Path(event.folder))
         return None
 

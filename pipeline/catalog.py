@@ -52,6 +52,11 @@ def info_key(backup: str) -> str:
     return f"base/{backup}/backup_info"
 
 
+def conflict_key(file: WalFile, fingerprint: str) -> str:
+    """Where a file goes whose own name is taken by other bytes; ``fingerprint`` is the one it has under that name."""
+    return f"conflict/{file.name}.{fingerprint[:16]}"
+
+
 def data_key_name(key_id: str) -> str:
     """A data key, sealed to the repository; never deleted."""
     return f"keys/data-{key_id}"

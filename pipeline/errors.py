@@ -46,7 +46,15 @@ class ObjectMissing(StoreError):
 
 
 class ObjectConflict(StoreError):
-    """There is an object of that name already, and it was not to be replaced."""
+    """There is an object of that name already, and it was not to be replaced.
+
+    ``ours`` and ``theirs``: fingerprints of what was to be stored and of what is there; empty where nobody has looked.
+    """
+
+    def __init__(self, fact: str, *, hint: str = "", ours: str = "", theirs: str = "") -> None:
+        super().__init__(fact, hint=hint)
+        self.ours = ours
+        self.theirs = theirs
 
 
 class IntegrityError(WalshipError):

@@ -124,6 +124,18 @@ class FileRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class FileSetAside:
+    """A history, ``.partial`` or label whose name is taken by other bytes was stored under a name of its own."""
+
+    file: WalFile
+    #: Name of the object that holds it now.
+    name: str
+    #: What is stored where it belongs, and the fingerprints of both.
+    fact: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
 class WatchingHampered:
     """A source still notices everything, but later than it should."""
 
@@ -251,6 +263,7 @@ Notice: TypeAlias = (
     | Acknowledged
     | EventFailed
     | FileRefused
+    | FileSetAside
     | WatchingHampered
     | TailsRemoved
     | DeleteRefused

@@ -8,6 +8,7 @@ import click
 
 from handlers.fetch import read_catalog
 from handlers.verify import Report, verify
+from infra.cli import exits
 from infra.cli.progress import EVERY
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.wiring import open_site
@@ -19,8 +20,9 @@ from pipeline.errors import IntegrityError
 @click.option("--stored-only", is_flag=True, help="Checksums of stored bytes only: decrypts and decompresses nothing.")
 @cluster_option
 @json_option
+@click.pass_context
 @asynchronous
-async def command(backup: str | None, stored_only: bool, cluster: str, as_json: bool) -> None:
+async def command(context: click.Context, backup: str | None, stored_only: bool, cluster: str, as_json: bool) -> None:
     """Read everything back at every destination: stored bytes, keys, completeness of backups, holes in the WAL.
 
     A destination is good only if it could be read without the others. With a BACKUP, that one and the WAL from its
@@ -42,16 +44,13 @@ async def command(backup: str | None, stored_only: bool, cluster: str, as_json: 
         )
         chain = None if stored_only else site.chain
         report = await verify(catalog, site.stores, chain=chain, backup=backup, progress=progress)
+    emit(report.summary(), _lines(report), as_json=as_json)
     if not report.ok:
-        # The report is the result even so; the error behind it gives the exit code.
-        if not as_json:
-            for line in _lines(report):
-                click.echo(line)
         hint = "what is good elsewhere can still be restored: see the list"
         if any(fault.kind == "missing" for fault in report.faults):
             hint += "; `walship run` copies what another destination has at its next start"
-        raise IntegrityError(_verdict(report), hint=hint)
-    emit(report.summary(), _lines(report), as_json=as_json)
+        # The report is the result even so, and the only thing on stdout: the error is words, and the exit code.
+        context.exit(exits.report(IntegrityError(_verdict(report), hint=hint), as_json=False))
 
 
 def _verdict(report: Report) -> str:

@@ -19,6 +19,7 @@ from pipeline.events import (
     Event,
     EventFailed,
     FileRefused,
+    FileSetAside,
     GapClosed,
     GapOpened,
     Notice,
@@ -43,6 +44,7 @@ _Shipping: TypeAlias = (
     | Acknowledged
     | EventFailed
     | FileRefused
+    | FileSetAside
     | WatchingHampered
 )
 
@@ -132,6 +134,8 @@ def _log_shipping(notice: _Shipping) -> None:
             log.error("not_shipped", what=_subject(notice.event), error=notice.fact, hint=notice.hint)
         case FileRefused():
             log.error("refused", path=notice.path, error=notice.fact, hint=notice.hint)
+        case FileSetAside():
+            log.error("set_aside", what=notice.file.name, object=notice.name, error=notice.fact, hint=notice.hint)
         case WatchingHampered():
             log.warning("watching_hampered", source=notice.source, error=notice.fact, hint=notice.hint)
         case _:

@@ -22,6 +22,7 @@ from infra.monitoring.missing import Missing
 from pipeline.contracts import Clock
 from pipeline.events import (
     DestinationFailed,
+    FileSetAside,
     GapClosed,
     GapOpened,
     Notice,
@@ -92,6 +93,7 @@ class Metrics:
         #: PostgreSQL's default, until ``opened`` says it.
         self._segment_size = 16 << 20
         self._missing: dict[int, Missing] = defaultdict(Missing)
+        self._set_aside = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -125,6 +127,8 @@ class Metrics:
                 self._count_gap(notice)
             case WalMoved() | StreamStarted() | StreamLost():
                 self._follow(notice)
+            case FileSetAside():
+                self._set_aside += 1
             case _:
                 pass
 
@@ -197,7 +201,7 @@ class Metrics:
         yield from self._collect_uploads()
 
     def _collect_stream(self) -> Iterator[Metric]:
-        from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
         yield InfoMetricFamily("walship_build", "What runs here.", {"version": version("walship")})
         yield GaugeMetricFamily(
@@ -212,6 +216,11 @@ class Metrics:
             "walship_wal_gaps",
             "WAL segments that the server no longer has and that were never stored, as found since the start.",
             sum(map(len, self._missing.values())),
+        )
+        yield CounterMetricFamily(
+            "walship_files_set_aside",
+            "Archived histories and the like whose names were taken by other bytes.",
+            self._set_aside,
         )
 
     def _collect_destinations(self) -> Iterator[Metric]:

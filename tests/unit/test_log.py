@@ -24,6 +24,7 @@ LINES: list[tuple[events.Notice, tuple[str, str, str] | None]] = [
     (events.Acknowledged(events.BackupReady("watch", "/spool/b")), ("info", "shipped", "/spool/b")),
     (events.EventFailed(events.SegmentReady("watch", FIRST, 1), "no", ""), ("error", "not_shipped", FIRST.name)),
     (events.FileRefused("/spool/x", "no segment", "look"), ("error", "refused", "/spool/x")),
+    (events.FileSetAside(FIRST, "conflict/x", "other bytes", "find out"), ("error", "set_aside", "conflict/x")),
     (events.WatchingHampered("watch", "no inotify", ""), ("warning", "watching_hampered", "no inotify")),
     (events.TailsRemoved("s3://b", 7), ("debug", "tails_removed", "7")),
     (events.DeleteRefused("s3://b", "locked", "lifecycle"), ("warning", "delete_refused", "lifecycle")),

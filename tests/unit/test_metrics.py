@@ -14,6 +14,7 @@ from infra.monitoring.metrics import KINDS, Metrics
 from pipeline.events import (
     DestinationFailed,
     FileRefused,
+    FileSetAside,
     GapClosed,
     GapOpened,
     ObjectStored,
@@ -251,6 +252,12 @@ async def test_the_cost_of_tails_is_that_of_the_last_hour(metrics: Metrics, cloc
 def test_the_first_tail_is_no_fortune(metrics: Metrics) -> None:
     metrics.notify(stored(TAIL))
     assert read(metrics)["tail_cost_dollars_per_day", FAR] == pytest.approx(86400 / 60 * 0.005 / 1000)
+
+
+def test_files_that_were_set_aside_are_counted(metrics: Metrics) -> None:
+    assert b"\nwalship_files_set_aside_total 0.0\n" in metrics.page()[0]
+    metrics.notify(FileSetAside(WalFile.history(2), "conflict/00000002.history.0", "other bytes", ""))
+    assert b"\nwalship_files_set_aside_total 1.0\n" in metrics.page()[0]
 
 
 def test_what_is_not_counted_passes_by(metrics: Metrics) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import click
 
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
-from infra.status import Status, StreamStatus, read_status
+from infra.recoverable import Recoverable, Stretch
+from infra.standing import Status, StreamStatus, judge
+from infra.status import read_status
 from infra.storage.retry import LOOK
 from infra.wiring import open_site
+from pipeline.moments import show
+
+#: Holes that are named; the others are counted.
+_MOST_HOLES = 5
 
 
 @click.command("status")
@@ -15,13 +23,14 @@ from infra.wiring import open_site
 @json_option
 @asynchronous
 async def command(cluster: str, as_json: bool) -> None:
-    """How far behind each destination is, what waits, and whether all is well.
+    """Whether it is safe and why, how far behind each destination is, and what can be restored.
 
     Read afresh from the server, the spool and every destination; nothing of it is remembered. With the stream, what a
     destination lacks is looked at again once it was due: that takes WALSHIP_TAIL_INTERVAL and a second, or a few if it
     does not come.
 
-    The exit code is 0 also if it is NOT WELL; a script reads "healthy" of --json.
+    The exit code is 0 also if it is not safe; a script reads "healthy" of --json, or "state": safe, lagging, at_risk,
+    unsafe or unknown.
 
     Example: walship status --json
     """
@@ -32,8 +41,8 @@ async def command(cluster: str, as_json: bool) -> None:
 
 
 def _lines(status: Status) -> list[str]:
-    lines = [f"cluster {status.system_id}: {'all is well' if status.healthy else 'NOT WELL'}"]
-    lines += [f"  ! {reason}" for reason in status.reasons]
+    lines = [judge(status)[1], f"cluster {status.system_id}"]
+    lines += [f"  ! {reason}" for reason in (*status.reasons, *status.unknown)]
     lines.append(f"server   {status.server_error or f'WAL written to {status.current_lsn}'}")
     known = "not running" if status.service is None else f"process {status.service}"
     lines.append(f"service  {status.service_words or known}")
@@ -59,7 +68,34 @@ def _lines(status: Status) -> list[str]:
         tails = f", {human(place.tail_bytes)} in tails" if place.tail_bytes else ""
         lines.append(f"  {newest}{tails}{hole}; behind by {lag}")
         lines.append(f"  last backup  {place.last_backup or 'none'}")
+    if status.recoverable is not None:
+        lines += _recoverable(status.recoverable)
+    return [*lines, f"verified {_when(status.last_verify)}", f"drill    {_when(status.last_drill)}"]
+
+
+def _recoverable(stored: Recoverable) -> list[str]:
+    lines = [] if stored.stretches else ["restore  nothing: there is no base backup with the WAL that it needs"]
+    lines += [f"restore  {_stretch(stretch, stored)}" for stretch in stored.stretches]
+    if stored.backups:
+        last = stored.backups[-1]
+        count = "1 base backup" if len(stored.backups) == 1 else f"{len(stored.backups)} base backups"
+        lines.append(f"backups  {count}, the last one {last.name} of {show(last.stopped)} ({human(last.size)})")
+    for hole in stored.holes[:_MOST_HOLES]:
+        lines.append(f"hole     {hole.segments} segments are missing, {hole.first} to {hole.last}")
+    if len(stored.holes) > _MOST_HOLES:
+        lines.append(f"hole     {stored.missing_segments} segments are missing in all (`walship list` names them)")
     return lines
+
+
+def _stretch(stretch: Stretch, stored: Recoverable) -> str:
+    ends = f"to {show(stretch.ends)}" if stretch.ends else "to a time that is not known"
+    where = "" if stretch.timeline == stored.newest_timeline else f" on timeline {stretch.timeline} (--timeline)"
+    why = {"open": "", "hole": f"; {stretch.missing} is missing behind it", "left": ", where that timeline was left"}
+    return f"any moment from {show(stretch.begins)} {ends}{where}{why[stretch.ended_by]}"
+
+
+def _when(moment: datetime | None) -> str:
+    return show(moment) if moment else "not known"
 
 
 def _stream(stream: StreamStatus) -> list[str]:

@@ -14,7 +14,8 @@ import pytest
 
 from infra.postgres.throwaway import make_folder
 from infra.settings import Settings
-from infra.status import GRACE, Status, read_status
+from infra.standing import Status
+from infra.status import GRACE, read_status
 from infra.wiring import open_site
 from pipeline.tail import TailName
 from pipeline.wal import Lsn

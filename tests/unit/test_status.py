@@ -13,12 +13,14 @@ import pytest
 from handlers.fetch import Fetcher, read_catalog
 from infra.cli.list import _lines, _result
 from infra.cli.status import _lines as status_lines
+from infra.holdings import hold
 from infra.postgres.control import Archiver, Role, ServerFacts
 from infra.postgres.senders import Sender, StreamFacts
 from infra.postgres.slots import Slot
 from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
-from infra.status import DestinationStatus, _destination, _late, _reasons, _stream, read_status
+from infra.standing import DestinationStatus
+from infra.status import _late, _stream, destination_status, read_status
 from infra.storage.lease import Lease
 from infra.storage.memory import MemoryStore
 from infra.wiring import Listeners, Site
@@ -80,7 +82,7 @@ def site_of(shelf: Shelf, store: Store, *, server: str = "/nowhere", spool: Path
 
 async def look(shelf: Shelf, store: Store | None = None) -> DestinationStatus:
     store = store or shelf.store
-    return await _destination(store, site_of(shelf, store), SERVER, required=True)
+    return destination_status(await hold(store, site_of(shelf, store), {}, required=True), SERVER)
 
 
 async def test_without_holes_the_lag_is_what_the_server_has_not_finished(shelf: Shelf) -> None:
@@ -225,7 +227,7 @@ async def test_the_stream_as_the_server_tells_of_it(
     assert stream.commits.startswith("commits wait until walship has stored them")
     site = site_of(shelf, shelf.store)
     status = replace(await read_status(site), server_error="", stream=stream)
-    assert any(reason.startswith("stream: ") for reason in _reasons(status, server, site)) is bool(problem)
+    assert any(reason.startswith("stream: ") for reason in status.reasons) is bool(problem)
     (line,) = (line for line in status_lines(status) if line.startswith("stream "))
     assert (problem or "WAL streams, commits wait for it; the slot walship keeps ") in line
     assert status.result()["stream"]["slot"] == "walship"
@@ -283,7 +285,7 @@ async def test_what_commits_wait_for_is_told_as_check_tells_it(
     status = replace(await read_status(site), stream=_stream(server, stream_facts(slot, *senders), settings(), "0/9"))
     assert any(line in shown for shown in status_lines(status))
     assert not any("commits  commits" in shown for shown in status_lines(status))
-    found = [reason for reason in _reasons(status, server, site) if reason.startswith("commits")]
+    found = [reason for reason in status.reasons if reason.startswith("commits")]
     assert [reason.startswith(error) for reason in found] == ([True] if error else [])
 
 

@@ -1,0 +1,256 @@
+"""How things stand, as one record; and the one judgement on it, which the terminal, the page and ``/readyz`` tell.
+
+The record is made by whoever looks: ``infra.status`` once, for a command; ``infra.lookout`` all the time, in the
+service. ``judge`` says whether it is safe, and is the only place that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from infra.recoverable import Recoverable
+from infra.sources.spool import SpoolState
+
+#: Waiting longer than this in the spool is no longer a passing queue.
+SLOW = timedelta(minutes=2)
+
+State = Literal["safe", "lagging", "at_risk", "unsafe", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One thing that keeps it from being well."""
+
+    text: str
+    #: It concerns that destination alone; empty: all.
+    destination: str = ""
+    #: What is missing is on its way, later than it should be.
+    late: bool = False
+    #: WAL does not get where it has to because of it.
+    stops: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationStatus:
+    """One destination."""
+
+    name: str
+    required: bool
+    #: Empty if it answered.
+    error: str = ""
+    #: The timeline that the positions are of: the server's, or the newest there if there is nothing of that.
+    timeline: int = 1
+    #: The newest finished segment there, on the server's timeline.
+    last_segment: str = ""
+    #: Up to here the WAL is there without a hole, from the newest backup on (or from the first segment, if there is no
+    #: backup), by finished segments and, as far as their names tell, by tails; None if there is no WAL.
+    durable_lsn: str | None = None
+    #: So many bytes of that are in tails alone.
+    tail_bytes: int = 0
+    #: The first segment that is missing there although later ones are stored; empty if none is.
+    missing: str = ""
+    #: Bytes written by the server and not yet there; None if the server or the destination does not answer.
+    lag_bytes: int | None = None
+    #: Age of the oldest of them, 0 if there are none; None if it is not known, as it never is to a command.
+    lag_seconds: float | None = None
+    #: What should be there by now and is not, in a sentence; empty if nothing.
+    late: str = ""
+    #: Segments missing between stored ones.
+    holes: int = 0
+    last_backup: str = ""
+    #: Complete base backups.
+    backups: int = 0
+    #: What could not be read there, one sentence each.
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """The stream, as the server tells of it."""
+
+    slot: str
+    #: Empty if walship streams from the slot; else what is in the way.
+    problem: str
+    #: reserved, extended, unreserved, lost; empty if there is no slot, or it keeps nothing.
+    wal_status: str
+    #: Bytes of WAL that the server keeps for the slot.
+    retained_bytes: int
+    #: Bytes that may be written before the slot is in danger; None without a limit.
+    safe_wal_size: int | None
+    #: async, potential, sync or quorum; empty if walship does not stream.
+    sync_state: str
+    #: What commits wait for, by the server's settings.
+    commits: str
+    #: Whether no commit returns now before we have confirmed it.
+    waited_for: bool
+    #: What ``check`` calls an error, and ``problem`` does not tell.
+    errors: tuple[str, ...]
+    #: Up to here the server has WAL that it sends: what it has written and not flushed, no stream can have.
+    flushed_lsn: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """All of it."""
+
+    system_id: str
+    now: datetime
+    #: Empty if the server answered.
+    server_error: str
+    current_lsn: str | None
+    #: The server's; None likewise.
+    timeline: int | None
+    #: None if there is no spool, or it cannot be read.
+    spool: SpoolState | None
+    #: Empty if the spool could be read.
+    spool_error: str
+    #: Process id of the service that ships the spool; None if there is none.
+    service: int | None
+    #: The same for people, where no spool tells it; else empty.
+    service_words: str
+    #: None if WALSHIP_SOURCES is without stream, or the server does not answer.
+    stream: StreamStatus | None
+    destinations: tuple[DestinationStatus, ...]
+    #: So many bytes may be on their way without being late; None: somebody else looks at that.
+    most_on_the_way: int | None = None
+    #: The file at which PostgreSQL fails to archive; empty if it does not, or nobody watches the spool.
+    archiving_fails_at: str = ""
+    #: What can be restored; None if it was not looked at.
+    recoverable: Recoverable | None = None
+    #: What could not be found out, one sentence each: nothing is safe by that.
+    unknown: tuple[str, ...] = ()
+    #: When the last drill and the last verification went well; None: not known, as no records are kept yet.
+    last_drill: datetime | None = None
+    last_verify: datetime | None = None
+
+    @property
+    def found(self) -> tuple[Reason, ...]:
+        """What keeps it from being well, the gravest first."""
+        return tuple(_reasons(self))
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The same for people, one sentence each."""
+        return tuple(f"{r.destination}: {r.text}" if r.destination else r.text for r in self.found)
+
+    @property
+    def healthy(self) -> bool:
+        return not self.found and not self.unknown
+
+    def result(self) -> dict[str, Any]:
+        """For ``--json``, and for ``/api/status``. Moments are datetimes."""
+        state, sentence = judge(self)
+        plain = replace(self, most_on_the_way=None)
+        members = {**asdict(plain), "reasons": list(self.reasons)}
+        del members["most_on_the_way"]
+        if self.recoverable is not None:
+            members["recoverable"] |= {"first": self.recoverable.first, "last": self.recoverable.last}
+        return {"healthy": self.healthy, "state": state, "sentence": sentence, **members}
+
+
+def judge(status: Status) -> tuple[State, str]:
+    """Whether it is safe, and why, in one sentence.
+
+    - ``safe``: nothing is wrong;
+    - ``lagging``: something is on its way to a destination, later than it should be, and nothing else is wrong;
+    - ``at_risk``: something is wrong at a destination, and another one has everything;
+    - ``unsafe``: no destination has everything, or nobody knows whether it has;
+    - ``unknown``: what would tell could not be read.
+    """
+    found = status.found
+    if not found:
+        if status.unknown:
+            return "unknown", f"Not known: {status.unknown[0]}."
+        return "safe", f"Safe: {_safe_words(status)}."
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    first = f"{status.reasons[0]}{more}"
+    if all(reason.late for reason in found):
+        return "lagging", f"Lagging: {first}."
+    touched = {reason.destination for reason in found}
+    whole = [place.name for place in status.destinations if place.name not in touched]
+    if "" not in touched and whole:
+        return "at_risk", f"At risk: {first}; {' and '.join(whole)} {'has' if len(whole) == 1 else 'have'} everything."
+    return "unsafe", f"Not safe: {first}."
+
+
+def stopped_by(status: Status) -> list[str]:
+    """Why WAL does not get where it has to; empty if it does. What is not required stops nothing."""
+    optional = {place.name for place in status.destinations if not place.required}
+    pairs = zip(status.found, status.reasons, strict=True)
+    return [said for reason, said in pairs if reason.stops and reason.destination not in optional]
+
+
+def _safe_words(status: Status) -> str:
+    places = len(status.destinations)
+    where = "the destination has" if places == 1 else f"all {places} destinations have"
+    lags = [place.lag_seconds for place in status.destinations]
+    oldest = max((lag for lag in lags if lag is not None), default=None)
+    behind = ""
+    if oldest is not None and None not in lags:
+        behind = " up to now" if oldest < 1 else f" up to {_span(oldest)} ago"
+    words = f"{where} all WAL{behind}"
+    if status.recoverable is not None and (first := status.recoverable.first) is not None:
+        words += f", and any moment since {first:%Y-%m-%d %H:%M} UTC can be restored"
+    return words
+
+
+def _reasons(status: Status) -> Iterator[Reason]:
+    if status.server_error:
+        yield Reason(f"server: {status.server_error}")
+    if status.archiving_fails_at:
+        yield Reason(f"server: archiving fails since {status.archiving_fails_at}")
+    if status.stream is not None:
+        if status.stream.problem:
+            yield Reason(f"stream: {status.stream.problem}")
+        for error in status.stream.errors:
+            yield Reason(error, stops=False)
+    if status.spool_error:
+        yield Reason(f"spool: {status.spool_error}")
+    if status.spool is not None:
+        yield from _spool_reasons(status.spool, ships=status.service is not None)
+    for place in status.destinations:
+        yield from _place_reasons(place, status.most_on_the_way)
+
+
+def _spool_reasons(spool: SpoolState, *, ships: bool) -> Iterator[Reason]:
+    if not ships:
+        yield Reason("no service ships the spool (`walship run`)")
+    if spool.oldest_seconds > SLOW.total_seconds():
+        yield Reason(f"spool: {spool.files} files wait, the oldest for {spool.oldest_seconds:.0f} s", late=True)
+    if spool.refused:
+        yield Reason(f"spool: {spool.refused} files were refused and moved aside", stops=False)
+
+
+def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reason]:
+    """``most`` bytes may be on their way; None: somebody else looks at that."""
+    name = place.name
+    if place.error:
+        yield Reason(place.error, name)
+        return
+    for problem in place.problems:
+        yield Reason(problem, name, stops=False)
+    if place.missing:
+        fact = f"{place.missing} is missing: what lies behind it cannot be reached"
+        yield Reason(fact, name, stops=False)
+    # Before the newest backup they harm nobody who wants to go back to a moment behind it; ``recoverable`` shows them.
+    if place.holes and not place.last_backup:
+        yield Reason(f"{place.holes} segments are missing between stored ones", name, stops=False)
+    if place.durable_lsn is None:
+        yield Reason("no WAL yet", name, stops=False)
+    elif most is not None and place.lag_bytes is not None and place.lag_bytes > most:
+        yield Reason(f"{place.lag_bytes} bytes of WAL are not there yet", name, late=True)
+    if not place.last_backup:
+        yield Reason("no base backup", name, stops=False)
+    if place.late:
+        yield Reason(place.late, name, late=True)
+
+
+def _span(seconds: float) -> str:
+    """``7200`` → ``2 h``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

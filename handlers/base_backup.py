@@ -21,12 +21,14 @@ from typing import Protocol
 from pipeline.backup import (
     ArchiveBegan,
     ArchiveData,
+    ArchiveEnded,
     ArchiveInfo,
     BackupInfo,
     BackupMessage,
     BackupStarted,
     BackupStopped,
     ManifestData,
+    area_of,
 )
 from pipeline.catalog import PART_SIZE, index_key, info_key, manifest_key, part_key
 from pipeline.contracts import Buffer, Clock, Ship, Shipped
@@ -152,16 +154,19 @@ class _Backup:
     async def add(self, message: BackupMessage) -> None:
         """Take the next message of the stream."""
         if isinstance(message, ArchiveData):
-            await self._data(message.data)
+            await self._data(message)
+        elif isinstance(message, ArchiveEnded):
+            await self._end(self._archive(message.archive))
         elif isinstance(message, ManifestData):
-            await self._end_archive()
+            await self._end_archives()
             if len(self._manifest) + len(message.data) > MAX_PLAIN:
                 raise SourceError(
                     f"the backup_manifest is larger than {MAX_PLAIN} bytes, the most that an object holds"
                 )
             self._manifest += message.data
         elif isinstance(message, ArchiveBegan):
-            await self._end_archive()
+            if area_of(message.archive) == message.archive:  # workers' archives are mixed, others follow one another
+                await self._end_archives()
             self._archives.append(_Archive(message.archive))
             self._tell(message.archive)
         elif isinstance(message, BackupStarted):
@@ -172,7 +177,7 @@ class _Backup:
             # name tells when we began: a second attempt at a backup made long ago must not meet what the first left.
             self.name = f"base_{now:%Y%m%d_%H%M%S}"
         else:
-            await self._end_archive()
+            await self._end_archives()
             self._stopped = message
             now = self._clock.now()
             self._ended = min(message.at or now, now)
@@ -230,21 +235,28 @@ class _Backup:
         # Whatever they end with: the error that brought us here is the one to tell.
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _data(self, data: bytes) -> None:
-        if not self._archives or self._archives[-1].closed:
-            raise SourceError("the base backup holds data that belongs to no archive")
-        archive = self._archives[-1]
-        for item in archive.tar.feed(data):
+    def _archive(self, name: str) -> _Archive:
+        """The open archive of that name; the last one for an empty name."""
+        for archive in reversed(self._archives):
+            if not archive.closed and name in ("", archive.name):
+                return archive
+            if not name:
+                break
+        raise SourceError("the base backup holds data that belongs to no archive")
+
+    async def _data(self, message: ArchiveData) -> None:
+        archive = self._archive(message.archive)
+        for item in archive.tar.feed(message.data):
             if isinstance(item, Entry):
                 await self._list(archive, item)
-        view = memoryview(data)
+        view = memoryview(message.data)
         while view:
             room = PART_SIZE - len(archive.filling)
             archive.filling += view[:room]
             view = view[room:]
             if len(archive.filling) == PART_SIZE:
                 await self._part(archive)
-        self._done += len(data)
+        self._done += len(message.data)
         if self._done - self._reported >= _REPORT_EVERY:
             self._tell(archive.name)
 
@@ -259,9 +271,12 @@ class _Backup:
         under_way = sum(digests is self._index_digests for _, digests in self._under_way)
         return len(self._index_digests) + under_way + 1
 
-    async def _end_archive(self) -> None:
-        if self._archives and not self._archives[-1].closed:
-            archive = self._archives[-1]
+    async def _end_archives(self) -> None:
+        for archive in self._archives:
+            await self._end(archive)
+
+    async def _end(self, archive: _Archive) -> None:
+        if not archive.closed:
             archive.tar.finish()
             archive.closed = True
             if archive.filling:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from handlers.base_backup import Cluster, Progress, take
-from infra.postgres import basebackup
+from infra.postgres import basebackup, local_copy
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.copy_stream import Damage
 from infra.postgres.problems import problems
 from infra.safety import history_shipper, wal_safe
 from infra.service import alongside
 from infra.settings import Settings
 from infra.wiring import open_shipping, open_site
-from pipeline.backup import BackupInfo
+from pipeline.backup import BackupInfo, BackupMessage
 from pipeline.errors import SourceError
 
 
@@ -42,7 +43,7 @@ async def backup(
     ):
         os.nice(5)
         ship_history = history_shipper(settings, shipping.command.ship)
-        async with aclosing(basebackup.stream(settings, label=label)) as messages:
+        async with aclosing(_messages(settings, label, tell)) as messages:
             return await take(
                 messages,
                 ship=shipping.command.ship,
@@ -52,6 +53,26 @@ async def backup(
                 label=label,
                 report=report,
             )
+
+
+def _messages(settings: Settings, label: str, tell: Callable[[str], None]) -> AsyncGenerator[BackupMessage, None]:
+    """From the data directory where it can be read, else through the server."""
+    if settings.data_dir is None:
+        return basebackup.stream(settings, label=label)
+
+    def damaged(found: Damage) -> None:
+        tell(
+            f"{found.path}: the checksum of {len(found.blocks)} pages is wrong, the first is block {found.blocks[0]}:"
+            " they were damaged before the backup, which holds them as they are"
+        )
+
+    return local_copy.stream(
+        settings,
+        settings.data_dir,
+        label=label,
+        workers=settings.workers,
+        damaged=damaged,
+    )
 
 
 def refuse_unable(server: ServerFacts, settings: Settings) -> None:

@@ -64,14 +64,21 @@ class Settings(BaseSettings):
     tail_interval: float = _env("WALSHIP_TAIL_INTERVAL", default=1.0, ge=0.1, le=3600)
     #: Seconds after which commits no longer wait for a required destination that does not answer; None: for ever.
     sync_timeout: float | None = _env("WALSHIP_SYNC_TIMEOUT", default=None, gt=0)
-    #: Where /metrics is served, host:port; empty: nowhere.
-    listen: str = _env("WALSHIP_LISTEN", default="")
+    #: Where /metrics is served, host:port; ``off``: nowhere. See ``listens``.
+    listen: str = _env("WALSHIP_LISTEN", default="127.0.0.1:9432")
+    #: Seconds between listings of each destination for the metrics.
+    survey_interval: float = _env("WALSHIP_SURVEY_INTERVAL", default=300.0, ge=1, le=86400)
     #: What 1,000 PUT requests cost, for the estimate of what tails cost.
     put_price: float = _env("WALSHIP_PUT_PRICE", default=0.005, ge=0)
     compression: Codec = _env("WALSHIP_COMPRESSION", default="zstd")
     compression_level: int | None = _env("WALSHIP_COMPRESSION_LEVEL", default=None)
     #: Threads that compress and encrypt.
     workers: int = _env("WALSHIP_WORKERS", default=2, ge=1, le=64)
+    #: The server's data directory as walship sees it: base backups then read the files themselves. Empty: through the
+    #: server.
+    data_dir: Path | None = _env("WALSHIP_DATA_DIR", default=None)
+    #: Most bytes that a base backup takes from the server in a second; 0: as many as it gives.
+    backup_rate: int = _env("WALSHIP_BACKUP_RATE", default=0, ge=0)
     #: Folder with the server's programs (postgres, pg_ctl), for ``restore --start``; empty: look in the usual places.
     pg_bin_dir: Path | None = _env("WALSHIP_PG_BIN_DIR", default=None)
     #: Longest wait in seconds for the WAL of a base backup to become safe.
@@ -89,7 +96,7 @@ class Settings(BaseSettings):
     @field_validator("listen")
     @classmethod
     def _check_listen(cls, value: str) -> str:
-        if value:
+        if value != "off":
             listen_address(value)
         return value
 
@@ -129,6 +136,11 @@ class Settings(BaseSettings):
         hosts, ports = _split(self.postgres_host), _split(self.postgres_port)
         return tuple(zip(hosts, map(int, ports * len(hosts) if len(ports) == 1 else ports), strict=True))
 
+    @property
+    def listens(self) -> str:
+        """``host:port``, or empty if nothing is to be served."""
+        return "" if self.listen == "off" else self.listen
+
     def at(self, *servers: tuple[str, int]) -> Self:
         """These settings for some of the servers alone."""
         hosts, ports = ",".join(host for host, _ in servers), ",".join(str(port) for _, port in servers)
@@ -150,7 +162,7 @@ def listen_address(listen: str) -> tuple[str, int]:
     host, _, port = listen.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not bare or (":" in bare and bare == host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise ValueError("it must be host:port, for example 127.0.0.1:9432")
+        raise ValueError("it must be host:port, for example 127.0.0.1:9432, or off")
     return bare, int(port)
 
 
@@ -262,6 +274,7 @@ _PLAIN = {
     "WALSHIP_SYNC_TIMEOUT": "must be a number of seconds above 0, or empty: wait for ever",
     "WALSHIP_WAL_TIMEOUT": "must be a number of seconds above 0",
     "WALSHIP_PUT_PRICE": "must be a number, 0 or more",
+    "WALSHIP_SURVEY_INTERVAL": "must be 1 to 86400, in seconds",
     "WALSHIP_WORKERS": "must be a whole number, 1 to 64",
 }
 

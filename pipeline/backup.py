@@ -41,16 +41,28 @@ class BackupStarted:
 
 @dataclass(frozen=True, slots=True)
 class ArchiveBegan:
-    """A tar stream begins: ``base``, or a tablespace's oid as digits. Archives follow one another, never mixed."""
+    """A tar stream begins: ``base``, or a tablespace's oid as digits.
+
+    One that is made by several workers comes as several: ``base.1``, ``base.2`` …; only these may be mixed.
+    """
 
     archive: str
 
 
 @dataclass(frozen=True, slots=True)
 class ArchiveData:
-    """The next bytes of the archive that began last."""
+    """The next bytes of an archive."""
 
     data: bytes
+    #: Empty: the one that began last.
+    archive: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveEnded:
+    """No more of it. Need not be said of one that is followed by another one, or by the manifest."""
+
+    archive: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +84,7 @@ class BackupStopped:
 
 
 #: What a base backup stream yields, in this order: started, (archive began, data …) …, manifest data …, stopped.
-BackupMessage: TypeAlias = BackupStarted | ArchiveBegan | ArchiveData | ManifestData | BackupStopped
+BackupMessage: TypeAlias = BackupStarted | ArchiveBegan | ArchiveData | ArchiveEnded | ManifestData | BackupStopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +177,19 @@ _INFO: dict[str, type] = {
 }
 _TABLESPACE: dict[str, type] = {"oid": int, "location": str}
 _ARCHIVE: dict[str, type] = {"name": str, "size": int, "parts": list}
+#: ``base.2``: what the second worker made of ``base``.
+_WORKER = re.compile(r"(base|[1-9][0-9]{0,9})\.[1-9][0-9]?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ID = re.compile(r"[0-9a-f]{32}")
 _SYSTEM_ID = re.compile(r"[0-9]{1,20}")
 #: What an oid and a timeline are in PostgreSQL: 32 bits, and never 0.
 _UNSIGNED = range(1, 1 << 32)
+
+
+def area_of(archive: str) -> str:
+    """What an archive holds files of: ``base``, or a tablespace's oid. ``base.2`` → ``base``."""
+    match = _WORKER.fullmatch(archive)
+    return match[1] if match else archive
 
 
 def _archive(found: Any) -> ArchiveInfo:
@@ -208,7 +228,10 @@ def _check(info: BackupInfo) -> None:
         (len(set(oids)) < len(oids), "a tablespace is listed twice"),
         (len(set(archives)) < len(archives), "an archive is listed twice"),
         # Names of archives become parts of paths.
-        (not {"base", *map(str, oids)}.issuperset(archives), "an archive is neither base nor a tablespace's"),
+        (
+            not {"base", *map(str, oids)}.issuperset(map(area_of, archives)),
+            "an archive is neither base nor a tablespace's",
+        ),
     ):
         if wrong:
             raise ValueError(fact)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from pipeline.backup import area_of
 from pipeline.catalog import PART_SIZE
 from pipeline.errors import IntegrityError
 from pipeline.objects import check_members, strict_json
@@ -21,7 +22,7 @@ from pipeline.tar import Entry, EntryKind
 class Slice:
     """Consecutive bytes of one file within one part."""
 
-    #: ``base``, or a tablespace's oid as digits.
+    #: ``base``, or a tablespace's oid as digits; with ``.2`` behind it, what the second worker made of that.
     archive: str
     #: In the archive.
     path: str
@@ -45,7 +46,7 @@ class Slice:
         """The opposite of ``encode``; ``name`` is that of the index object, for messages. Raises IntegrityError."""
         try:
             found = cls(**check_members(strict_json(bytes(line)), _MEMBERS))
-            if found.archive != "base" and not _OID.fullmatch(found.archive):
+            if (area := area_of(found.archive)) != "base" and not _OID.fullmatch(area):
                 raise ValueError("archive is neither base nor an oid")
             if min(found.offset, found.length, found.part_offset, found.part - 1) < 0:
                 raise ValueError("a number is too small")

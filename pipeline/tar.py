@@ -38,6 +38,13 @@ _KINDS = {
 }
 
 
+_TYPES = {
+    EntryKind.FILE: tarfile.REGTYPE,
+    EntryKind.DIRECTORY: tarfile.DIRTYPE,
+    EntryKind.SYMLINK: tarfile.SYMTYPE,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One header. Its content, if it has any, follows."""
@@ -74,19 +81,51 @@ class Content:
 Item: TypeAlias = Entry | Content
 
 
-class TarReader:
-    """Feed it the archive in pieces of any size, and ``finish`` it. Raises IntegrityError at the first oddity."""
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A place within the content of a file: where a reader stands between two pieces."""
 
-    def __init__(self, name: str) -> None:
+    path: str
+    #: Bytes of the whole file.
+    size: int
+    #: Bytes of it that came already; fewer than ``size``.
+    done: int
+
+
+class TarReader:
+    """Feed it the archive in pieces of any size, and ``finish`` it. Raises IntegrityError at the first oddity.
+
+    It may begin in the middle of the archive, at ``start`` (a multiple of 512 bytes): ``inside`` says of which file the
+    content goes on there, None that a header comes next. Whoever tells it that has to compare it with where the reader
+    of the bytes before ended.
+    """
+
+    def __init__(self, name: str, *, start: int = 0, inside: Inside | None = None) -> None:
         #: For messages.
         self._name = name
-        #: Bytes fed so far.
-        self.size = 0
+        #: Bytes of the archive so far.
+        self.size = start
         self._header = bytearray()
-        self._entry_size = 0
-        self._entry_done = 0
-        self._padding = 0
-        self._zero_blocks = 0
+        self._path = inside.path if inside else ""
+        self._entry_size = inside.size if inside else 0
+        self._entry_done = inside.done if inside else 0
+        self._padding = -self._entry_size % BLOCK
+        #: Whether any entry began.
+        self.began = False
+        #: Blocks of zeros so far, which end the archive.
+        self.zero_blocks = 0
+
+    @property
+    def inside(self) -> Inside | None:
+        """The file whose content goes on with the next byte; None where a header comes next."""
+        if self._entry_done < self._entry_size:
+            return Inside(self._path, self._entry_size, self._entry_done)
+        return None
+
+    @property
+    def between_blocks(self) -> bool:
+        """Whether the next byte begins a block: a reader that goes on from here needs to know no more."""
+        return not self._header and self.size % BLOCK == 0
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Item]:
         """What the next bytes of the archive hold. Exhaust it before the next call."""
@@ -115,7 +154,7 @@ class TarReader:
 
     def finish(self) -> None:
         """The archive has ended; it must have ended in order."""
-        if self._zero_blocks < 2 or self._header:
+        if self.zero_blocks < 2 or self._header:
             raise IntegrityError(f"the archive {self._name} is cut after {self.size} bytes")
 
     def _take(self, part: memoryview) -> None:
@@ -124,9 +163,9 @@ class TarReader:
     def _decode(self, block: bytes) -> Entry | None:
         start = self.size - BLOCK
         if block == _ZEROS:
-            self._zero_blocks += 1
+            self.zero_blocks += 1
             return None
-        if self._zero_blocks:
+        if self.zero_blocks:
             raise IntegrityError(f"the archive {self._name} goes on at byte {start}, behind its end")
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -143,15 +182,38 @@ class TarReader:
             raise IntegrityError(
                 f"the archive {self._name} claims {info.size} bytes for the {kind.value} {info.name!r}"
             )
+        self._path = self._checked(info.name)
         self._entry_size, self._entry_done, self._padding = size, 0, -size % BLOCK
+        self.began = True
         return Entry(
-            self._inside(info.name), kind, size, info.mode & 0o7777, int(info.mtime), info.uid, info.gid,
+            self._path, kind, size, info.mode & 0o7777, int(info.mtime), info.uid, info.gid,
             info.uname, info.gname, info.linkname, self.size,
         )  # fmt: skip
 
-    def _inside(self, name: str) -> str:
+    def _checked(self, name: str) -> str:
         """A name that could lead anywhere else would let an archive overwrite any file of the machine."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             raise IntegrityError(f"the archive {self._name} holds {name!r}, which leads out of its folder")
         return "/".join(parts) or "."
+
+
+def header(
+    path: str, kind: EntryKind, *, size: int, mode: int, mtime: int, uid: int = 0, gid: int = 0, linkname: str = ""
+) -> bytes:
+    """One entry's block, as PostgreSQL writes it. Content, padded to whole blocks, follows. Raises IntegrityError."""
+    info = tarfile.TarInfo(path)
+    info.type = _TYPES[kind]
+    info.size, info.mode, info.mtime, info.uid, info.gid, info.linkname = size, mode, mtime, uid, gid, linkname
+    info.uname = info.gname = "postgres"
+    try:
+        # A size above 8 GiB needs GNU's form of a number, as PostgreSQL has it.
+        ustar = size < 8 << 30
+        block = info.tobuf(
+            tarfile.USTAR_FORMAT if ustar else tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+        )
+    except ValueError as error:
+        raise IntegrityError(f"{path!r} does not fit into a tar header: {error}") from None
+    if len(block) != BLOCK:
+        raise IntegrityError(f"{path!r} does not fit into a tar header: the name is too long")
+    return block

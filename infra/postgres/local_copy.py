@@ -1,0 +1,266 @@
+"""A base backup read from the data directory itself, by several workers, each making tar streams of its own.
+
+    pg_backup_start ── tablespaces, then the data directory ── pg_backup_stop ── label, map, pg_control
+                        worker 1 → base.1 ┐
+                        worker 2 → base.2 ┴→ messages, mixed
+
+The rules are those of PostgreSQL's documentation, "Making a Base Backup Using the Low Level API": the session that
+began the backup stays until it ends; files may change, grow, shrink and vanish while they are read, for the WAL repairs
+all of that; the control file comes last, so that no file is older than what it says of checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import struct
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crc32c import crc32c
+
+from infra.postgres.connect import BACKUP_NAME, Connection, connect
+from infra.postgres.control import rows
+from infra.postgres.copy_stream import Copy, Damage, Shared, Stream
+from infra.postgres.datadir import CONTROL, walk
+from infra.settings import Settings
+from pipeline.backup import (
+    ArchiveBegan,
+    ArchiveData,
+    ArchiveEnded,
+    BackupMessage,
+    BackupStarted,
+    BackupStopped,
+    ManifestData,
+    Tablespace,
+)
+from pipeline.errors import SourceError
+from pipeline.make_manifest import ManifestMaker
+from pipeline.manifest import WalRange
+from pipeline.wal import Lsn
+
+#: Two blocks of zeros end a tar.
+_END = bytes(1024)
+#: Seconds by which postmaster.pid and the server may tell different times of its start.
+_SAME_START = 5
+#: How often a control file is read that the server is writing.
+_TRIES = 20
+_MANIFEST_PIECE = 1 << 20
+
+_BEGIN = """
+select pg_backup_start(%s, %s)::text,
+       case when pg_is_in_recovery() then (select timeline_id from pg_control_checkpoint())
+            else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end,
+       (select system_identifier from pg_control_system())::text,
+       extract(epoch from pg_postmaster_start_time())::bigint,
+       (select sum(pg_tablespace_size(oid))::bigint from pg_tablespace),
+       current_setting('data_checksums') = 'on',
+       (select setting::int from pg_settings where name = 'segment_size')
+"""
+_TABLESPACES = """
+select oid::bigint, pg_tablespace_location(oid) from pg_tablespace
+where spcname not in ('pg_default', 'pg_global') order by oid
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What is known when the backup has begun."""
+
+    start: Lsn
+    timeline: int
+    system_id: str
+    tablespaces: tuple[Tablespace, ...]
+    estimate: int
+    checksums: bool
+    blocks: int
+
+
+async def stream(
+    settings: Settings,
+    directory: Path,
+    *,
+    label: str = "walship",
+    fast: bool = True,
+    workers: int = 2,
+    pace: Callable[[int], None] = lambda _: None,
+    damaged: Callable[[Damage], None] = lambda _: None,
+) -> AsyncGenerator[BackupMessage, None]:
+    """Take a base backup by reading ``directory``: see ``pipeline.backup`` for the messages.
+
+    Read it within ``contextlib.aclosing``: closing it ends the session, and with it the backup on the server, without a
+    trace. ``pace`` is called from threads before so many bytes are read, and may wait. ``damaged`` is told of pages
+    whose checksum is wrong. Raises SourceError.
+    """
+    async with await connect(settings, application_name=BACKUP_NAME) as connection:
+        major = connection.info.server_version // 10000
+        begun = await _begin(connection, directory, label, fast=fast)
+        copy = Copy(begun.start, ManifestMaker(begun.system_id, major), begun.checksums, begun.blocks, pace=pace)
+        yield BackupStarted(begun.start, begun.timeline, begun.tablespaces, begun.estimate)
+        for tablespace in begun.tablespaces:
+            prefix = f"pg_tblspc/{tablespace.oid}/"
+            files = Shared(walk(directory / prefix, major, tablespace=True))
+            streams = [Stream(f"{tablespace.oid}.{n}", files, copy, prefix) for n in range(1, workers + 1)]
+            async for message in _mixed(streams, end=True):
+                yield message
+        files = Shared(walk(directory, major))
+        streams = [Stream(f"base.{n}", files, copy) for n in range(1, workers + 1)]
+        async for message in _mixed(streams, end=False):
+            yield message
+        stopped = await _stop(connection)
+        last = await asyncio.to_thread(_last, streams[0], directory, stopped)
+        yield ArchiveData(last + _END, streams[0].archive)
+        for each in streams[1:]:
+            yield ArchiveData(_END, each.archive)
+        for each in streams:
+            yield ArchiveEnded(each.archive)
+        for found in copy.damaged:
+            damaged(found)
+        manifest = copy.manifest.finish(_ranges(begun, stopped))
+        for at in range(0, len(manifest), _MANIFEST_PIECE):
+            yield ManifestData(bytes(manifest[at : at + _MANIFEST_PIECE]))
+        yield BackupStopped(stopped.lsn, stopped.timeline)
+
+
+async def _begin(connection: Connection, directory: Path, label: str, *, fast: bool) -> _Begun:
+    tablespaces = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
+    await asyncio.to_thread(_check_places, directory, tablespaces)
+    ((lsn, timeline, system_id, started, estimate, checksums, blocks),) = await rows(connection, _BEGIN, (label, fast))
+    await asyncio.to_thread(_check_same, directory, system_id, int(started))
+    return _Begun(Lsn.parse(lsn), timeline, system_id, tablespaces, int(estimate or 0), checksums, blocks)
+
+
+def _check_places(directory: Path, tablespaces: Sequence[Tablespace]) -> None:
+    """What can be told before the server is asked to begin."""
+    try:
+        os.listdir(directory / "global")  # noqa: PTH208  the shortest way to see that it may be read
+        for tablespace in tablespaces:
+            place = directory / "pg_tblspc" / str(tablespace.oid)
+            if not place.is_dir():
+                raise SourceError(
+                    f"tablespace {tablespace.oid} is at {tablespace.location} on the server, and {place} leads nowhere",
+                    hint=f"mount {tablespace.location} here under the same path, or unset WALSHIP_DATA_DIR: the backup"
+                    " is then taken through the server",
+                )
+            os.listdir(place)  # noqa: PTH208
+    except OSError as error:
+        raise SourceError(
+            f"WALSHIP_DATA_DIR: {error.filename} cannot be read: {error.strerror}",
+            hint="it is the server's data directory as walship sees it, and walship runs as the server's user",
+        ) from None
+
+
+def _check_same(directory: Path, system_id: str, started: int) -> None:
+    """The directory is the very one that this server runs on, and not another's of the same cluster."""
+    control = _control(directory / CONTROL)
+    (found,) = struct.unpack_from("<Q", control)
+    if str(found) != system_id:
+        raise SourceError(
+            f"WALSHIP_DATA_DIR: {directory} belongs to the cluster {found}, and the server to {system_id}",
+            hint="POSTGRES_HOST and WALSHIP_DATA_DIR have to mean the same server",
+        )
+    try:
+        lines = (directory / "postmaster.pid").read_text("latin-1").split("\n")
+        same = abs(int(lines[2]) - started) <= _SAME_START
+    except (OSError, ValueError, IndexError):
+        same = False
+    if not same:
+        raise SourceError(
+            f"WALSHIP_DATA_DIR: no server runs on {directory} that began when the one at POSTGRES_HOST did",
+            hint="is it a standby's directory, or a copy? POSTGRES_HOST and WALSHIP_DATA_DIR must mean the same server",
+        )
+
+
+def _control(path: Path) -> bytes:
+    """pg_control, read again while the server is writing it: until its own CRC is right.
+
+    Where the CRC stands depends on the version, so it is looked for: somewhere in the first 512 bytes are the four that
+    are the CRC-32C of all before them.
+    """
+    for _ in range(_TRIES):
+        content = path.read_bytes()
+        for at in range(64, min(512, len(content)) - 4, 4):
+            if crc32c(content[:at]) == int.from_bytes(content[at : at + 4], "little"):
+                return content
+        time.sleep(0.01)
+    raise SourceError(f"{path} is damaged: its checksum is wrong each time it is read", hint="see the server's log")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stopped:
+    lsn: Lsn
+    timeline: int
+    label: str
+    map: str
+
+
+async def _stop(connection: Connection) -> _Stopped:
+    ((lsn, label, places, timeline),) = await rows(
+        connection,
+        "select lsn::text, labelfile, spcmapfile, case when pg_is_in_recovery()"
+        " then (select timeline_id from pg_control_checkpoint())"
+        " else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end"
+        " from pg_backup_stop(wait_for_archive => false)",
+    )
+    return _Stopped(Lsn.parse(lsn), timeline, label, places or "")
+
+
+def _last(stream: Stream, directory: Path, stopped: _Stopped) -> bytes:
+    """What comes behind all other files: label and map as the server tells them, and the control file."""
+    like = (directory / CONTROL).stat()
+    now = int(time.time())
+    pieces = [stream.content("backup_label", stopped.label.encode(), like, now)]
+    if stopped.map:
+        pieces.append(stream.content("tablespace_map", os.fsencode(stopped.map), like, now))
+    control = _control(directory / CONTROL)
+    pieces.append(stream.content(CONTROL, control, like, int(like.st_mtime)))
+    return b"".join(pieces)
+
+
+def _ranges(begun: _Begun, stopped: _Stopped) -> list[WalRange]:
+    match = re.search(r"^START TIMELINE: (\d+)$", stopped.label, re.MULTILINE)
+    timeline = int(match[1]) if match else begun.timeline
+    if timeline != stopped.timeline:
+        raise SourceError(
+            f"the server changed from timeline {timeline} to {stopped.timeline} during the backup",
+            hint="take the backup again",
+        )
+    return [WalRange(timeline, begun.start, stopped.lsn)]
+
+
+async def _mixed(streams: Sequence[Stream], *, end: bool) -> AsyncGenerator[BackupMessage, None]:
+    """The pieces of all streams as they come. ``end``: with the end of each archive."""
+    queue: asyncio.Queue[ArchiveData | ArchiveEnded | SourceError | None] = asyncio.Queue(len(streams))
+
+    async def work(stream: Stream) -> None:
+        try:
+            while data := await asyncio.to_thread(stream.next):
+                await queue.put(ArchiveData(data, stream.archive))
+            if end:
+                await queue.put(ArchiveData(_END, stream.archive))
+                await queue.put(ArchiveEnded(stream.archive))
+        except SourceError as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    for stream in streams:
+        yield ArchiveBegan(stream.archive)
+    tasks = [asyncio.create_task(work(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            message = await queue.get()
+            if isinstance(message, SourceError):
+                raise message
+            if message is None:
+                left -= 1
+            else:
+                yield message
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -94,6 +94,28 @@ def kill_tree(pid: int) -> None:
             time.sleep(0.01)
 
 
+def started_at(pid: int) -> str:
+    """When a process began, as its system says it: with the number it names one process. Empty if it is gone."""
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = _stat(pid)
+        except OSError:
+            return ""
+        return "" if fields[0] in "ZX" else fields[19]
+    listing = subprocess.run(  # noqa: S603 - a number
+        ["/bin/ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return listing.stdout.strip()
+
+
+def works_in(pid: int) -> str:
+    """The folder that a process works in; a PostgreSQL server's is its data directory. Empty if that is not known."""
+    try:
+        return str(Path(f"/proc/{pid}/cwd").readlink())
+    except OSError:
+        return ""
+
+
 def _descendants(pid: int) -> list[int]:
     """Parents before their children."""
     children: dict[int, list[int]] = {}

@@ -78,16 +78,40 @@ async def serve(settings: Settings, *, cluster: str = "") -> None:
 
 @asynccontextmanager
 async def _metrics(settings: Settings, destinations: dict[str, bool]) -> AsyncIterator[Metrics | None]:
-    """Serve /metrics during the block, if that is wanted."""
-    if not settings.listen:
+    """Serve /metrics during the block, unless that is not wanted."""
+    if not settings.listens:
         yield None
         return
-    from infra.monitoring.http import serving  # what most services and all commands need not load
+    from infra.monitoring.http import serving  # what no command needs to load
     from infra.monitoring.metrics import Metrics
+    from infra.survey import Surroundings, beside
 
-    metrics = Metrics(destinations, put_price=settings.put_price, clock=SystemClock())
-    async with serving(settings.listen, metrics):
+    streams, spool = ("stream" in settings.sources), ("watch" in settings.sources)
+    clock = SystemClock()
+    metrics = Metrics(destinations, put_price=settings.put_price, clock=clock, streams=streams, spool=spool)
+    chosen = "listen" in settings.model_fields_set
+    async with (
+        serving(settings.listens, metrics, chosen=chosen),
+        beside(Surroundings(settings, metrics, clock).run()),
+    ):
         yield metrics
+
+
+@asynccontextmanager
+async def _measured(site: Site, metrics: Metrics | None) -> AsyncIterator[None]:
+    """Let the metrics hear and see what happens at the site during the block."""
+    if metrics is None:
+        yield
+        return
+    from infra.survey import Survey, beside
+
+    metrics.opened(site.facts.segment_size)
+    site.notify.append(metrics.notify)
+    try:
+        async with beside(Survey(site, metrics).run()):
+            yield
+    finally:
+        metrics.closed()
 
 
 async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: Metrics | None) -> None:
@@ -97,23 +121,22 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: 
         try:
             chosen = cluster or await _cluster(settings)
             async with (
-                open_site(settings, cluster=chosen, writer=True, policy=SERVICE) as site,
+                open_site(
+                    settings, cluster=chosen, writer=True, policy=SERVICE, timed=metrics.stage_done if metrics else None
+                ) as site,
                 open_shipping(site) as shipping,
                 _holding_lease(site) as lease,
+                _measured(site, metrics),
             ):
-                if metrics is not None:
-                    metrics.opened(site.facts.segment_size)
-                    site.notify.append(metrics.notify)
-                try:
-                    await _ship_for_ever(spool, site, shipping, lease)
-                finally:
-                    if metrics is not None:
-                        metrics.closed()
+                await _ship_for_ever(spool, site, shipping, lease)
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
             if error is None or not _can_pass(error, spool):
                 raise
             log.warning("waiting", error=error.fact, hint=error.hint, retry_in=pause)
+            if metrics is not None:
+                lost = isinstance(error, StoreError) and not isinstance(error, LeaseHeldError | ObjectConflict)
+                metrics.closed(unreachable=lost)
         if time.monotonic() - began > LONGEST_PAUSE:
             pause = 1.0  # it ran for a while: a new trouble, not the old one
         await asyncio.sleep(pause)

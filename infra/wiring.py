@@ -18,6 +18,7 @@ from handlers.upload import Uploader
 from infra.clock import SystemClock
 from infra.keys import Policy, RepositoryKeys, open_keyring
 from infra.monitoring.log import log_notice
+from infra.monitoring.stages import STAGES, Observe, TimedStage
 from infra.repository import Destination, RepositoryFacts, find
 from infra.settings import Settings
 from infra.storage import open_store
@@ -26,7 +27,7 @@ from infra.storage.rooted import Rooted
 from infra.storage.telling import Telling
 from pipeline.catalog import kind_of
 from pipeline.chain import Chain
-from pipeline.contracts import Clock, Store
+from pipeline.contracts import Clock, Stage, Store
 from pipeline.dispatcher import Gate
 from pipeline.errors import ConfigError, IntegrityError, StoreError, WalshipError
 from pipeline.events import Notice
@@ -121,10 +122,12 @@ async def open_site(
     notify: Callable[[Notice], None] = log_notice,
     policy: RetryPolicy | None = None,
     waits: Callable[[str], None] | None = None,
+    timed: Observe | None = None,
 ) -> AsyncIterator[Site]:
     """Find the repository and open its keys. ``writer`` makes a data key of its own for what is written.
 
     ``policy``: how patient the stores are; None for what suits a command. ``waits``: see ``open_destinations``.
+    ``timed``: told how long each stage takes on what is written.
     """
     clock = SystemClock()
     async with open_destinations(settings, policy=policy, waits=waits) as destinations:
@@ -133,7 +136,7 @@ async def open_site(
         keys = await _open_keys(
             stores, settings, facts.system_id, clock, writer=writer, allow_unencrypted=allow_unencrypted
         )
-        chain = make_chain(settings, keys, facts.system_id)
+        chain = make_chain(settings, keys, facts.system_id, timed=timed)
         fetch = Fetcher(stores, chain, facts.system_id)
         yield Site(settings, facts, destinations, stores, keys, chain, fetch, clock, Listeners(notify))
 
@@ -153,17 +156,18 @@ async def open_shipping(site: Site) -> AsyncIterator[Shipping]:
         yield Shipping(shipper(patient=False), shipper(patient=True), uploader)
 
 
-def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str) -> Chain:
-    """Compress, encrypt, checksum, as the settings say."""
+def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str, *, timed: Observe | None = None) -> Chain:
+    """Compress, encrypt, checksum, as the settings say. ``timed``: see ``open_site``."""
 
     def cipher_for(name: str) -> str:
         encrypted = settings.wal_encrypted if kind_of(name) == "wal" else settings.backup_encryption_enabled
         return settings.backup_encryption_algorithm if encrypted else "none"
 
-    compress = Compress(
-        settings.compression, settings.compression_level, hurried=lambda name: name.startswith("tail/")
-    )
-    return Chain([compress, Encrypt(keys, cipher_for), Checksum()], keys, system_id)
+    compress = Compress(settings.compression, settings.compression_level, hurried=lambda name: name.startswith("tail/"))
+    stages: list[Stage] = [compress, Encrypt(keys, cipher_for), Checksum()]
+    if timed is not None:
+        stages = [TimedStage(stage, name, timed) for stage, name in zip(stages, STAGES, strict=True)]
+    return Chain(stages, keys, system_id)
 
 
 async def _open_keys(

@@ -76,6 +76,7 @@ class Rig:
             **({"WALSHIP_SOURCES": sources} if sources != "watch" else {}),
             "WALSHIP_PG_BIN_DIR": str(self.bin_dir),
             "WALSHIP_WAL_TIMEOUT": "60",
+            "WALSHIP_LISTEN": "off",  # the default port is one service's, and many run at once here
             "BACKUP_ENCRYPTION_ENABLED": "true",
             "BACKUP_ENCRYPTION_PASSWORD": PASSPHRASE,
             **(settings or {}),

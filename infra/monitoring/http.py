@@ -17,9 +17,15 @@ if TYPE_CHECKING:  # only the service pays for loading it
     from aiohttp import web
 
 
+_TAKEN = "nobody can see this service's metrics: give it a port of its own with WALSHIP_LISTEN"
+
+
 @asynccontextmanager
-async def serving(listen: str, metrics: Metrics) -> AsyncIterator[None]:
+async def serving(listen: str, metrics: Metrics, *, chosen: bool = True) -> AsyncIterator[None]:
     """Answer on ``listen`` (``host:port``; empty: nowhere) during the ``async with`` block.
+
+    Unless the address was ``chosen`` by somebody, one that is taken is no error: of several services on one machine the
+    first has the default port, and the others say in the log that they serve nothing.
 
     Without a password: on another address than 127.0.0.1, whoever reaches the port reads the names of the destinations.
     Raises ConfigError if that address cannot be had.
@@ -39,8 +45,12 @@ async def serving(listen: str, metrics: Metrics) -> AsyncIterator[None]:
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
-            raise _refused(listen, error) from None
-        structlog.get_logger().info("listening", address=listen)
+            if chosen or error.errno != errno.EADDRINUSE:
+                raise _refused(listen, error) from None
+            log = structlog.get_logger()
+            log.warning("not_listening", address=listen, error="another process listens there", hint=_TAKEN)
+        else:
+            structlog.get_logger().info("listening", address=listen)
         yield
     finally:
         await runner.cleanup()

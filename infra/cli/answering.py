@@ -1,13 +1,31 @@
-"""Which destinations can be read from now."""
+"""Which destinations are read from: those that are wanted, and answer."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from handlers.fetch import Fetcher
 from infra.cli.verb import say
+from infra.restore import Repository
+from infra.settings import Settings
+from infra.storage import display_name
 from infra.wiring import Site
 from pipeline.catalog import REPOSITORY
-from pipeline.errors import StoreError
+from pipeline.errors import ConfigError, StoreError
+
+
+def narrowed(wanted: Settings, source: str) -> Settings:
+    """The settings with the destination of ``--from`` alone, by URL or name.
+
+    None of the others is even opened: what is damaged there must not be in the way.
+    """
+    if not source:
+        return wanted
+    chosen = tuple(url for url in wanted.destinations if source in (url, display_name(url)))
+    if not chosen:
+        names = ", ".join(display_name(url) for url in wanted.destinations)
+        raise ConfigError(f"--from {source} is no destination", hint=f"the destinations are: {names}")
+    return wanted.model_copy(update={"destinations": chosen, "required": ()})
 
 
 async def answering(site: Site) -> Site:
@@ -29,3 +47,17 @@ async def answering(site: Site) -> Site:
     urls, destinations, stores = (tuple(parts) for parts in zip(*kept, strict=True))
     settings = site.settings.model_copy(update={"destinations": urls, "required": ()})
     return replace(site, settings=settings, destinations=destinations, stores=stores)
+
+
+def repository_of(site: Site, *, allow_unencrypted: bool) -> Repository:
+    """The site as a restore reads it. What one destination did not serve is said to people."""
+    return Repository(
+        settings=site.settings,
+        urls=site.settings.destinations,
+        stores=site.stores,
+        system_id=site.facts.system_id,
+        keys=site.keys,
+        fetch=Fetcher(site.stores, site.chain, site.facts.system_id, notify=say),
+        clock=site.clock,
+        allow_unencrypted=allow_unencrypted,
+    )

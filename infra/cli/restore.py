@@ -10,16 +10,14 @@ from typing import Any
 
 import click
 
-from handlers.fetch import Fetcher
 from handlers.target_dir import Targets
-from infra.cli.answering import answering
+from infra.cli.answering import answering, narrowed, repository_of
 from infra.cli.progress import EVERY, Bytes
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.postgres.restored import Replay
 from infra.restore import Place, Repository, Restored, Watch, check_place, make_plan, restore
 from infra.settings import Settings
-from infra.storage import display_name
-from infra.wiring import Site, open_site
+from infra.wiring import open_site
 from pipeline.errors import ConfigError
 from pipeline.moments import time_remark
 from pipeline.recovery import RestorePlan
@@ -72,10 +70,10 @@ async def command(target_dir: Path, **options: Any) -> None:
     if remark:
         say(remark)
     began = time.monotonic()
-    wanted = _narrowed(settings(), options["source"])
+    wanted = narrowed(settings(), options["source"])
     async with open_site(wanted, cluster=options["cluster"], allow_unencrypted=options["allow_unencrypted"]) as opened:
         site = await answering(opened)
-        repository = _repository(site, options)
+        repository = repository_of(site, allow_unencrypted=options["allow_unencrypted"])
         plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
         place = _on_this_machine(place, site.settings)
         targets = await check_place(plan, place)
@@ -134,34 +132,6 @@ def _on_this_machine(place: Place, wanted: Settings) -> Place:
     guessed = ports.pop() if len(ports) == 1 else None
     port = int(place.options["port"]) if "port" in place.options else guessed
     return replace(place, bin_dir=wanted.pg_bin_dir, port=port)
-
-
-def _narrowed(wanted: Settings, source: str) -> Settings:
-    """The settings with the destination of ``--from`` alone, by URL or name.
-
-    None of the others is even opened: what is damaged there must not be in the way.
-    """
-    if not source:
-        return wanted
-    chosen = tuple(url for url in wanted.destinations if source in (url, display_name(url)))
-    if not chosen:
-        names = ", ".join(display_name(url) for url in wanted.destinations)
-        raise ConfigError(f"--from {source} is no destination", hint=f"the destinations are: {names}")
-    return wanted.model_copy(update={"destinations": chosen, "required": ()})
-
-
-def _repository(site: Site, options: dict[str, Any]) -> Repository:
-    """The site as a restore reads it."""
-    return Repository(
-        settings=site.settings,
-        urls=site.settings.destinations,
-        stores=site.stores,
-        system_id=site.facts.system_id,
-        keys=site.keys,
-        fetch=Fetcher(site.stores, site.chain, site.facts.system_id, notify=say),
-        clock=site.clock,
-        allow_unencrypted=options["allow_unencrypted"],
-    )
 
 
 def _show(plan: RestorePlan, targets: Targets, repository: Repository) -> None:

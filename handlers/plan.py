@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import TypeAlias
 
 from handlers.serve_wal import WalServer  # a leaf: it only answers for one file
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog
 from pipeline.contracts import Buffer, Fetch
-from pipeline.errors import IntegrityError, RecoveryError
+from pipeline.errors import IntegrityError, RecoveryError, WalshipError
 from pipeline.lineage import Lineage, WalPath
 from pipeline.moments import show
 from pipeline.recovery import (
@@ -24,6 +25,7 @@ from pipeline.recovery import (
     candidates,
     check_start,
     choose,
+    elsewhere,
     not_found,
     remarks,
     settle,
@@ -31,11 +33,21 @@ from pipeline.recovery import (
 )
 from pipeline.targets import Target, TargetKind
 from pipeline.wal import Lsn, WalFile
-from pipeline.walmarks import find_restore_point, find_xid, transactions
+from pipeline.walmarks import (
+    RestorePoint,
+    Transaction,
+    find_restore_point,
+    find_xid,
+    restore_points,
+    transactions,
+)
 from pipeline.walrecords import Carry, Payload
 
 #: Told of each segment that is read: how many so far.
 Progress = Callable[[int], None]
+
+#: What a restore point and a transaction are found as.
+Mark: TypeAlias = RestorePoint | Transaction
 
 
 async def plan_restore(
@@ -57,8 +69,10 @@ async def plan_restore(
     said: list[str] = []
     ending: Ending | None = None
     stop = target
+    found: Lsn | None = None
     if target.kind in (TargetKind.NAME, TargetKind.XID):
-        chosen, path, notice = await _search(catalog, lineage, able, target, reader)
+        chosen, path, mark = await _search(catalog, lineage, able, target, reader, backup)
+        found, notice = mark.lsn, f"{target} ended at {show(mark.time)}, LSN {mark.lsn}"
     else:
         chosen = choose(able, target, backup)
         immediate = target.kind is TargetKind.IMMEDIATE
@@ -67,7 +81,8 @@ async def plan_restore(
         notice = ""
         if not immediate:
             ending = await _ending(reader, path, chosen)
-            stop, notice = settle(target, chosen, path, ending, now)
+            others = elsewhere(catalog, lineage, target.lsn) if target.lsn is not None else ()
+            stop, notice = settle(target, chosen, path, ending, now, others)
     said += [notice] if notice else []
     if path.tail:
         said.append(f"the end of the WAL, {path.tail} bytes before LSN {path.end}, comes from tails of an open segment")
@@ -84,6 +99,7 @@ async def plan_restore(
         last_transaction=last,
         end=ending.end if ending else None,
         notices=(*said, *remarks(catalog, lineage)),
+        found=found,
     )
 
 
@@ -98,11 +114,16 @@ class _Reader:
     """Segments of a lineage as recovery would be given them; the one read last is remembered."""
 
     def __init__(self, fetch: Fetch, lineage: Lineage, progress: Progress) -> None:
+        self._fetch = fetch
         self._server = WalServer(fetch, lineage)
         self._size = lineage.segment_size
         self._progress = progress
         self._count = 0
         self._last: tuple[WalFile, Buffer] | None = None
+
+    def along(self, lineage: Lineage) -> _Reader:
+        """Another one, for another lineage."""
+        return _Reader(self._fetch, lineage, self._progress)
 
     async def payload(self, file: WalFile, carry: Carry | None = None) -> Payload:
         return self._payload(file, await self._content(file), carry)
@@ -152,45 +173,79 @@ async def _ending(reader: _Reader, path: WalPath, backup: BackupInfo) -> Ending:
     async for payload in reader.backwards(path, backup.stop_lsn):
         if last is None and (record := payload.last_record()):
             last, end = record.lsn, record.end
-        times = [t.time for t in transactions(payload) if t.lsn >= backup.stop_lsn]
-        if times and last is not None:
-            return Ending(last, end, max(times))
+        ended = [t for t in transactions(payload) if t.lsn >= backup.stop_lsn]
+        if ended and last is not None:
+            return Ending(last, end, max(t.time for t in ended), ended[-1].xid)
     return Ending(last, end, None)
 
 
 async def _search(
-    catalog: Catalog, lineage: Lineage, able: Sequence[BackupInfo], target: Target, reader: _Reader
-) -> tuple[BackupInfo, WalPath, str]:
+    catalog: Catalog,
+    lineage: Lineage,
+    able: Sequence[BackupInfo],
+    target: Target,
+    reader: _Reader,
+    name: str | None,
+) -> tuple[BackupInfo, WalPath, Mark]:
     """The newest backup behind which the restore point or transaction is found, for PostgreSQL stops at the first.
 
     If it stands between start and end of a backup, that one cannot stop there, and an older one is needed.
     """
     searched: Lsn | None = None
+    known: dict[Lsn, RestorePoint] = {}
     for backup in able:
         path = catalog.wal_path(lineage, backup.start_lsn)
         if path.end < backup.stop_lsn:
             continue
-        found = await _find(reader, path, target, searched)
-        if found and found[0] >= backup.stop_lsn:
-            return backup, path, f"{target} ended at {show(found[1])}, LSN {found[0]}"
+        files = (f for f in path.files() if searched is None or f.start(path.segment_size) <= searched)
+        found = await _find(reader, files, path.start, target, known)
+        if found and found.lsn >= backup.stop_lsn:
+            return backup, path, found
         searched = backup.stop_lsn
     newest, oldest = able[0], able[-1]
     path = catalog.wal_path(lineage, oldest.start_lsn)
     check_start(oldest, path)
-    raise not_found(target, newest, path, await _ending(reader, path, oldest))
+    await _look_elsewhere(catalog, lineage, path, target, name, reader)
+    points = {point.name: point.time for _, point in sorted(known.items())}
+    raise not_found(target, newest, path, await _ending(reader, path, oldest), points)
 
 
-async def _find(reader: _Reader, path: WalPath, target: Target, until: Lsn | None) -> tuple[Lsn, datetime] | None:
-    """Position and time of what is looked for, in the segments of the path up to the one that holds ``until``."""
-    files = (file for file in path.files() if until is None or file.start(path.segment_size) <= until)
+async def _find(
+    reader: _Reader, files: Iterable[WalFile], start: Lsn, target: Target, known: dict[Lsn, RestorePoint]
+) -> Mark | None:
+    """What is looked for, in these segments and not before ``start``; adds the restore points that were seen."""
     async for payload in reader.forwards(files):
+        found: Mark | None = None
         if target.kind is TargetKind.NAME:
-            point = find_restore_point(payload, target.name)
-            if point and point.lsn >= path.start:
-                return point.lsn, point.time
+            found = find_restore_point(payload, target.name)
+            known |= {point.lsn: point for point in restore_points(payload) if point.lsn >= start}
         else:
             assert target.xid is not None
-            ended = find_xid(payload, target.xid)
-            if ended and ended.lsn >= path.start:
-                return ended.lsn, ended.time
+            found = find_xid(payload, target.xid)
+        if found and found.lsn >= start:
+            return found
     return None
+
+
+async def _look_elsewhere(
+    catalog: Catalog, lineage: Lineage, path: WalPath, target: Target, name: str | None, reader: _Reader
+) -> None:
+    """Raises RecoveryError if another timeline has it: what is only there was not searched yet."""
+    seen = {*path.files()}
+    for timeline in reversed(catalog.timelines):
+        if timeline == lineage.timeline:
+            continue
+        try:
+            other, able = candidates(catalog, replace(target, timeline=timeline), name)
+            way = catalog.wal_path(other, able[-1].start_lsn)
+            files = [file for file in way.files() if file not in seen]
+            found = await _find(reader.along(other), files, way.start, target, {})
+        except WalshipError:
+            continue  # what that timeline lacks is no reason to say less about the one that was asked for
+        seen.update(files)
+        if found:
+            raise RecoveryError(
+                f"{target} is on timeline {timeline}, at LSN {found.lsn}, {show(found.time)}, and not on timeline"
+                f" {lineage.timeline}, which was followed",
+                hint=f"--timeline {timeline} restores to it",
+            )

@@ -109,6 +109,11 @@ class WalPath:
             for number in range(stretch.first, stretch.end):
                 yield self._file(stretch.timeline, number)
 
+    def in_tails(self) -> Iterator[WalFile]:
+        """The others: segments that are stored as tails."""
+        for stretch in (stretch for stretch in self.stretches if stretch.tail):
+            yield self._file(stretch.timeline, stretch.first)
+
     def backwards(self) -> Iterator[WalFile]:
         """The last segment first."""
         for stretch in reversed(self.stretches):

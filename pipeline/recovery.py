@@ -13,6 +13,8 @@ Source: ``recoveryStopsBefore`` and ``recoveryStopsAfter`` in PostgreSQL's ``xlo
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,6 +25,9 @@ from pipeline.lineage import Lineage, WalPath
 from pipeline.moments import show
 from pipeline.targets import Action, Target, TargetKind
 from pipeline.wal import Lsn, WalFile
+
+#: Restore points that a refusal names, if none is like the one that was asked for.
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,21 @@ class Ending:
     end: Lsn
     #: Time of the last commit or abort; None if the path has none.
     last_transaction: datetime | None
+    #: Its number: 32 bits; None if it is not known.
+    last_xid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLeg:
+    """The WAL of one timeline that recovery reads."""
+
+    timeline: int
+    #: Segments that carry this timeline's name.
+    segments: int
+    start: Lsn
+    end: Lsn
+    #: Bytes of them that come from tails of segments which are not finished.
+    tail: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +77,27 @@ class RestorePlan:
     end: Lsn | None = None
     #: Sentences for people.
     notices: tuple[str, ...] = ()
+    #: The record that was looked for: where the restore point or the transaction's end was found.
+    found: Lsn | None = None
+
+    @property
+    def goal(self) -> Lsn:
+        """Where replay ends; for a time, where it ends at the latest."""
+        if self.stop.kind is TargetKind.IMMEDIATE:
+            return self.backup.stop_lsn
+        return self.stop.lsn or self.found or self.end or self.path.end
+
+    @property
+    def legs(self) -> tuple[PlannedLeg, ...]:
+        """The timelines on the way, the oldest first."""
+        path, found = self.path, []
+        for leg in self.lineage.legs:
+            start, end = max(leg.begin, path.start), path.end if leg.end is None else min(leg.end, path.end)
+            own = [stretch for stretch in path.stretches if stretch.timeline == leg.timeline]
+            if own or start < end:
+                segments, tail = sum(s.end - s.first for s in own), sum(s.tail for s in own)
+                found.append(PlannedLeg(leg.timeline, segments, start, max(start, end), tail))
+        return tuple(found)
 
     @property
     def timeline(self) -> int:
@@ -71,7 +112,9 @@ class RestorePlan:
         """For ``--dry-run`` and ``--json``."""
         return {
             "backup": self.backup.name,
+            "backup_kind": self.backup.kind,
             "backup_finished": self.backup.stopped.isoformat(),
+            "server_major": self.backup.major,
             "target": str(self.target),
             "stops_at": str(self.stop),
             "timeline": self.timeline,
@@ -81,6 +124,16 @@ class RestorePlan:
             "wal_start": str(self.path.start),
             "wal_end": str(self.path.end),
             "wal_tail_bytes": self.path.tail,
+            "wal_timelines": [
+                {
+                    "timeline": leg.timeline,
+                    "segments": leg.segments,
+                    "start": str(leg.start),
+                    "end": str(leg.end),
+                    "tail_bytes": leg.tail,
+                }
+                for leg in self.legs
+            ],
             "last_transaction": self.last_transaction.isoformat() if self.last_transaction else None,
             "notices": list(self.notices),
         }
@@ -143,15 +196,18 @@ def check_start(backup: BackupInfo, path: WalPath) -> None:
         )
 
 
-def settle(target: Target, backup: BackupInfo, path: WalPath, ending: Ending, now: datetime) -> tuple[Target, str]:
+def settle(
+    target: Target, backup: BackupInfo, path: WalPath, ending: Ending, now: datetime, others: Sequence[str] = ()
+) -> tuple[Target, str]:
     """What PostgreSQL is to be told so that it stops where ``target`` means, and a notice if that is not the same.
 
-    For latest, time and LSN; the other kinds are found by whoever reads the WAL. Raises RecoveryError.
+    For latest, time and LSN; the other kinds are found by whoever reads the WAL. ``others``: see ``elsewhere``. Raises
+    RecoveryError.
     """
     if target.kind is TargetKind.TIME:
         return _settle_time(target, backup, path, ending, now)
     if target.kind is TargetKind.LSN:
-        return _settle_lsn(target, backup, path, ending)
+        return _settle_lsn(target, backup, path, ending, others)
     if target.kind is TargetKind.LATEST:
         if path.missing is not None:
             raise hole(backup, path, ending, "the latest state")
@@ -179,7 +235,9 @@ def _settle_time(
     )
 
 
-def _settle_lsn(target: Target, backup: BackupInfo, path: WalPath, ending: Ending) -> tuple[Target, str]:
+def _settle_lsn(
+    target: Target, backup: BackupInfo, path: WalPath, ending: Ending, others: Sequence[str]
+) -> tuple[Target, str]:
     assert target.lsn is not None
     if ending.last_record is not None and target.lsn <= ending.last_record:
         return target, ""
@@ -197,7 +255,7 @@ def _settle_lsn(target: Target, backup: BackupInfo, path: WalPath, ending: Endin
     raise RecoveryError(
         f"the target, {target}, lies behind the stored WAL of timeline {target.timeline or path_timeline(path)},"
         f" which ends at LSN {ending.end}",
-        hint=_window(backup, path, ending),
+        hint="; ".join((*others, _window(backup, path, ending))),
     )
 
 
@@ -233,12 +291,45 @@ def hole(backup: BackupInfo, path: WalPath, ending: Ending, wanted: str) -> Reco
     )
 
 
-def not_found(target: Target, backup: BackupInfo, path: WalPath, ending: Ending) -> RecoveryError:
-    """The refusal for a restore point or a transaction that is not in the stored WAL."""
+def not_found(
+    target: Target, backup: BackupInfo, path: WalPath, ending: Ending, known: Mapping[str, datetime]
+) -> RecoveryError:
+    """The refusal for a restore point or a transaction that is not in the stored WAL.
+
+    ``known``: the restore points that are, in the order of the WAL, with their times.
+    """
     behind = f"; segment {path.missing} is missing behind it" if path.missing else ""
     return RecoveryError(
         f"{target} is not in the stored WAL from LSN {path.start} to {ending.end}{behind}",
-        hint=_window(backup, path, ending),
+        hint=f"{_nearest(target, ending, known)}; {_window(backup, path, ending)}",
+    )
+
+
+def _nearest(target: Target, ending: Ending, known: Mapping[str, datetime]) -> str:
+    """What was meant, perhaps."""
+    if target.kind is TargetKind.XID:
+        if ending.last_xid is None:
+            return "no transaction is stored there"
+        return (
+            f"the last transaction that is stored is {ending.last_xid}; one that only read, still runs or was lost in a"
+            " crash is nowhere"
+        )
+    if not known:
+        return "no restore point is stored there"
+    alike = difflib.get_close_matches(target.name, known, 3, 0.6)
+    names = alike or list(known)[-_SHOWN:]
+    listed = ", ".join(f"{name!r} ({show(known[name])})" for name in names)
+    more = f" and {len(known) - len(names)} more" if len(known) > len(names) else ""
+    return f"restore points that are stored: {listed}{more}"
+
+
+def elsewhere(catalog: Catalog, lineage: Lineage, lsn: Lsn) -> tuple[str, ...]:
+    """Other timelines whose stored WAL reaches so far; one sentence each."""
+    own = {leg.timeline for leg in lineage.legs if leg.end is None or lsn <= leg.end}
+    return tuple(
+        f"timeline {timeline} has WAL up to LSN {catalog.end_of(timeline)}: --timeline {timeline} follows it"
+        for timeline in catalog.timelines
+        if timeline not in own and catalog.end_of(timeline) >= lsn
     )
 
 

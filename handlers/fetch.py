@@ -7,9 +7,11 @@ it, and "absent" ends a recovery.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
+from handlers.checksum import check_stored
 from handlers.stitch import read_tail  # fetch in two files: one object, and all tails of a segment
 from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
 from pipeline.chain import Chain, Expected
@@ -24,6 +26,8 @@ _MOST_INFO = 256 << 20
 _MOST_HISTORY = 1 << 20
 #: How often a segment is looked for whose tails go while they are read.
 _LOOKS = 5
+
+T = TypeVar("T")
 
 
 class Fetcher:
@@ -49,21 +53,47 @@ class Fetcher:
     async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
         """See ``pipeline.contracts.Fetch``."""
         expected = Expected(name, self._system_id, backup, most)
+        return await self._first(name, lambda store: self._from(store, expected))
+
+    async def into(
+        self,
+        name: str,
+        use: Callable[[Iterator[Buffer]], None],
+        *,
+        digest: str,
+        backup: str | None = "",
+        most: int = MAX_PLAIN,
+    ) -> None:
+        """See ``pipeline.contracts.Fetch``."""
+        expected = Expected(name, self._system_id, backup, most)
+        body = await self._first(name, lambda store: _whole(store, name, digest))
+        work = asyncio.ensure_future(asyncio.to_thread(self._hand_over, expected, body, use))
+        try:
+            await asyncio.shield(work)
+        finally:
+            if not work.done():  # we are cancelled, and the thread goes on: it may be writing
+                await asyncio.wait([work])
+                work.exception()  # whatever it was
+            body.close()
+
+    def _hand_over(self, expected: Expected, body: Body, use: Callable[[Iterator[Buffer]], None]) -> None:
+        use(self._chain.expand(expected, _cut(body.chunks(), body.size - TRAILER_SIZE)))
+
+    async def _first(self, name: str, read: Callable[[Store], Awaitable[T]]) -> T:
+        """What ``read`` makes of the first destination that has it whole."""
         failures: list[StoreError | IntegrityError] = []
-        fetched: Fetched | None = None
         for store in self._destinations:
             try:
-                fetched = await self._from(store, expected)
-                break
+                found = await read(store)
             except ObjectMissing:
                 continue
             except (StoreError, IntegrityError) as error:
                 failures.append(error)
-        if fetched is None:
-            raise self._verdict(name, failures)
-        for failure in failures:
-            self._notify(f"{failure.fact}; {fetched.destination} served {name} instead")
-        return fetched
+                continue
+            for failure in failures:
+                self._notify(f"{failure.fact}; {store.name} served {name} instead")
+            return found
+        raise self._verdict(name, failures)
 
     async def tail(self, file: WalFile, segment_size: int, *, lenient: bool = False) -> Stitched | None:
         """See ``pipeline.contracts.Fetch``."""
@@ -108,6 +138,34 @@ class _End:
         for piece in self._pieces:
             self.trailer = (self.trailer + piece[-TRAILER_SIZE:])[-TRAILER_SIZE:]
             yield piece
+
+
+async def _whole(store: Store, name: str, digest: str) -> Body:
+    """The object at one destination, compared with its own checksum and with the digest that was asked for."""
+    body = await store.get(name)
+    try:
+        _, found = await asyncio.to_thread(check_stored, name, body.chunks())
+        if found != digest:
+            raise IntegrityError(
+                f"{name} is not the one that is listed: its digest is {found[:16]}…, not {digest[:16]}…",
+                hint="it was exchanged; read from another destination with --from, or choose another backup",
+            )
+    except IntegrityError as error:
+        body.close()
+        raise IntegrityError(f"{store.name}: {error.fact}", hint=error.hint) from None
+    except BaseException:
+        body.close()
+        raise
+    return body
+
+
+def _cut(pieces: Iterable[Buffer], size: int) -> Iterator[Buffer]:
+    """The first ``size`` bytes."""
+    for piece in pieces:
+        if size <= 0:
+            return
+        yield piece if len(piece) <= size else memoryview(piece)[:size]
+        size -= len(piece)
 
 
 async def read_catalog(

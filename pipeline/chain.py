@@ -59,11 +59,7 @@ class Chain:
 
     def decode(self, expected: Expected, stored: Iterable[Buffer]) -> tuple[Header, bytearray]:
         """The pieces of a stored object → its header and all of its plaintext. Raises IntegrityError."""
-        pieces: Iterable[Buffer]
-        header, pieces = begin_reading(expected.name, stored)
-        self._compare(header, expected)
-        for stage in reversed(self._stages):
-            pieces = stage.backward(header, pieces)
+        header, pieces = self._backward(expected, stored, self._stages)
         # Room for all of it at once: an array that grows is moved again and again, and leaves holes in the heap. What a
         # header claims is bounded by then, and costs no memory before it is written to.
         plain = bytearray(header.plain_size)
@@ -78,6 +74,32 @@ class Chain:
         if done != header.plain_size:
             raise IntegrityError(f"{expected.name} holds {done} bytes, not the {header.plain_size} it claims")
         return header, plain
+
+    def expand(self, expected: Expected, stored: Iterable[Buffer]) -> Iterator[Buffer]:
+        """The plaintext piece by piece of an object that was compared with its checksum, and comes without it.
+
+        So the last stage, which is the checksum, is left out. Raises IntegrityError; the pieces are right only if they
+        end without an error.
+        """
+        header, pieces = self._backward(expected, stored, self._stages[:-1])
+        left = header.plain_size
+        for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                raise IntegrityError(f"{expected.name} holds more than the {header.plain_size} bytes it claims")
+            yield piece
+        if left:
+            raise IntegrityError(f"{expected.name} holds {left} bytes less than the {header.plain_size} it claims")
+
+    def _backward(
+        self, expected: Expected, stored: Iterable[Buffer], stages: Sequence[Stage]
+    ) -> tuple[Header, Iterable[Buffer]]:
+        header, frames = begin_reading(expected.name, stored)
+        self._compare(header, expected)
+        pieces: Iterable[Buffer] = frames
+        for stage in reversed(stages):
+            pieces = stage.backward(header, pieces)
+        return header, pieces
 
     def _compare(self, header: Header, expected: Expected) -> None:
         """An object must be what was asked for, whoever may have written to the bucket."""

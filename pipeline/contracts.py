@@ -5,7 +5,7 @@ Object *names* are keys relative to the folder of one cluster (``<destination>/<
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol, TypeAlias
@@ -189,6 +189,23 @@ class Fetch(Protocol):
         """The checked plaintext. ObjectMissing only if *every* destination answered and none has it.
 
         Raises IntegrityError if it is damaged wherever it is, StoreError if a destination that may have it fails.
+        """
+        ...
+
+    async def into(
+        self,
+        name: str,
+        use: Callable[[Iterator[Buffer]], None],
+        *,
+        digest: str,
+        backup: str | None = "",
+        most: int = MAX_PLAIN,
+    ) -> None:
+        """Hand the plaintext of an object whose trailer is known (``digest``, hex) to ``use``, in a thread, at most once.
+
+        What differs from the digest is no copy of it: that is found before ``use`` is called, and the next destination
+        is asked. Each piece is valid until the next is asked for; what was handed over is right only if this returns.
+        When it is cancelled, it ends once ``use`` has. Errors as above, and whatever ``use`` raises.
         """
         ...
 

@@ -201,7 +201,7 @@ class Fetch(Protocol):
         backup: str | None = "",
         most: int = MAX_PLAIN,
     ) -> None:
-        """Hand the plaintext of an object whose trailer is known (``digest``, hex) to ``use``, in a thread, at most once.
+        """Hand the plaintext of an object to ``use``, in a thread, at most once. ``digest``: its trailer as hex, known.
 
         What differs from the digest is no copy of it: that is found before ``use`` is called, and the next destination
         is asked. Each piece is valid until the next is asked for; what was handed over is right only if this returns.

@@ -32,7 +32,7 @@ format: bootstrap ## put the code into shape
 kill-test: bootstrap ## kill server and service at random moments and count what S3 lacks: ROUNDS=50
 	@$(PYTHON) -m tests.killtest --rounds $(ROUNDS) $(ARGS)
 
-soak: bootstrap ## restart the server 20 times and cut its connections for a minute, under load
+soak: bootstrap ## restart the server 20 times, cut its connections, answer 503 for it, under load
 	@$(PYTHON) -m tests.killtest.soak $(ARGS)
 
 bench: bootstrap ## time and memory, beside pgBackRest where it is installed

@@ -28,6 +28,7 @@ VERBS = {
     "status": "How far behind each destination is, and whether all is well.",
     "list": "Backups, and the times that can be restored.",
     "restore": "Bring the cluster back to a moment.",
+    "drill": "Restore into a throw-away server, check it, and report.",
     "verify": "Check stored bytes, and look for holes in the WAL.",
     "fetch-wal": "Fetch one WAL file (what restore_command calls).",
     "demo": "All of it, on an embedded server, in about a minute.",

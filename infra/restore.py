@@ -93,6 +93,9 @@ class Restored:
     notices: tuple[str, ...]
     #: None unless the server was to be started.
     server: Started | None
+    #: Seconds that it took to lay the backup down, and from there to the server being at its target.
+    base_seconds: float = 0.0
+    replay_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,10 @@ async def restore(
             )
         )
 
+    clock = repository.clock
+    began = clock.monotonic()
     files = await lay_down(plan.backup, targets, fetch=repository.fetch, complete=complete, progress=watch.files)
+    laid_after = clock.monotonic()
     said = notices(
         neutralised,
         targets.directory,
@@ -197,7 +203,15 @@ async def restore(
         watch.say(remark)
     server = await _start(repository, plan, place, targets, watch) if place.start else None
     laid = Laid(files, plan.size, plan.size, kept=0, removed=0)
-    return Restored(targets.directory, laid, tuple(neutralised), (*targets.notices, *said), server)
+    return Restored(
+        targets.directory,
+        laid,
+        tuple(neutralised),
+        (*targets.notices, *said),
+        server,
+        base_seconds=laid_after - began,
+        replay_seconds=clock.monotonic() - laid_after,
+    )
 
 
 async def _start(repository: Repository, plan: RestorePlan, place: Place, targets: Targets, watch: Watch) -> Started:

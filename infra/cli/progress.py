@@ -49,6 +49,13 @@ class Bytes:
             self._bar.add_task(self._what, total=None)
         return self
 
+    def begin(self, what: str) -> None:
+        """The next piece of work, counted from nothing again."""
+        self._what = what
+        self._began = self._said = time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._bar.task_ids[0], description=what, total=None)
+
     def __call__(self, done: int, total: int = 0, detail: str = "") -> None:
         """``done`` of ``total`` bytes (0 if unknown); ``detail`` is what is worked on now."""
         self._last = done

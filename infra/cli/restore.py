@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from handlers.occupant import occupant
+from handlers.survey import check_complete, measure, survey
 from handlers.target_dir import Targets
 from infra.cli.answering import answering, narrowed, repository_of
+from infra.cli.planned import plan_facts, plan_lines
 from infra.cli.progress import EVERY, Bytes
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
-from infra.postgres.restored import Replay
-from infra.restore import Place, Repository, Restored, Watch, check_place, make_plan, restore
+from infra.postgres.restored import Replay, Started
+from infra.restore import Place, Restored, Watch, check_place, make_plan, restore
 from infra.settings import Settings
 from infra.wiring import open_site
 from pipeline.errors import ConfigError
 from pipeline.moments import time_remark
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target
+from pipeline.wal import WalFile
 
 
 @click.command("restore")
@@ -48,6 +54,7 @@ from pipeline.targets import Target
 @click.option("--force", is_flag=True, help="Replace the data directory that is there.")
 @click.option("--delta", is_flag=True, help="Keep what lies there already and is as in the backup; fetch the rest.")
 @click.option("--standby", is_flag=True, help="Make a standby that goes on following the archive.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before something is overwritten.")
 @click.option("--start", "start_server", is_flag=True, help="Start the server and wait until it is at the target.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With --start: listen there.")
 @click.option("--allow-unencrypted", is_flag=True, help="Accept plain objects in an encrypted repository.")
@@ -77,15 +84,25 @@ async def command(target_dir: Path, **options: Any) -> None:
         plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
         place = _on_this_machine(place, site.settings)
         targets = await check_place(plan, place)
-        _show(plan, targets, repository)
+        found = await survey(plan, repository.stores)
+        check_complete(found, plan.backup)
+        occupants = await asyncio.to_thread(lambda: [occupant(folder) for folder in targets.full])
+        asked = bool(occupants) and sys.stdin.isatty() and not options["yes"]
+        # Nobody waits for an estimate that nobody reads.
+        pace = await measure(plan.backup, repository.fetch, site.clock) if asked or options["dry_run"] else None
+        lines = plan_lines(plan, targets, found, occupants, pace, site.clock.now(), delta=place.delta)
         if options["dry_run"]:
-            emit(plan.summary(), [], as_json=as_json)
+            emit(plan_facts(plan, targets, found, occupants, pace), lines, as_json=as_json)
             return
-        _confirm(targets)
+        for line in lines:
+            say(line)
+        planned = time.monotonic()
+        if asked:
+            click.confirm(_question(targets, delta=place.delta), abort=True, err=True)
         with Bytes("base backup") as bar:
-            watch = Watch(files=bar, replay=_replayed(), say=lambda line: say(f"note: {line}"))
+            watch = Watch(files=bar, replay=_replayed(plan, bar), say=lambda line: say(f"note: {line}"))
             restored = await restore(repository, plan, place, watch=watch)
-    _finish(plan, restored, time.monotonic() - began, as_json=as_json)
+    _finish(plan, restored, planned - began, as_json=as_json)
 
 
 def _target(options: dict[str, Any]) -> tuple[Target, str]:
@@ -134,24 +151,10 @@ def _on_this_machine(place: Place, wanted: Settings) -> Place:
     return replace(place, bin_dir=wanted.pg_bin_dir, port=port)
 
 
-def _show(plan: RestorePlan, targets: Targets, repository: Repository) -> None:
-    """The plan, for people, before anything happens."""
-    say(f"restore {plan.target} into {targets.directory}")
-    say(f"  backup    {plan.backup.name}, PostgreSQL {plan.backup.major}, {human(plan.size)}")
-    say(f"  WAL       {plan.path.count} segments on timeline {plan.timeline}, LSN {plan.path.start} to {plan.path.end}")
-    say(f"  from      {', '.join(store.name for store in repository.stores)}")
-    for tablespace, path in targets.tablespaces:
-        say(f"  tablespace {tablespace.oid}: {tablespace.location} goes to {path}")
-    for folder in targets.full:
-        say(f"  {folder} is emptied first")
-    for notice in plan.notices:
-        say(f"  note: {notice}")
-
-
-def _confirm(targets: Targets) -> None:
-    """Ask before anything is destroyed, if there is somebody to ask."""
-    if targets.full and sys.stdin.isatty():
-        click.confirm("Go on, and lose what is there?", abort=True, err=True)
+def _question(targets: Targets, *, delta: bool) -> str:
+    """What is lost if the answer is yes."""
+    folders = " and ".join(map(str, targets.full))
+    return f"Go on, and {'overwrite what differs in' if delta else 'lose what is in'} {folders}?"
 
 
 def _scanned() -> Any:
@@ -166,31 +169,50 @@ def _scanned() -> Any:
     return told
 
 
-def _replayed() -> Any:
-    last = time.monotonic()
+def _replayed(plan: RestorePlan, bar: Bytes) -> Callable[[Replay], None]:
+    """Progress of the replay in bytes of WAL, from the backup's start to where the plan ends."""
+    begun = False
+    whole = max(0, plan.goal - plan.path.start)
 
     def told(replay: Replay) -> None:
-        nonlocal last
-        if time.monotonic() - last > EVERY and (replay.lsn or replay.segment):
-            last = time.monotonic()
-            say(f"replaying: LSN {replay.lsn or 'unknown'}, segment {replay.segment or 'unknown'}")
+        nonlocal begun
+        position = replay.lsn
+        if position is None and (file := WalFile.parse(replay.segment)):
+            position = file.start(plan.path.segment_size)
+        if position is None:
+            return
+        if not begun:
+            begun = True
+            bar.begin("replay")
+        done = min(max(0, position - plan.path.start), whole)
+        share = f", {100 * done // whole} %" if whole else ""
+        bar(done, whole, f"LSN {position} of {plan.goal}{share}")
 
     return told
 
 
-def _finish(plan: RestorePlan, restored: Restored, seconds: float, *, as_json: bool) -> None:
+def _finish(plan: RestorePlan, restored: Restored, planning: float, *, as_json: bool) -> None:
+    laid, server = restored.laid, restored.server
+    took = {"planning": planning, "base": restored.base_seconds, "replay": restored.replay_seconds}
     result = {
         **plan.summary(),
         "directory": str(restored.directory),
-        "files": restored.laid.files,
-        "bytes_fetched": restored.laid.fetched,
-        "bytes_kept": restored.laid.kept,
+        "files": laid.files,
+        "bytes_fetched": laid.fetched,
+        "bytes_kept": laid.kept,
+        "files_removed": laid.removed,
         "notes": list(restored.notices),
-        "seconds": round(seconds, 3),
+        "seconds": round(sum(took.values()), 3),
+        "took": {step: round(seconds, 3) for step, seconds in took.items()},
     }
-    lines = [f"{restored.directory} holds {plan.backup.name}: {restored.laid.files} files, {human(restored.laid.size)}"]
-    server = restored.server
+    lines = [f"{restored.directory} holds {plan.backup.name}: {laid.files} files, {human(laid.size)}"]
+    if laid.kept:
+        saved = 100 * laid.kept // max(1, laid.kept + laid.fetched)
+        lines.append(f"{human(laid.kept)} were there already, {human(laid.fetched)} were fetched: saved {saved} %")
+    if laid.removed:
+        lines.append(f"{laid.removed} files were removed, which the backup does not have")
     if server is None:
+        del took["replay"]
         lines.append("start the server with pg_ctl or your service manager: it recovers to the target by itself")
     else:
         result |= {
@@ -199,9 +221,22 @@ def _finish(plan: RestorePlan, restored: Restored, seconds: float, *, as_json: b
             "port": server.port,
             "socket_dir": server.socket_dir,
             "stopped_at": server.stopped_at,
+            "last_transaction": server.last_transaction or result["last_transaction"],
         }
         where = f", port {server.port}" if server.port else ""
-        lines.append(f"the server is {server.state}{where}, after {seconds:.1f} s; its log is {server.log_file}")
-        if server.stopped_at:
-            lines.append(server.stopped_at)
+        lines.append(f"the server is {server.state}{where}; its log is {server.log_file}")
+        lines.append(_reached(plan, server))
+    lines.append("it took " + ", ".join(f"{seconds:.1f} s for {_STEPS[step]}" for step, seconds in took.items()))
     emit(result, lines, as_json=as_json)
+
+
+_STEPS = {"planning": "the plan", "base": "the base backup", "replay": "start and replay"}
+
+
+def _reached(plan: RestorePlan, server: Started) -> str:
+    """Up to where it is recovered, in the server's own words where it said any."""
+    last = server.last_transaction
+    parts = [f"recovered to {plan.target}"]
+    parts += [server.stopped_at] if server.stopped_at else [f"the WAL up to LSN {plan.goal} is replayed"]
+    parts += [f"the last transaction ended at {last}"] if last else []
+    return "; ".join(parts)

@@ -1,0 +1,128 @@
+"""The plan of a restore in words: what ``--dry-run`` prints, and what stands above the question before a real run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from handlers.occupant import Occupant
+from handlers.survey import Pace, Share, Survey
+from handlers.target_dir import Targets
+from infra.cli.verb import human
+from pipeline.moments import show
+from pipeline.recovery import RestorePlan
+from pipeline.targets import TargetKind
+
+#: Bytes of WAL a second that a server is taken to replay; pgbench's replay runs at about 200 MB/s on two cores.
+REPLAY_RATE = 100 << 20
+
+
+def plan_lines(
+    plan: RestorePlan,
+    targets: Targets,
+    found: Survey,
+    occupants: Sequence[Occupant],
+    pace: Pace | None,
+    now: datetime,
+    *,
+    delta: bool,
+) -> list[str]:
+    """The plan, for people."""
+    backup = plan.backup
+    kind = f"{backup.kind}, PostgreSQL {backup.major}"
+    age = lasting(max(0.0, (now - backup.stopped).total_seconds()))
+    lines = [
+        f"restore {plan.target} into {targets.directory}",
+        f"  backup    {backup.name} ({kind}), finished {show(backup.stopped)}, {age} ago: {human(plan.size)}",
+    ]
+    word = "WAL"
+    for leg in plan.legs:
+        tail = f", the last {human(leg.tail)} from tails" if leg.tail else ""
+        lines.append(
+            f"  {word:<9} timeline {leg.timeline}: {leg.segments} {_plural(leg.segments, 'segment')},"
+            f" LSN {leg.start} to {leg.end}{tail}"
+        )
+        word = ""
+    if plan.goal < plan.path.end:
+        lines.append(f"  {word:<9} replayed up to LSN {plan.goal}")
+    elif plan.stop.kind is TargetKind.TIME:
+        lines.append(f"  {word:<9} replayed up to the target, which may lie before that end")
+    lines += _fetches(found, delta=delta)
+    lines += _time(plan, pace)
+    for tablespace, path in targets.tablespaces:
+        lines.append(f"  tablespace {tablespace.oid}: {tablespace.location} goes to {path}")
+    for there in occupants:
+        what = "compares " if delta else "replaces "
+        lines.append(f"  {what} {there.folder}: {there}, {human(there.size)}")
+    if delta and occupants:
+        lines.append("            what differs from the backup is overwritten, what it does not have is removed")
+    lines += [f"  note: {note}" for note in (*found.problems, *plan.notices)]
+    return lines
+
+
+def _fetches(found: Survey, *, delta: bool) -> list[str]:
+    """How much comes from where; a destination that serves both kinds stands once for each."""
+    most = "at most " if delta else ""
+    lines = [f"  fetches   {most}{human(found.size)}, as stored"]
+    for what, shares in (("backup", found.base), ("WAL", found.wal)):
+        for share in shares:
+            objects = _plural(share.objects, "object")
+            lines.append(f"            {what}: {share.objects} {objects}, {human(share.size)} from {share.destination}")
+    return lines
+
+
+def expected(plan: RestorePlan, pace: Pace) -> tuple[float, float]:
+    """Seconds for the base backup, and for replaying the WAL; a guess."""
+    wal = min(REPLAY_RATE, pace.rate)
+    return plan.size / pace.rate, max(0, plan.goal - plan.path.start) / wal
+
+
+def _time(plan: RestorePlan, pace: Pace | None) -> list[str]:
+    if pace is None:
+        return []
+    if not pace.parts:
+        return [f"  time      unknown: no part of the backup came within {pace.seconds:.0f} s"]
+    base, replay = expected(plan, pace)
+    parts = f"{pace.parts} {_plural(pace.parts, 'part')} ({human(pace.size)})"
+    speed = human(min(REPLAY_RATE, pace.rate))
+    return [
+        f"  time      perhaps {lasting(base + replay)}: {lasting(base)} for the backup, {lasting(replay)} for the WAL",
+        f"            no promise: the first {parts} came at {human(pace.rate)}/s, the WAL is taken to go at {speed}/s",
+    ]
+
+
+def plan_facts(
+    plan: RestorePlan, targets: Targets, found: Survey, occupants: Sequence[Occupant], pace: Pace | None
+) -> dict[str, Any]:
+    """The same for a machine."""
+    facts: dict[str, Any] = {
+        **plan.summary(),
+        "directory": str(targets.directory),
+        "stored_bytes": found.size,
+        "fetches": [_share("base", share) for share in found.base] + [_share("wal", share) for share in found.wal],
+        "overwrites": [
+            {"folder": str(o.folder), "files": o.files, "bytes": o.size, "version": o.version, "system_id": o.system_id}
+            for o in occupants
+        ],
+    }
+    if pace is not None and pace.parts:
+        base, replay = expected(plan, pace)
+        facts["expected_seconds"] = {"base": round(base, 1), "replay": round(replay, 1)}
+    return facts
+
+
+def _share(kind: str, share: Share) -> dict[str, Any]:
+    return {"kind": kind, "destination": share.destination, "objects": share.objects, "bytes": share.size}
+
+
+def lasting(seconds: float) -> str:
+    """``100`` → ``100 s``, ``7300`` → ``2.0 h``; for people."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"

@@ -8,13 +8,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 
 from handlers.base_backup import Cluster, take
 from handlers.ship import Shipper
-from infra.clock import SystemClock
+from infra.monitored import Monitor, monitored, monitoring
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
 from infra.postgres.problems import problems
@@ -37,9 +36,6 @@ from pipeline.dispatcher import Dispatcher, Handle, endless, none_left
 from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, SourceError, StoreError, WalshipError, foreseen
 from pipeline.events import Acknowledged, BackupReady, Event, Notice, SegmentReady
 from pipeline.reconcile import Reconciler
-
-if TYPE_CHECKING:
-    from infra.monitoring.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -72,49 +68,11 @@ async def serve(settings: Settings, *, cluster: str = "") -> None:
     spool = spool_to_watch(settings)
     async with open_destinations(settings) as destinations:
         names = {destination.name: destination.required for destination in destinations}
-    async with _metrics(settings, names) as metrics:
-        await _serve(settings, cluster, spool, metrics)
+    async with monitoring(settings, names) as monitor:
+        await _serve(settings, cluster, spool, monitor)
 
 
-@asynccontextmanager
-async def _metrics(settings: Settings, destinations: dict[str, bool]) -> AsyncIterator[Metrics | None]:
-    """Serve /metrics during the block, unless that is not wanted."""
-    if not settings.listens:
-        yield None
-        return
-    from infra.monitoring.http import serving  # what no command needs to load
-    from infra.monitoring.metrics import Metrics
-    from infra.survey import Surroundings, beside
-
-    streams, spool = ("stream" in settings.sources), ("watch" in settings.sources)
-    clock = SystemClock()
-    metrics = Metrics(destinations, put_price=settings.put_price, clock=clock, streams=streams, spool=spool)
-    chosen = "listen" in settings.model_fields_set
-    async with (
-        serving(settings.listens, metrics, chosen=chosen),
-        beside(Surroundings(settings, metrics, clock).run()),
-    ):
-        yield metrics
-
-
-@asynccontextmanager
-async def _measured(site: Site, metrics: Metrics | None) -> AsyncIterator[None]:
-    """Let the metrics hear and see what happens at the site during the block."""
-    if metrics is None:
-        yield
-        return
-    from infra.survey import Survey, beside
-
-    metrics.opened(site.facts.segment_size)
-    site.notify.append(metrics.notify)
-    try:
-        async with beside(Survey(site, metrics).run()):
-            yield
-    finally:
-        metrics.closed()
-
-
-async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: Metrics | None) -> None:
+async def _serve(settings: Settings, cluster: str, spool: Path | None, monitor: Monitor | None) -> None:
     pause = 1.0
     while True:
         began = time.monotonic()
@@ -122,11 +80,11 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: 
             chosen = cluster or await _cluster(settings)
             async with (
                 open_site(
-                    settings, cluster=chosen, writer=True, policy=SERVICE, timed=metrics.stage_done if metrics else None
+                    settings, cluster=chosen, writer=True, policy=SERVICE, timed=monitor.stage_done if monitor else None
                 ) as site,
                 open_shipping(site) as shipping,
                 _holding_lease(site) as lease,
-                _measured(site, metrics),
+                monitored(site, shipping, monitor, cluster=chosen),
             ):
                 await _ship_for_ever(spool, site, shipping, lease)
         except (WalshipError, BaseExceptionGroup) as caught:
@@ -134,9 +92,8 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, metrics: 
             if error is None or not _can_pass(error, spool):
                 raise
             log.warning("waiting", error=error.fact, hint=error.hint, retry_in=pause)
-            if metrics is not None:
-                lost = isinstance(error, StoreError) and not isinstance(error, LeaseHeldError | ObjectConflict)
-                metrics.closed(unreachable=lost)
+            if monitor is not None:
+                monitor.waits(error)
         if time.monotonic() - began > LONGEST_PAUSE:
             pause = 1.0  # it ran for a while: a new trouble, not the old one
         await asyncio.sleep(pause)

@@ -176,6 +176,13 @@ def judge(status: Status) -> tuple[State, str]:
     return "unsafe", f"Not safe: {first}."
 
 
+def judge_absent(why: str) -> tuple[State, str]:
+    """Where there is nothing to judge: the service cannot ship (``why``), or nothing was looked at yet."""
+    if why:
+        return "unsafe", f"Not safe: nothing is shipped: {why}."
+    return "unknown", "Not known: the destinations are being looked at for the first time."
+
+
 def stopped_by(status: Status) -> list[str]:
     """Why WAL does not get where it has to; empty if it does. What is not required stops nothing."""
     optional = {place.name for place in status.destinations if not place.required}

@@ -155,9 +155,11 @@ def _wal_volume_free(server: ServerFacts) -> int | None:
 class Survey:
     """What each destination holds. ``run`` until cancelled."""
 
-    def __init__(self, site: Site, metrics: Metrics) -> None:
+    def __init__(self, site: Site, metrics: Metrics, *, listed: Callable[[Holding], None] = lambda _: None) -> None:
+        """``listed`` is told of each listing, also of one that was not answered."""
         self._site = site
         self._metrics = metrics
+        self._listed = listed
         self._known: Known = {}
         #: destination → end of the WAL there, when the last transaction was looked for.
         self._ends: dict[str, Lsn] = {}
@@ -186,6 +188,7 @@ class Survey:
         except (StoreError, IntegrityError, TimeoutError):
             readings.failed("repository", store.name)
             return
+        self._listed(holding)
         if holding.error:
             readings.failed("repository", store.name)
             return

@@ -1,4 +1,4 @@
-"""Where Prometheus and health checks ask: ``/metrics`` and ``/healthz``."""
+"""Where Prometheus and health checks ask, ``/metrics`` and ``/healthz``; and people, see ``page``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from infra.monitoring.metrics import Metrics
+from infra.monitoring.page import Shown, only_local_names, routes
 from infra.settings import listen_address
 from pipeline.errors import ConfigError
 
@@ -21,8 +22,12 @@ _TAKEN = "nobody can see this service's metrics: give it a port of its own with 
 
 
 @asynccontextmanager
-async def serving(listen: str, metrics: Metrics, *, chosen: bool = True) -> AsyncIterator[None]:
+async def serving(
+    listen: str, metrics: Metrics, *, shown: Shown | None = None, chosen: bool = True
+) -> AsyncIterator[None]:
     """Answer on ``listen`` (``host:port``; empty: nowhere) during the ``async with`` block.
+
+    ``shown``: what the status page and ``/readyz`` tell; without it they are not there.
 
     Unless the address was ``chosen`` by somebody, one that is taken is no error: of several services on one machine the
     first has the default port, and the others say in the log that they serve nothing.
@@ -36,8 +41,8 @@ async def serving(listen: str, metrics: Metrics, *, chosen: bool = True) -> Asyn
     from aiohttp import web
 
     host, port = listen_address(listen)
-    app = web.Application()
-    app.add_routes(_handlers(metrics))
+    app = web.Application(middlewares=[only_local_names(host)])
+    app.add_routes([*_handlers(metrics), *(routes(shown) if shown is not None else ())])
     # A scrape takes milliseconds: who still reads after a second does not hold up the end of the service.
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()

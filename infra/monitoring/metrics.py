@@ -105,7 +105,7 @@ class Metrics:
         self._clock = clock
         self._began = clock.monotonic()
         self._shipping = self._unreachable = False
-        self._positions = Positions(destinations, streams=streams, clock=clock)
+        self.positions = Positions(destinations, streams=streams, clock=clock)
         #: For what is read again and again; but what other numbers hang on comes in through the methods below.
         self.readings = Readings(destinations, spool=spool, clock=clock)
         #: timeline → segments that nobody ever stored, as the stream told.
@@ -123,7 +123,7 @@ class Metrics:
     def opened(self, segment_size: int) -> None:
         """The repository is open; its segments have so many bytes, without which a gap cannot be counted."""
         self._shipping, self._unreachable = True, False
-        self._positions.segment_size = segment_size
+        self.positions.segment_size = segment_size
 
     def closed(self, *, unreachable: bool = False) -> None:
         """The repository is closed, or cannot be opened: nobody ships, and a lag of 0 is no longer known.
@@ -131,7 +131,7 @@ class Metrics:
         ``unreachable``: because no destination answers.
         """
         self._shipping, self._unreachable = False, unreachable
-        self._positions.closed()
+        self.positions.closed()
         for name in self._destinations:
             self.readings.failed("repository", name)
 
@@ -144,19 +144,19 @@ class Metrics:
     def server_read(self, reading: ServerReading) -> None:
         """The server has answered."""
         self.readings.server_read(reading)
-        self._positions.server_at(reading.lsn, archive_timeout=reading.archive_timeout)
+        self.positions.server_at(reading.lsn, archive_timeout=reading.archive_timeout)
 
     def spool_read(self, reading: SpoolReading) -> None:
         """The spool was looked at."""
         self.readings.spool_read(reading)
-        self._positions.spool_waits(reading.oldest)
+        self.positions.spool_waits(reading.oldest)
 
     def repository_read(self, name: str, reading: RepositoryReading) -> None:
         """A destination was listed."""
         self.readings.repository_read(name, reading)
         self._of(name).missing = defaultdict(Missing, reading.missing)
         if reading.durable is not None:
-            self._positions.reached(name, reading.durable)
+            self.positions.reached(name, reading.durable)
 
     def page(self, accept: str = "") -> tuple[bytes, str]:
         """The samples of this moment as text, and its content type. ``accept``: that header of the request."""
@@ -183,7 +183,7 @@ class Metrics:
             case GapOpened() | GapClosed():
                 self._count_gap(notice)
             case WalMoved() | StreamStarted() | StreamLost():
-                self._positions.follow(notice)
+                self.positions.follow(notice)
             case FileSetAside():
                 self._set_aside += 1
             case _:
@@ -208,13 +208,13 @@ class Metrics:
                 tails.popleft()
         file = parse_wal_key(notice.name)
         if file is not None and file.kind is WalKind.SEGMENT:
-            self._positions.stored(notice.destination, file)
+            self.positions.stored(notice.destination, file)
             if file.timeline in destination.missing:
-                size = self._positions.segment_size
+                size = self.positions.segment_size
                 destination.missing[file.timeline].remove(file.start(size) // size)
 
     def _count_gap(self, notice: GapOpened | GapClosed) -> None:
-        size = self._positions.segment_size
+        size = self.positions.segment_size
         if isinstance(notice, GapOpened):
             self._missing[notice.timeline].add(notice.first.start(size) // size, notice.last.end(size) // size)
         else:
@@ -263,13 +263,13 @@ class Metrics:
     def _collect_service(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
 
-        current = self._positions.current
+        current = self.positions.current
         yield InfoMetricFamily("walship_build", "What runs here.", {"version": version("walship")})
         yield GaugeMetricFamily(
             "walship_shipping", "1 while the repository is open and WAL is shipped to it.", float(self._shipping)
         )
         yield GaugeMetricFamily(
-            "walship_stream_connected", "1 while WAL is streamed from a server.", float(self._positions.connected)
+            "walship_stream_connected", "1 while WAL is streamed from a server.", float(self.positions.connected)
         )
         yield GaugeMetricFamily(
             "walship_wal_current_lsn_bytes",
@@ -290,7 +290,7 @@ class Metrics:
         yield stages
 
     def _collect_destinations(self) -> Iterator[Metric]:
-        now, places = self._clock.monotonic(), self._positions
+        now, places = self._clock.monotonic(), self.positions
         values: dict[str, tuple[str, Callable[[str, _Destination], float]]] = {
             "walship_destination_required": (
                 "1 if WAL is acknowledged only once it is there.",

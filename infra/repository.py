@@ -5,6 +5,7 @@ The file is for people and a first look. What must be true of an object is in th
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +24,8 @@ log = structlog.get_logger()
 FORMAT = 1
 #: Bytes; ours has two hundred.
 _MOST = 64 << 10
+#: Seconds after which the next destination is asked as well.
+ANSWER = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,27 +110,69 @@ async def clusters(store: Store) -> list[str]:
 async def find(destinations: Sequence[Destination], cluster: str = "") -> RepositoryFacts:
     """The one repository that is there, or the one that was asked for, from the first destination that has it whole.
 
-    A destination that fails or holds a damaged ``repository.json`` is passed over, with a warning if another serves.
+    A destination that fails or holds a damaged ``repository.json`` is passed over, with a warning if another serves;
+    so is one that has not answered for ``ANSWER`` seconds: the next one is asked beside it.
     ConfigError if there is none or several to choose from; the last StoreError or IntegrityError if none can be read.
     """
     if cluster and not (cluster.isascii() and cluster.isdigit()):
         raise ConfigError(
             f"--cluster {cluster!r} is not a system identifier", hint="it is a number, as `pg_controldata` shows it"
         )
-    failures: list[tuple[Destination, StoreError | IntegrityError]] = []
-    seen: set[str] = set()
-    for destination in destinations:
-        try:
-            here = [cluster] if cluster else await clusters(destination.root)
-            seen.update(here)
-            if len(here) == 1:
-                facts = await read_facts(destination.root, here[0])
+    looks: list[tuple[Destination, asyncio.Task[_Look]]] = []
+    try:
+        for destination in destinations:
+            task = asyncio.create_task(_look(destination, cluster))
+            looks.append((destination, task))
+            await asyncio.wait([task], timeout=ANSWER)
+            if task.done() and task.result().facts is not None:
                 break
-        except ObjectMissing:
-            seen.discard(cluster)
-        except (StoreError, IntegrityError) as error:
-            failures.append((destination, error))
-    else:
+        else:
+            await asyncio.wait([task for _, task in looks])  # nobody else serves: they have all the time they need
+        return _chosen(looks, destinations, cluster)
+    finally:
+        for _, task in looks:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in looks), return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a destination has: clusters, the facts of the only one that can be meant, or what is wrong there."""
+
+    clusters: Sequence[str] = ()
+    facts: RepositoryFacts | None = None
+    failure: StoreError | IntegrityError | None = None
+
+
+async def _look(destination: Destination, cluster: str) -> _Look:
+    here: Sequence[str] = [cluster] if cluster else ()
+    try:
+        here = here or await clusters(destination.root)
+        return _Look(here, await read_facts(destination.root, here[0]) if len(here) == 1 else None)
+    except ObjectMissing:
+        return _Look(() if cluster else here)
+    except (StoreError, IntegrityError) as error:
+        return _Look(here, failure=error)
+
+
+def _chosen(
+    looks: Sequence[tuple[Destination, asyncio.Task[_Look]]], destinations: Sequence[Destination], cluster: str
+) -> RepositoryFacts:
+    """The facts of the first that has them; each one that was passed over for it is told."""
+    seen: set[str] = set()
+    failures: list[tuple[Destination, StoreError | IntegrityError]] = []
+    facts = None
+    for destination, task in looks:
+        if not task.done():
+            fact = f"{destination.name} has not answered for {ANSWER:g} seconds, and another destination has"
+            failures.append((destination, StoreError(fact, hint="it is gone on without it", passing=True)))
+            continue
+        found = task.result()
+        seen.update(found.clusters)
+        if found.failure is not None:
+            failures.append((destination, found.failure))
+        facts = facts or found.facts
+    if facts is None:
         raise _none_found(destinations, cluster, seen, [error for _, error in failures])
     for passed_over, failure in failures:
         log.warning("repository", destination=passed_over.name, error=failure.fact, hint=failure.hint)

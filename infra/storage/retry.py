@@ -7,6 +7,7 @@ Blog, 2015).
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -52,6 +53,8 @@ LOOK = RetryPolicy(attempts=2, total=10.0, rest=60.0)
 
 #: An attempt that took so many seconds and failed was not answered at all.
 _STALLED = 5.0
+#: Nor was a question that somebody gave up after so many seconds: a little less than whoever gives up waits.
+_GIVEN_UP = 4.0
 
 #: As many attempts as usual and no waiting, for tests.
 AT_ONCE = RetryPolicy(first=0.0, most=0.0)
@@ -86,10 +89,10 @@ class Retrying:
         await self._try("put", lambda: self._store.put(key, body, replace=replace, keep_until=keep_until))
 
     async def get(self, key: str, span: Span | None = None) -> Body:
-        return await self._try("get", lambda: self._store.get(key, span))
+        return await self._ask("get", lambda: self._store.get(key, span))
 
     async def head(self, key: str) -> ObjectInfo:
-        return await self._try("head", lambda: self._store.head(key))
+        return await self._ask("head", lambda: self._store.head(key))
 
     async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
         """As the contract says. A listing that breaks goes on behind its last key, if its keys came in order."""
@@ -104,6 +107,9 @@ class Retrying:
                     last, attempts = info.key, None
                     yield info
                     asked = self._clock.monotonic()
+            except asyncio.CancelledError:
+                self._given_up(asked)
+                raise
             except StoreError as error:
                 if not ordered:
                     self._observe(self.name, "list", error)
@@ -130,6 +136,24 @@ class Retrying:
 
     def _rest(self, error: StoreError) -> None:
         self._resting = self._clock.monotonic() + self._policy.rest, error.fact
+
+    def _given_up(self, asked: float) -> None:
+        """Nobody else shall wait for what somebody has given up: each in turn would."""
+        if self._policy.rest and (silent := self._clock.monotonic() - asked) >= _GIVEN_UP:
+            self._rest(StoreError(f"{self.name} has not answered for {silent:.0f} seconds", passing=True))
+
+    async def _ask(self, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """A question, whose answer is short: to be slow with it is to be silent. An object on its way may be slow."""
+
+        async def noticed() -> T:
+            asked = self._clock.monotonic()
+            try:
+                return await attempt()
+            except asyncio.CancelledError:
+                self._given_up(asked)
+                raise
+
+        return await self._try(operation, noticed)
 
     async def _try(self, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
         self._refuse_resting()

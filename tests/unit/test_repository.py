@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 from structlog.testing import capture_logs
 
+from infra import repository
 from infra.repository import Destination, RepositoryFacts, find, read_facts
 from infra.storage.memory import MemoryStore
 from pipeline.contracts import Store
@@ -78,3 +80,33 @@ async def test_what_init_cannot_have_written_is_refused(content: bytes, fact: st
 async def test_a_cluster_is_a_number(cluster: str) -> None:
     with pytest.raises(ConfigError, match="is not a system identifier"):
         await find([], cluster)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repository, "ANSWER", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_one_that_accepts_and_never_answers_is_gone_on_without() -> None:
+    """However many they are, each costs so many seconds and no more; and it is told."""
+    held = await holding("silent")
+    silent = Destination(Faulty(held.root, delay={"get": 600.0}), required=True)
+    async with asyncio.timeout(10):
+        with capture_logs() as said:
+            assert await find([silent, silent, await holding("good")], "7") == FACTS
+        assert [line["destination"] for line in said] == ["silent", "silent"]
+        assert "silent has not answered for 0.05 seconds, and another destination has" in said[0]["error"]
+        with capture_logs() as said:
+            assert await find([await holding("good"), silent], "7") == FACTS
+        assert said == [], "nobody looked"
+
+
+@pytest.mark.usefixtures("quick")
+async def test_one_that_is_slow_has_all_its_time_where_no_other_serves() -> None:
+    held = await holding("slow")
+    slow = Destination(Faulty(held.root, delay={"list": 0.1, "head": 0.1, "get": 0.1}), required=True)
+    down: Store = Faulty(MemoryStore("down"), down={"list": StoreError("no")})
+    with capture_logs() as said:
+        assert await find([slow, Destination(down, required=True)]) == FACTS
+    assert [line["destination"] for line in said] == ["down"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -153,3 +154,41 @@ async def test_a_store_that_refuses_quickly_is_tried_again_also_for_a_service() 
     faulty.fail = {("put", 1): PASSING}
     await store.put("a", BODY)
     assert faulty.count("put") == 2
+
+
+@pytest.mark.parametrize(("operation", "passed", "left_alone"), [
+    ("head", 5.0, True), ("get", 5.0, True), ("list", 5.0, True),
+    ("head", 2.0, False),  # whoever has asked no longer wants to know: that says nothing of the store
+    ("put", 30.0, False),  # an object on its way may be slow, and the store well
+])  # fmt: skip
+async def test_who_gives_up_on_a_silent_store_spares_others_the_wait(
+    operation: str, passed: float, left_alone: bool
+) -> None:
+    faulty, clock, store, _ = parts(RetryPolicy(rest=10.0))
+    await store.put("a", BODY)
+    faulty.delay = {operation: 60.0}
+
+    async def ask() -> None:
+        match operation:
+            case "list":
+                [info async for info in store.list("")]
+            case "put":
+                await store.put("b", BODY)
+            case _:
+                await getattr(store, operation)("a")
+
+    asking = asyncio.create_task(ask())
+    while not faulty.count(operation) or faulty.calls[-1][0] != operation:
+        await asyncio.sleep(0)
+    clock.passed += passed
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    faulty.delay = {}
+    if not left_alone:
+        await store.head("a")
+        return
+    with pytest.raises(StoreError, match="memory has not answered for 5 seconds") as raised:
+        await store.head("a")
+    assert raised.value.passing
+    clock.passed += 10.0
+    await store.head("a")

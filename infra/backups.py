@@ -6,10 +6,12 @@ import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from handlers.base_backup import Cluster, Progress, take
+from handlers.base_backup import Cluster, Progress, WalSafe, take
+from infra.pace import Pace
 from infra.postgres import basebackup, local_copy
+from infra.postgres.claim import claimed
 from infra.postgres.connect import connect
-from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.control import ServerFacts, read_facts, switch_wal
 from infra.postgres.copy_stream import Damage
 from infra.postgres.problems import problems
 from infra.safety import history_shipper, wal_safe
@@ -18,6 +20,7 @@ from infra.settings import Settings
 from infra.wiring import open_shipping, open_site
 from pipeline.backup import BackupInfo, BackupMessage
 from pipeline.errors import SourceError
+from pipeline.wal import Lsn
 
 
 async def look_at_server(settings: Settings) -> ServerFacts:
@@ -31,34 +34,66 @@ async def backup(
 ) -> BackupInfo:
     """Take a base backup of the server and return it once it, and all WAL it needs, is at every required destination.
 
-    Refuses before it begins if the server cannot give what a backup needs. A service that runs meanwhile keeps its
-    priority: this process is nicer than it. Without one, this process ships the spool as well.
+    Refuses before it begins if the server cannot give what a backup needs, or gives one already. A service that runs
+    meanwhile keeps its priority: this process is nicer than it. Without one, this process ships the spool as well.
     """
     server = await look_at_server(settings)
     refuse_unable(server, settings)
+    source = settings.for_backups()
+    if settings.backup_host:
+        refuse_stranger(await look_at_server(source), server, settings.backup_host)
     async with (
         open_site(settings, cluster=server.system_identifier, writer=True) as site,
         open_shipping(site) as shipping,
+        claimed(source),
         alongside(site, shipping, tell),
     ):
         os.nice(5)
         ship_history = history_shipper(settings, shipping.command.ship)
-        async with aclosing(_messages(settings, label, tell)) as messages:
+        wait = wal_safe(site, tell, ship_history=ship_history)
+        async with aclosing(_messages(source, label, tell)) as messages:
             return await take(
                 messages,
                 ship=shipping.command.ship,
                 cluster=Cluster(server.system_identifier, server.version_num, server.segment_size),
-                wal_safe=wal_safe(site, tell, ship_history=ship_history),
+                wal_safe=_behind_a_switch(settings, server, wait) if settings.backup_host else wait,
                 clock=site.clock,
                 label=label,
                 report=report,
             )
 
 
+def _behind_a_switch(settings: Settings, server: ServerFacts, wait: WalSafe) -> WalSafe:
+    """A backup of a standby ends in an open segment, and nothing on the standby can finish it: the primary does."""
+
+    async def switched(start: Lsn, stop: Lsn, timeline: int) -> None:
+        async with await connect(settings) as primary:
+            await switch_wal(primary, segment_size=server.segment_size)
+        await wait(start, stop, timeline)
+
+    return switched
+
+
+def refuse_stranger(standby: ServerFacts, primary: ServerFacts, host: str) -> None:
+    """WALSHIP_BACKUP_HOST has to be a standby of the very server whose WAL is shipped. Raises SourceError."""
+    if standby.system_identifier != primary.system_identifier:
+        raise SourceError(
+            f"WALSHIP_BACKUP_HOST: {host} is of the cluster {standby.system_identifier}, and the server of"
+            f" {primary.system_identifier}",
+            hint="name a standby of the server at POSTGRES_HOST",
+        )
+    if not standby.in_recovery:
+        raise SourceError(
+            f"WALSHIP_BACKUP_HOST: {host} is no standby any more, but a primary",
+            hint="after a failover POSTGRES_HOST and WALSHIP_BACKUP_HOST change places; nothing was begun",
+        )
+
+
 def _messages(settings: Settings, label: str, tell: Callable[[str], None]) -> AsyncGenerator[BackupMessage, None]:
     """From the data directory where it can be read, else through the server."""
+    pace = Pace(settings.backup_rate) if settings.backup_rate else None
     if settings.data_dir is None:
-        return basebackup.stream(settings, label=label)
+        return basebackup.stream(settings, label=label, pace=pace)
 
     def damaged(found: Damage) -> None:
         tell(
@@ -71,6 +106,7 @@ def _messages(settings: Settings, label: str, tell: Callable[[str], None]) -> As
         settings.data_dir,
         label=label,
         workers=settings.workers,
+        pace=pace,
         damaged=damaged,
     )
 

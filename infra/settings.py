@@ -77,6 +77,8 @@ class Settings(BaseSettings):
     #: The server's data directory as walship sees it: base backups then read the files themselves. Empty: through the
     #: server.
     data_dir: Path | None = _env("WALSHIP_DATA_DIR", default=None)
+    #: A standby that base backups are taken from: host, or host:port. Empty: the server itself.
+    backup_host: str = _env("WALSHIP_BACKUP_HOST", default="")
     #: Most bytes that a base backup takes from the server in a second; 0: as many as it gives.
     backup_rate: int = _env("WALSHIP_BACKUP_RATE", default=0, ge=0)
     #: Folder with the server's programs (postgres, pg_ctl), for ``restore --start``; empty: look in the usual places.
@@ -145,6 +147,15 @@ class Settings(BaseSettings):
         """These settings for some of the servers alone."""
         hosts, ports = ",".join(host for host, _ in servers), ",".join(str(port) for _, port in servers)
         return self.model_copy(update={"postgres_host": hosts, "postgres_port": ports})
+
+    def for_backups(self) -> Self:
+        """These settings for the server that base backups are taken from."""
+        if not self.backup_host:
+            return self
+        host, colon, port = self.backup_host.rpartition(":")
+        if not colon or not port.isdecimal():
+            host, port = self.backup_host, "5432"
+        return self.at((host, int(port)))
 
     @property
     def wal_encrypted(self) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import click
 
 from handlers.base_backup import Progress
 from infra.backups import backup
+from infra.cli.json_lines import JsonLines
 from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, emit, human, json_option, say, settings
 from pipeline.moments import show
@@ -18,12 +21,15 @@ from pipeline.moments import show
 async def command(label: str, as_json: bool) -> None:
     """Take a base backup now, straight from the server to every destination.
 
-    Nothing is staged on disk. It counts as a backup only once all WAL that it needs is safe at every required
-    destination; killed before that, it leaves no backup, only parts that nobody lists.
+    Nothing is staged on disk. With WALSHIP_DATA_DIR the files are read by walship itself, else the server sends them;
+    with WALSHIP_BACKUP_HOST it is taken from a standby. It counts as a backup only once all WAL that it needs is safe
+    at every required destination; killed before that, it leaves no backup, only parts that nobody lists.
+
+    With --json, a line of progress as JSON goes to stderr every second.
 
     Example: walship backup
     """
-    with Bytes("base backup") as bar:
+    with nullcontext(JsonLines("base backup")) if as_json else Bytes("base backup") as bar:
 
         def report(progress: Progress) -> None:
             bar(progress.done, progress.estimate, progress.current)

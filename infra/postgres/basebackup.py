@@ -6,10 +6,12 @@ PostgreSQL 15 and later send everything in one COPY: ``n`` begins an archive, ``
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 from psycopg.pq import ExecStatus
 
+from infra.pace import Pace
 from infra.postgres.replication import ReplicationConnection, Row, rows_of
 from infra.settings import Settings
 from pipeline.backup import (
@@ -29,12 +31,13 @@ OLDEST = 15
 
 
 async def stream(
-    settings: Settings, *, label: str = "walship", fast: bool = True
+    settings: Settings, *, label: str = "walship", fast: bool = True, pace: Pace | None = None
 ) -> AsyncGenerator[BackupMessage, None]:
     """Take a base backup: see ``pipeline.backup`` for the order of messages. Data comes in pieces of up to 32 KB.
 
     Read it within ``contextlib.aclosing``: closing the generator closes the connection, and that ends the backup on the
-    server. The server sends only as fast as messages are taken. ``fast`` asks for an immediate checkpoint.
+    server. The server sends only as fast as messages are taken, ``pace`` at most. ``fast`` asks for an immediate
+    checkpoint.
 
     Does not wait for WAL: the WAL from start to stop LSN must be safe before the backup counts. SourceError with the
     server's words if it fails at any point.
@@ -54,6 +57,8 @@ async def stream(
         async for message in connection.copy_out():
             kind, body = message[0], message[1:]
             if kind == ord("d"):
+                if pace is not None and (seconds := pace.take(len(body))) > 0:
+                    await asyncio.sleep(seconds)
                 yield ManifestData(bytes(body)) if in_manifest else ArchiveData(bytes(body))
             elif kind == ord("n"):
                 yield ArchiveBegan(bytes(body).split(b"\0", 1)[0].decode().removesuffix(".tar"))

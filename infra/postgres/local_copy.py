@@ -22,6 +22,7 @@ from pathlib import Path
 
 from crc32c import crc32c
 
+from infra.pace import Pace
 from infra.postgres.connect import BACKUP_NAME, Connection, connect
 from infra.postgres.control import rows
 from infra.postgres.copy_stream import Copy, Damage, Shared, Stream
@@ -57,7 +58,7 @@ select pg_backup_start(%s, %s)::text,
        (select system_identifier from pg_control_system())::text,
        extract(epoch from pg_postmaster_start_time())::bigint,
        (select sum(pg_tablespace_size(oid))::bigint from pg_tablespace),
-       current_setting('data_checksums') = 'on',
+       current_setting('port')::int, current_setting('data_checksums') = 'on',
        (select setting::int from pg_settings where name = 'segment_size')
 """
 _TABLESPACES = """
@@ -86,19 +87,20 @@ async def stream(
     label: str = "walship",
     fast: bool = True,
     workers: int = 2,
-    pace: Callable[[int], None] = lambda _: None,
+    pace: Pace | None = None,
     damaged: Callable[[Damage], None] = lambda _: None,
 ) -> AsyncGenerator[BackupMessage, None]:
     """Take a base backup by reading ``directory``: see ``pipeline.backup`` for the messages.
 
     Read it within ``contextlib.aclosing``: closing it ends the session, and with it the backup on the server, without a
-    trace. ``pace`` is called from threads before so many bytes are read, and may wait. ``damaged`` is told of pages
-    whose checksum is wrong. Raises SourceError.
+    trace. ``damaged`` is told of pages whose checksum is wrong. Raises SourceError.
     """
     async with await connect(settings, application_name=BACKUP_NAME) as connection:
         major = connection.info.server_version // 10000
         begun = await _begin(connection, directory, label, fast=fast)
-        copy = Copy(begun.start, ManifestMaker(begun.system_id, major), begun.checksums, begun.blocks, pace=pace)
+        copy = Copy(begun.start, ManifestMaker(begun.system_id, major), begun.checksums, begun.blocks)
+        if pace is not None:
+            copy.pace = pace.wait
         yield BackupStarted(begun.start, begun.timeline, begun.tablespaces, begun.estimate)
         for tablespace in begun.tablespaces:
             prefix = f"pg_tblspc/{tablespace.oid}/"
@@ -128,8 +130,9 @@ async def stream(
 async def _begin(connection: Connection, directory: Path, label: str, *, fast: bool) -> _Begun:
     tablespaces = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
     await asyncio.to_thread(_check_places, directory, tablespaces)
-    ((lsn, timeline, system_id, started, estimate, checksums, blocks),) = await rows(connection, _BEGIN, (label, fast))
-    await asyncio.to_thread(_check_same, directory, system_id, int(started))
+    (found,) = await rows(connection, _BEGIN, (label, fast))
+    lsn, timeline, system_id, started, estimate, port, checksums, blocks = found
+    await asyncio.to_thread(_check_same, directory, system_id, int(started), port)
     return _Begun(Lsn.parse(lsn), timeline, system_id, tablespaces, int(estimate or 0), checksums, blocks)
 
 
@@ -153,7 +156,7 @@ def _check_places(directory: Path, tablespaces: Sequence[Tablespace]) -> None:
         ) from None
 
 
-def _check_same(directory: Path, system_id: str, started: int) -> None:
+def _check_same(directory: Path, system_id: str, started: int, port: int) -> None:
     """The directory is the very one that this server runs on, and not another's of the same cluster."""
     control = _control(directory / CONTROL)
     (found,) = struct.unpack_from("<Q", control)
@@ -164,12 +167,13 @@ def _check_same(directory: Path, system_id: str, started: int) -> None:
         )
     try:
         lines = (directory / "postmaster.pid").read_text("latin-1").split("\n")
-        same = abs(int(lines[2]) - started) <= _SAME_START
+        same = abs(int(lines[2]) - started) <= _SAME_START and int(lines[3]) == port
     except (OSError, ValueError, IndexError):
         same = False
     if not same:
         raise SourceError(
-            f"WALSHIP_DATA_DIR: no server runs on {directory} that began when the one at POSTGRES_HOST did",
+            f"WALSHIP_DATA_DIR: the server at POSTGRES_HOST does not run on {directory}: its postmaster.pid tells of"
+            " another start, or another port",
             hint="is it a standby's directory, or a copy? POSTGRES_HOST and WALSHIP_DATA_DIR must mean the same server",
         )
 

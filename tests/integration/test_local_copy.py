@@ -1,0 +1,200 @@
+"""Backups that read the data directory: file by file what BASE_BACKUP sends, and refusals where it cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import tarfile
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from infra.pace import Pace
+from infra.postgres import basebackup, local_copy
+from infra.postgres.claim import claimed
+from infra.postgres.copy_stream import Damage
+from infra.postgres.processes import give, run_as
+from infra.postgres.throwaway import ThrowawayServer
+from infra.settings import Settings
+from pipeline.backup import ArchiveBegan, ArchiveData, BackupMessage, ManifestData, area_of
+from pipeline.errors import SourceError
+from pipeline.manifest import read_manifest
+from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, server_folder, start_server
+
+__all__ = ["server_folder", "start_server"]
+
+
+def settings_for(server: ThrowawayServer) -> Settings:
+    return Settings(POSTGRES_HOST=server.host, POSTGRES_PORT=server.port, POSTGRES_USERNAME="postgres")
+
+
+class Taken:
+    """All that a backup stream brought."""
+
+    def __init__(self) -> None:
+        self.archives: dict[str, bytearray] = {}
+        self.manifest = bytearray()
+
+    async def take(self, messages: AsyncGenerator[BackupMessage, None]) -> Taken:
+        last = ""
+        async for message in messages:
+            if isinstance(message, ArchiveBegan):
+                last = message.archive
+                self.archives[last] = bytearray()
+            elif isinstance(message, ArchiveData):
+                self.archives[message.archive or last] += message.data
+            elif isinstance(message, ManifestData):
+                self.manifest += message.data
+        return self
+
+    def entries(self) -> dict[tuple[str, str], tuple[object, ...]]:
+        """What the archives hold: kind, mode, owner, size."""
+        found: dict[tuple[str, str], tuple[object, ...]] = {}
+        for name, content in self.archives.items():
+            with tarfile.open(fileobj=io.BytesIO(bytes(content))) as tar:
+                for entry in tar.getmembers():
+                    key = area_of(name), entry.name.removeprefix("./").rstrip("/")
+                    found[key] = entry.type, entry.mode, entry.uid, entry.size
+        return found
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Of the manifest, but for what differs in every backup."""
+        read_manifest(self.manifest)
+        found = {f["Path"]: f for f in json.loads(self.manifest)["Files"]}
+        for path in ("backup_label", "tablespace_map"):
+            assert found.pop(path)
+        return found
+
+
+def fill(server: ThrowawayServer, folder: Path) -> None:
+    """Everything that is left out, or treated in its own way."""
+    place = folder / "space"
+    place.mkdir()
+    give(place, run_as())
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        for statement in (
+            "create table t as select n, md5(n::text) filler from generate_series(1, 20000) n",
+            "create index on t (n)",
+            "create unlogged table u as select 1 n",
+            f"create tablespace space location '{place}'",
+            "create table placed tablespace space as select * from t",
+            "create unlogged table u2 tablespace space as select 1 n",
+            "create database other",
+            "checkpoint",
+        ):
+            connection.execute(statement.encode())
+        connection.execute("create temp table gone as select 1 n")
+    (server.data_dir / "base/pgsql_tmp").mkdir()
+    (server.data_dir / "base/pgsql_tmp/pgsql_tmp1.0").write_bytes(b"sorted")
+    give(server.data_dir / "base/pgsql_tmp", run_as())
+
+
+@pytest.mark.parametrize("major", SERVER_VERSIONS)
+async def test_it_holds_what_base_backup_sends(start_server: StartServer, server_folder: Path, major: int) -> None:
+    server = start_server(major)
+    await asyncio.to_thread(fill, server, server_folder)
+    settings = settings_for(server)
+    theirs = await Taken().take(basebackup.stream(settings))
+    ours = await Taken().take(local_copy.stream(settings, server.data_dir, workers=2))
+    assert ours.entries() == theirs.entries()
+    assert ours.files() == theirs.files()
+    assert {area_of(name) for name in ours.archives} == set(theirs.archives)
+    # The control file is the last of all: no other is older than it.
+    assert bytes(ours.archives["base.1"][-1024 - 8192 - 512 :]).startswith(b"global/pg_control\0")
+
+
+async def test_a_damaged_page_is_told_and_backed_up(start_server: StartServer) -> None:
+    server = start_server(NEWEST)
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute("create table t as select n, repeat('x', 500) filler from generate_series(1, 1000) n")
+        connection.execute("checkpoint")
+        row = connection.execute("select pg_relation_filepath('t')").fetchone()
+        assert row is not None
+    path = server.data_dir / row[0]
+    with path.open("r+b") as file:
+        for block in (3, 9):
+            file.seek(block * 8192 + 5000)
+            file.write(b"\xff\xfe")
+    told: list[Damage] = []
+    taken = await Taken().take(local_copy.stream(settings_for(server), server.data_dir, damaged=told.append))
+    assert told == [Damage(row[0], (3, 9))]
+    assert ("base", row[0]) in taken.entries()
+
+
+async def test_files_that_change_while_they_are_read(start_server: StartServer) -> None:
+    """Grown: cut at the size in its header. Shrunk: filled with zeros. Vanished: left out."""
+    server = start_server(NEWEST)
+    grows, shrinks, vanishes = (server.data_dir / f"base/1/{name}" for name in ("8000001", "8000002", "8000003"))
+    for path in (grows, shrinks, vanishes):
+        path.write_bytes(bytes([1]) * 8192 * 1000)
+        give(path, run_as())
+    touched = False
+
+    class Meddler(Pace):
+        """Comes between the header of a file and its content."""
+
+        def wait(self, size: int) -> None:  # noqa: ARG002  the size is of no matter here
+            nonlocal touched
+            if not touched:
+                touched = True
+                with grows.open("ab") as file:
+                    file.write(bytes(8192))
+                os.truncate(shrinks, 0)
+                vanishes.unlink()
+
+    stream = local_copy.stream(settings_for(server), server.data_dir, workers=1, pace=Meddler(1 << 40))
+    taken = await Taken().take(stream)
+    entries = taken.entries()
+    assert ("base", "base/1/8000003") not in entries
+    assert entries["base", "base/1/8000001"][3] in (8192 * 1000, 8192 * 1001)
+    assert entries["base", "base/1/8000002"][3] in (8192 * 1000, 0)
+
+
+async def test_the_directory_of_another_server_is_refused(start_server: StartServer) -> None:
+    server, other = start_server(NEWEST), start_server(NEWEST)
+    with pytest.raises(SourceError) as caught:
+        await Taken().take(local_copy.stream(settings_for(server), other.data_dir))
+    assert "POSTGRES_HOST" in str(caught.value) or "POSTGRES_HOST" in caught.value.hint
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        query = "select count(*) from pg_stat_activity where application_name = 'walship_backup'"
+        assert connection.execute(query).fetchone() == (0,)
+
+
+async def test_a_file_that_cannot_be_read_ends_the_backup(start_server: StartServer) -> None:
+    server = start_server(NEWEST)
+    broken = server.data_dir / "base/1/8000002"
+    broken.write_bytes(b"x")
+    broken.chmod(0)
+    if os.geteuid() == 0:
+        pytest.skip("root reads every file")
+    with pytest.raises(SourceError, match="8000002 cannot be read"):
+        await Taken().take(local_copy.stream(settings_for(server), server.data_dir))
+
+
+async def test_a_tablespace_that_is_not_mounted_is_refused(start_server: StartServer, server_folder: Path) -> None:
+    server = start_server(NEWEST)
+    await asyncio.to_thread(fill, server, server_folder)
+    (link,) = (server.data_dir / "pg_tblspc").iterdir()
+    mounted = server_folder / "mounted"
+    mounted.mkdir()
+    for entry in server.data_dir.iterdir():
+        if entry.name != "pg_tblspc":
+            (mounted / entry.name).symlink_to(entry)
+    with pytest.raises(SourceError, match=f"tablespace {link.name} is at {link.readlink()} on the server"):
+        await Taken().take(local_copy.stream(settings_for(server), mounted))
+
+
+async def test_a_second_backup_is_refused_by_name(start_server: StartServer) -> None:
+    settings = settings_for(start_server(NEWEST))
+    async with claimed(settings):
+        with pytest.raises(SourceError, match=r"is being taken already: from 127\.0\.0\.1, since") as caught:
+            async with claimed(settings):
+                pass
+        assert "pg_terminate_backend" in caught.value.hint
+    async with claimed(settings):
+        pass

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from handlers.base_backup import Cluster, Progress, WalSafe, take
+from handlers.unfinished import clean_unfinished
 from infra.pace import Pace
 from infra.postgres import basebackup, local_copy
 from infra.postgres.claim import claimed
@@ -52,7 +53,7 @@ async def backup(
         ship_history = history_shipper(settings, shipping.command.ship)
         wait = wal_safe(site, tell, ship_history=ship_history)
         async with aclosing(_messages(source, label, tell)) as messages:
-            return await take(
+            taken = await take(
                 messages,
                 ship=shipping.command.ship,
                 cluster=Cluster(server.system_identifier, server.version_num, server.segment_size),
@@ -61,6 +62,8 @@ async def backup(
                 label=label,
                 report=report,
             )
+        await clean_unfinished(site.stores, now=site.clock.now(), tell=tell)
+        return taken
 
 
 def _behind_a_switch(settings: Settings, server: ServerFacts, wait: WalSafe) -> WalSafe:

@@ -7,6 +7,7 @@ it, and "absent" ends a recovery.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -24,6 +25,8 @@ from pipeline.wal import SEGMENT_SIZES, WalFile, parse_history
 #: A backup_info of a cluster of 16 TB is 64 MB; a history file a few hundred bytes.
 _MOST_INFO = 256 << 20
 _MOST_HISTORY = 1 << 20
+#: So many sentences about one destination; a bucket that was lost half way would fill the screen with the rest.
+_TOLD = 5
 #: How often a segment is looked for whose tails go while they are read.
 _LOOKS = 5
 
@@ -34,7 +37,8 @@ class Fetcher:
     """Reads objects. A ``pipeline.contracts.Fetch``.
 
     ``destinations`` are rooted at the cluster's folder, the first is read first. ``notify`` is told, in a sentence,
-    what went wrong at one destination although another one served.
+    what went wrong at one destination although another one served. ``refresh`` reads the data keys that were stored
+    since, and says whether there were any: a service that starts makes a new one.
     """
 
     def __init__(
@@ -44,11 +48,17 @@ class Fetcher:
         system_id: str,
         *,
         notify: Callable[[str], None] = lambda _: None,
+        refresh: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._destinations = tuple(destinations)
         self._chain = chain
         self._system_id = system_id
         self._notify = notify
+        self._told: Counter[str] = Counter()
+        self._refresh = refresh
+        self._refreshing = asyncio.Lock()
+        #: How often a refresh has found something.
+        self._learned = 0
 
     async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
         """See ``pipeline.contracts.Fetch``."""
@@ -82,18 +92,28 @@ class Fetcher:
     async def _first(self, name: str, read: Callable[[Store], Awaitable[T]]) -> T:
         """What ``read`` makes of the first destination that has it whole."""
         failures: list[StoreError | IntegrityError] = []
+        passed_over: list[tuple[Store, str]] = []
         for store in self._destinations:
             try:
                 found = await read(store)
             except ObjectMissing:
+                passed_over.append((store, f"{store.name} lacks {name}"))
                 continue
             except (StoreError, IntegrityError) as error:
                 failures.append(error)
+                passed_over.append((store, error.fact))
                 continue
-            for failure in failures:
-                self._notify(f"{failure.fact}; {store.name} served {name} instead")
+            for other, fact in passed_over:
+                self._tell(other, f"{fact}; {store.name} served {'it' if name in fact else name} instead")
             return found
         raise self._verdict(name, failures)
+
+    def _tell(self, store: Store, sentence: str) -> None:
+        self._told[store.name] += 1
+        if self._told[store.name] <= _TOLD:
+            self._notify(sentence)
+        elif self._told[store.name] == _TOLD + 1:
+            self._notify(f"{store.name} has more that others have to serve; that is not told one by one")
 
     async def tail(self, file: WalFile, segment_size: int, *, lenient: bool = False) -> Stitched | None:
         """See ``pipeline.contracts.Fetch``."""
@@ -101,9 +121,25 @@ class Fetcher:
         async def read(store: Store, name: str, most: int) -> Fetched:
             return await self._from(store, Expected(name, self._system_id, "", most))
 
-        return await read_tail(self._destinations, read, file, segment_size, lenient=lenient)
+        return await read_tail(self._destinations, read, file, segment_size, lenient=lenient, passed_over=self._tell)
 
     async def _from(self, store: Store, expected: Expected) -> Fetched:
+        """Read once more if a data key was stored since we looked: perhaps it was that."""
+        known = self._learned
+        try:
+            return await self._read(store, expected)
+        except IntegrityError:
+            if not await self._know_more_than(known):
+                raise
+        return await self._read(store, expected)
+
+    async def _know_more_than(self, known: int) -> bool:
+        async with self._refreshing:
+            if self._refresh is not None and self._learned == known and await self._refresh():
+                self._learned += 1
+            return self._learned > known
+
+    async def _read(self, store: Store, expected: Expected) -> Fetched:
         body = await store.get(expected.name)
         try:
             header, plain, digest = await asyncio.to_thread(self._decode, expected, body)

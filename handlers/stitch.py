@@ -24,16 +24,22 @@ Read = Callable[[Store, str, int], Awaitable[Fetched]]
 
 
 async def read_tail(
-    destinations: Sequence[Store], read: Read, file: WalFile, segment_size: int, *, lenient: bool = False
+    destinations: Sequence[Store],
+    read: Read,
+    file: WalFile,
+    segment_size: int,
+    *,
+    lenient: bool = False,
+    passed_over: Callable[[Store, str], None] = lambda _store, _sentence: None,
 ) -> Stitched | None:
     """The segment as far as its tails go; None if every destination answered and none has any tail of it.
 
     In memory is at most the segment for each destination and each writer. What is damaged and would have reached
     further is a notice. Raises ObjectMissing if a tail was listed, is gone now and would have reached further: look for
     the finished segment, then here again. Raises StoreError for a destination that does not answer; ``lenient``: that
-    is a notice, unless none answers.
+    is a notice, unless none answers. ``passed_over`` is told of a copy that another destination's stood in for.
     """
-    reading = _Reading(read, file, segment_size)
+    reading = _Reading(read, file, segment_size, passed_over)
     failures: list[StoreError] = []
     for store in destinations:
         try:
@@ -76,6 +82,7 @@ class _Reading:
     read: Read
     file: WalFile
     segment_size: int
+    passed_over: Callable[[Store, str], None]
     #: Who has it.
     copies: dict[TailName, list[Store]] = field(default_factory=dict)
     tried: set[TailName] = field(default_factory=set)
@@ -116,6 +123,7 @@ class _Reading:
         """Read it from the first destination that has it whole."""
         facts: list[str] = []
         failures: list[StoreError] = []
+        wrong: list[tuple[Store, str]] = []
         async with gate:
             for store in self.copies[name]:
                 try:
@@ -124,9 +132,13 @@ class _Reading:
                     continue
                 except StoreError as error:
                     failures.append(error)
+                    wrong.append((store, error.fact))
                 except IntegrityError as error:
                     facts.append(error.fact)
+                    wrong.append((store, error.fact))
                 else:
+                    for other, fact in wrong:
+                        self.passed_over(other, f"{fact}; {store.name} served {name.key} instead")
                     return
         if failures:
             self.failed += failures

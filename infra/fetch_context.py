@@ -1,7 +1,8 @@
 """What ``fetch-wal`` needs to answer a recovering server, in one file, so that ``pg_ctl start`` works by hand.
 
 The file (mode 0600, the server's user's, below ``pgsql_tmp.walship/`` in the data directory) holds where the repository
-is, the timelines of the plan, the opened data keys and the store's credentials. Credentials that were given as
+is, the timelines of the plan, the opened data keys (for a standby: what opens those to come) and the store's
+credentials. Credentials that were given as
 ``*_FILE`` are not copied: the path is kept, and the server's user must be able to read it.
 """
 
@@ -26,6 +27,7 @@ from infra.settings import Settings, secret_files
 from infra.storage import open_store
 from infra.storage.rooted import Rooted
 from pipeline.chain import Chain
+from pipeline.contracts import Store
 from pipeline.errors import ConfigError
 from pipeline.lineage import Leg, Lineage, Stretch
 from pipeline.wal import Lsn
@@ -60,8 +62,12 @@ class FetchContext:
         keys: RepositoryKeys,
         *,
         allow_unencrypted: bool = False,
+        follow: bool = False,
     ) -> FetchContext:
-        """From what the restore itself uses; credentials only if a destination is a bucket."""
+        """From what the restore itself uses; credentials only if a destination is a bucket.
+
+        ``follow``: the server will go on following the archive, and has to read what is encrypted under keys to come.
+        """
         credentials: dict[str, str] = {}
         if any(url.startswith("s3:") for url in destinations):
             given = (settings.aws_access_key_id, settings.aws_secret_access_key)
@@ -71,7 +77,8 @@ class FetchContext:
                     credentials[f"{name}_FILE"] = str(path)
                 elif value.get_secret_value():
                     credentials[name] = value.get_secret_value()
-        return cls(destinations, system_id, lineage, planned, allow_unencrypted, keys.restore_keys(), credentials)
+        secret = keys.restore_keys(follow=follow)
+        return cls(destinations, system_id, lineage, planned, allow_unencrypted, secret, credentials)
 
     def encode(self) -> bytes:
         """The content of the file; secret."""
@@ -120,18 +127,19 @@ class FetchContext:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[WalServer]:
-        """Ready to answer. Nothing is asked of the environment, and no key ring is read."""
+        """Ready to answer. Nothing is asked of the environment; no key ring, and data keys only when one is unknown."""
         # Defaults and nothing else: the environment of a PostgreSQL server is not ours to read settings from.
         settings = Settings.model_construct(**self._settings())
         keys = RepositoryKeys.from_restore_keys(self.keys, allow_unencrypted=self.allow_unencrypted)
         chain = Chain([Compress("none"), Encrypt(keys, lambda _: "none"), Checksum()], keys, self.system_id)
         async with AsyncExitStack() as stack:
-            stores = []
+            stores: list[Store] = []
             for url in self.destinations:
                 store = open_store(url, settings)
                 stack.push_async_callback(store.close)
                 stores.append(Rooted(store, self.system_id))
-            yield WalServer(Fetcher(stores, chain, self.system_id), self.lineage, self.planned)
+            fetch = Fetcher(stores, chain, self.system_id, refresh=lambda: keys.refresh_from(stores))
+            yield WalServer(fetch, self.lineage, self.planned)
 
     def _settings(self) -> dict[str, Any]:
         values: dict[str, Any] = {}

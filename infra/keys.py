@@ -8,10 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 import blake3
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from handlers.checksum import Checksum
 from handlers.compress import Compress
@@ -31,7 +35,7 @@ from infra.ring import (
 from pipeline.catalog import data_key_name, kind_of
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Buffer, Clock, DataKey, ObjectInfo, Store
-from pipeline.errors import ConfigError, IntegrityError
+from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.objects import MemoryBody, read_members
 
 __all__ = ["Policy", "RepositoryKeys", "create_ring", "new_ring", "open_keyring"]
@@ -42,7 +46,10 @@ _MAX_SIZE = 1 << 20
 _AT_ONCE = 16
 _RING_KEY = re.compile(r"keys/ring-(\d{8})")
 _DATA_KEY = re.compile(r"keys/data-([0-9a-f]{32})")
-_RESTORE = {"walship_restore_keys": int, "system_id": str, "policy": dict, "keys": dict}
+_RESTORE = {
+    "walship_restore_keys": int, "system_id": str, "policy": dict, "keys": dict, "ring": str, "number": int,
+    "identity": str,
+}  # fmt: skip
 
 
 class RepositoryKeys:
@@ -123,15 +130,15 @@ class RepositoryKeys:
                     hint="set BACKUP_ENCRYPTION_ENABLED (and WAL_ENCRYPTION_ENABLED) as they were at init",
                 )
 
-    async def refresh(self, store: Store | None = None) -> None:
+    async def refresh(self, store: Store | None = None) -> bool:
         """Read the data keys that are not known yet, from the store that was opened or from another one.
 
-        A damaged key is an error only when ``find`` needs it. Raises IntegrityError if a data key knows of a newer ring
-        than the store has: somebody put an older one back.
+        True if any was there that was not known. A damaged key is an error only when ``find`` needs it. Raises
+        IntegrityError if a data key knows of a newer ring than the store has: somebody put an older one back.
         """
         store = store or self._store
         if store is None or self._ring is None:
-            return
+            return False
         rings, data = await _listing(store)
         unknown = {key_id: info for key_id, info in data.items() if not isinstance(self._sealed.get(key_id), SealedKey)}
         gate = asyncio.Semaphore(_AT_ONCE)
@@ -148,6 +155,15 @@ class RepositoryKeys:
                 f" than {ring_name(self._ring.number)}",
                 hint="an older key ring was put back: copy keys/ from another destination",
             )
+        return any(isinstance(self._sealed.get(key_id), SealedKey) for key_id in unknown)
+
+    async def refresh_from(self, stores: Iterable[Store]) -> bool:
+        """``refresh`` from each; one that does not answer, or whose keys were tampered with, teaches nothing."""
+        learned = False
+        for store in stores:
+            with suppress(StoreError, IntegrityError):
+                learned |= await self.refresh(store)
+        return learned
 
     async def _load(self, store: Store, gate: asyncio.Semaphore, ring: Ring, key_id: str, info: ObjectInfo) -> None:
         async with gate:
@@ -170,17 +186,33 @@ class RepositoryKeys:
             " can open it",
         )
 
-    def restore_keys(self) -> bytes:
+    def restore_keys(self, *, follow: bool = False) -> bytes:
         """All data keys known now, opened: what a restored server needs to read WAL without the passphrase.
 
-        A JSON object; secret, to be stored with mode 0600. It can read and not write, and knows no later data key.
+        A JSON object; secret, to be stored with mode 0600. It can read and not write, and knows no later data key;
+        unless it is to ``follow`` the archive: a data key is new each time the service starts. Then it holds the opened
+        ring, which reads whatever is written under it from now on, and could write.
         """
+        ring = identity = b""
+        if follow and self._ring is not None:
+            # Sealed to an identity that goes with it: the ring is read as any other, and no format is new.
+            private = X25519PrivateKey.generate()
+            identity = private.private_bytes_raw()
+            ring = seal_ring(self._ring, [], [private.public_key().public_bytes_raw()], datetime.now(UTC))
         for key_id, sealed in self._sealed.items():
             if isinstance(sealed, SealedKey):  # a damaged one is an error when an object needs it, not here
                 self.find(key_id)
         keys = {key.id: key.secret.hex() for key in self._opened.values()}
         return json.dumps(
-            {"walship_restore_keys": 1, "system_id": self._system_id, "policy": asdict(self.policy), "keys": keys},
+            {
+                "walship_restore_keys": 1,
+                "system_id": self._system_id,
+                "policy": asdict(self.policy),
+                "keys": keys,
+                "ring": ring.decode(),
+                "number": self._ring.number if self._ring else 0,
+                "identity": identity.hex(),
+            },
             separators=(",", ":"),
         ).encode()
 
@@ -192,7 +224,8 @@ class RepositoryKeys:
         if members["walship_restore_keys"] != 1:
             raise IntegrityError(f"{what} is of format {members['walship_restore_keys']}; this walship reads format 1")
         policy = read_members(what, json.dumps(members["policy"]).encode(), {"wal": bool, "base": bool})
-        keys = cls(members["system_id"], None, Policy(**policy), store=None, allow_unencrypted=allow_unencrypted)
+        ring = _identified(what, members) if members["ring"] else None
+        keys = cls(members["system_id"], ring, Policy(**policy), store=None, allow_unencrypted=allow_unencrypted)
         for key_id, secret in members["keys"].items():
             if not isinstance(secret, str) or not re.fullmatch("[0-9a-f]{64}", secret):
                 raise IntegrityError(f"{what} holds a data key {key_id} that is not 32 bytes of hex")
@@ -204,6 +237,17 @@ class RepositoryKeys:
         self._current = self._opened[key.id] = key
         name = data_key_name(key.id)
         self.key_object = (name, _stored(name, self._system_id, content, now))
+
+
+def _identified(what: str, members: dict[str, Any]) -> Ring:
+    """The ring among restore keys. Raises IntegrityError."""
+    if not re.fullmatch("[0-9a-f]{64}", members["identity"]):
+        raise IntegrityError(f"{what} holds an identity that is not 32 bytes of hex")
+    content, identity = members["ring"].encode(), bytes.fromhex(members["identity"])
+    ring = open_ring(what, members["number"], members["system_id"], content, identity=identity)
+    if ring is None:
+        raise IntegrityError(f"{what} holds a key ring that its identity does not open")
+    return ring
 
 
 async def new_ring(system_id: str, passphrase: str, policy: Policy, clock: Clock) -> tuple[str, Body]:

@@ -174,6 +174,7 @@ async def restore(
         plan.path.stretches,
         repository.keys,
         allow_unencrypted=repository.allow_unencrypted,
+        follow=place.standby,
     )
     neutralised: list[Neutralised] = []
 

@@ -8,6 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from handlers.checksum import Checksum
 from handlers.compress import Compress
 from handlers.encrypt import Encrypt
@@ -31,6 +33,8 @@ from pipeline.contracts import Clock, Stage, Store
 from pipeline.dispatcher import Gate
 from pipeline.errors import ConfigError, IntegrityError, StoreError, WalshipError
 from pipeline.events import Notice
+
+log = structlog.get_logger()
 
 #: Objects held in memory at a time. With the base of the interpreter it makes the bound of memory:
 #: 100 MB + 4 × max(segment, part).
@@ -137,7 +141,7 @@ async def open_site(
             stores, settings, facts.system_id, clock, writer=writer, allow_unencrypted=allow_unencrypted
         )
         chain = make_chain(settings, keys, facts.system_id, timed=timed)
-        fetch = Fetcher(stores, chain, facts.system_id)
+        fetch = Fetcher(stores, chain, facts.system_id, refresh=lambda: keys.refresh_from(stores))
         yield Site(settings, facts, destinations, stores, keys, chain, fetch, clock, Listeners(notify))
 
 
@@ -180,8 +184,8 @@ async def _open_keys(
     allow_unencrypted: bool,
 ) -> RepositoryKeys:
     """The key ring from the first destination that has it: all hold the same one, but one may have lost it."""
-    failures: list[WalshipError] = []
-    for position, store in enumerate(stores):
+    failures: list[tuple[Store, WalshipError]] = []
+    for store in stores:
         try:
             keys = await open_keyring(
                 store,
@@ -193,15 +197,18 @@ async def _open_keys(
                 clock=clock,
             )
         except (StoreError, ConfigError, IntegrityError) as error:
-            failures.append(error)
+            failures.append((store, error))
             continue
+        for passed_over, failure in failures:
+            log.warning("keys", destination=passed_over.name, error=failure.fact, hint=failure.hint, from_=store.name)
         if not writer:
             # An object that only another destination has may lie under a data key that only it has.
-            for other in stores[position + 1 :]:
-                with suppress(StoreError):  # it will be named when it is needed
-                    await keys.refresh(other)
+            for other in stores:
+                if other is not store:
+                    with suppress(StoreError):  # it will be named when it is needed
+                        await keys.refresh(other)
         return keys
-    raise failures[0]
+    raise failures[0][1]
 
 
 def _policy(settings: Settings) -> Policy:

@@ -57,7 +57,13 @@ def repository_of(site: Site, *, allow_unencrypted: bool) -> Repository:
         stores=site.stores,
         system_id=site.facts.system_id,
         keys=site.keys,
-        fetch=Fetcher(site.stores, site.chain, site.facts.system_id, notify=say),
+        fetch=Fetcher(
+            site.stores,
+            site.chain,
+            site.facts.system_id,
+            notify=say,
+            refresh=lambda: site.keys.refresh_from(site.stores),
+        ),
         clock=site.clock,
         allow_unencrypted=allow_unencrypted,
     )

@@ -58,9 +58,10 @@ async def test_the_first_good_destination_serves(shelf: Shelf) -> None:
     fetched = await fetch(KEY)
     assert (fetched.destination, fetched.digest) == ("memory", shelf.digests[KEY])
     assert bytes(fetched.plain) == bytes(range(256)) * (SIZE // 256)
-    assert len(said) == 2
-    assert said[0].startswith("damaged: ")
-    assert "down does not answer" in said[1]
+    assert len(said) == 3
+    assert said[0] == f"empty lacks {KEY}; memory served it instead"
+    assert said[1].startswith("damaged: ")
+    assert "down does not answer" in said[2]
 
 
 async def test_absent_means_that_all_answered(shelf: Shelf) -> None:

@@ -271,7 +271,10 @@ async def test_restore_keys_read_without_the_passphrase() -> None:
     document = (await open_(store)).restore_keys()
     restored = RepositoryKeys.from_restore_keys(document)
     assert read(chain(restored), NAME, sealed) == b"text"
-    assert json.loads(document).keys() == {"walship_restore_keys", "system_id", "policy", "keys"}
+    assert json.loads(document).keys() == {
+        "walship_restore_keys", "system_id", "policy", "keys", "ring", "number", "identity",
+    }  # fmt: skip
+    assert json.loads(document)["ring"] == json.loads(document)["identity"] == ""
     assert restored.policy == BOTH
     with pytest.raises(IntegrityError, match="is stored unencrypted"):
         read(chain(restored), NAME, stored(chain(plain_keys()), NAME, b"text"))
@@ -283,14 +286,41 @@ async def test_restore_keys_read_without_the_passphrase() -> None:
     assert read(chain(plain), NAME, stored(chain(plain_keys()), NAME, b"text")) == b"text"
 
 
+async def test_restore_keys_that_follow_open_what_is_written_later() -> None:
+    store = await encrypted()
+    reader = await open_(store)
+    fixed = RepositoryKeys.from_restore_keys(reader.restore_keys())
+    following = RepositoryKeys.from_restore_keys(reader.restore_keys(follow=True))
+    writer = await open_(store, writer=True)
+    assert writer.key_object is not None
+    await store.put(*writer.key_object)
+    sealed = stored(chain(writer, "zstd", "aes-256-gcm"), NAME, b"text")
+    with pytest.raises(IntegrityError, match="is not known here"):
+        read(chain(following), NAME, sealed)
+    assert not await fixed.refresh_from([store])
+    assert await following.refresh_from([Failing("away"), store])
+    assert not await following.refresh_from([store]), "nothing new"
+    assert read(chain(following), NAME, sealed) == b"text"
+    assert following.policy == BOTH
+    with pytest.raises(IntegrityError, match="is stored unencrypted"):
+        read(chain(following), NAME, stored(chain(plain_keys()), NAME, b"text"))
+
+
+async def test_a_changed_ring_among_restore_keys_is_noticed() -> None:
+    document = json.loads((await open_(await encrypted())).restore_keys(follow=True))
+    for changed in ({"identity": "00"}, {"identity": "00" * 32}, {"number": 2}, {"ring": "{}"}):
+        with pytest.raises(IntegrityError, match="the file of restore keys"):
+            RepositoryKeys.from_restore_keys(json.dumps(document | changed).encode())
+
+
 @pytest.mark.parametrize(
     "document",
     [
         b"",
         b"[]",
-        b'{"walship_restore_keys":2,"system_id":"7","policy":{"wal":true,"base":true},"keys":{}}',
-        b'{"walship_restore_keys":1,"system_id":"7","policy":{"wal":1,"base":true},"keys":{}}',
-        b'{"walship_restore_keys":1,"system_id":"7","policy":{"wal":true,"base":true},"keys":{"a":"00"}}',
+        b'{"walship_restore_keys":2,"system_id":"7","policy":{"wal":true,"base":true},"keys":{},"ring":"","number":0,"identity":""}',
+        b'{"walship_restore_keys":1,"system_id":"7","policy":{"wal":1,"base":true},"keys":{},"ring":"","number":0,"identity":""}',
+        b'{"walship_restore_keys":1,"system_id":"7","policy":{"wal":true,"base":true},"keys":{"a":"00"},"ring":"","number":0,"identity":""}',
     ],
 )
 def test_restore_keys_that_are_none(document: bytes) -> None:

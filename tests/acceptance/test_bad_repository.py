@@ -90,7 +90,7 @@ def test_a_destination_that_is_not_asked_is_not_in_the_way(copy: Copy) -> None:
     folder = target(copy)
     words = ("restore", "--target-dir", str(folder), "--from", f"file://{good}", "--dry-run")
     done = copy.rig.run(*words, environment=copy.rig.environment(**changed))
-    assert f"from      file://{good}\n" in done.stderr
+    assert f"from file://{good}\n" in done.stdout
     assert "--from file:///nowhere is no destination" in refused_source(copy, folder)
 
 

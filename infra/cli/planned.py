@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from handlers.occupant import Occupant
-from handlers.survey import Pace, Share, Survey
+from handlers.shares import Pace, Share, Shares
 from handlers.target_dir import Targets
 from infra.cli.verb import human
 from pipeline.moments import show
@@ -21,7 +21,7 @@ REPLAY_RATE = 100 << 20
 def plan_lines(
     plan: RestorePlan,
     targets: Targets,
-    found: Survey,
+    found: Shares,
     occupants: Sequence[Occupant],
     pace: Pace | None,
     now: datetime,
@@ -61,7 +61,7 @@ def plan_lines(
     return lines
 
 
-def _fetches(found: Survey, *, delta: bool) -> list[str]:
+def _fetches(found: Shares, *, delta: bool) -> list[str]:
     """How much comes from where; a destination that serves both kinds stands once for each."""
     most = "at most " if delta else ""
     lines = [f"  fetches   {most}{human(found.size)}, as stored"]
@@ -93,7 +93,7 @@ def _time(plan: RestorePlan, pace: Pace | None) -> list[str]:
 
 
 def plan_facts(
-    plan: RestorePlan, targets: Targets, found: Survey, occupants: Sequence[Occupant], pace: Pace | None
+    plan: RestorePlan, targets: Targets, found: Shares, occupants: Sequence[Occupant], pace: Pace | None
 ) -> dict[str, Any]:
     """The same for a machine."""
     facts: dict[str, Any] = {

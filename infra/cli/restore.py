@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from handlers.occupant import occupant
-from handlers.survey import check_complete, measure, survey
+from handlers.shares import check_complete, measure, share_out
 from handlers.target_dir import Targets
 from infra.cli.answering import answering, narrowed, repository_of
 from infra.cli.planned import plan_facts, plan_lines
@@ -84,7 +84,7 @@ async def command(target_dir: Path, **options: Any) -> None:
         plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
         place = _on_this_machine(place, site.settings)
         targets = await check_place(plan, place)
-        found = await survey(plan, repository.stores)
+        found = await share_out(plan, repository.stores)
         check_complete(found, plan.backup)
         occupants = await asyncio.to_thread(lambda: [occupant(folder) for folder in targets.full])
         asked = bool(occupants) and sys.stdin.isatty() and not options["yes"]

@@ -35,7 +35,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Shares:
     """Where the objects of a plan lie. Sizes are of what is stored: compressed, encrypted."""
 
     base: tuple[Share, ...]
@@ -75,7 +75,7 @@ class Pace:
         return self.size / max(self.seconds, 0.001)
 
 
-async def survey(plan: RestorePlan, destinations: Sequence[Store]) -> Survey:
+async def share_out(plan: RestorePlan, destinations: Sequence[Store]) -> Shares:
     """Which destination will serve what. A destination that cannot be listed is a problem, not an error."""
     backup = plan.backup
     problems: list[str] = []
@@ -87,10 +87,10 @@ async def survey(plan: RestorePlan, destinations: Sequence[Store]) -> Survey:
     wal += await _tails(destinations, plan.path, problems)
     # A restore can do without the index, and a destination that did not answer may have the rest.
     lost = () if problems else tuple(sorted(missing - index))
-    return Survey(base, wal, lost, tuple(dict.fromkeys(problems)))
+    return Shares(base, wal, lost, tuple(dict.fromkeys(problems)))
 
 
-def check_complete(found: Survey, backup: BackupInfo) -> None:
+def check_complete(found: Shares, backup: BackupInfo) -> None:
     """Raises IntegrityError for the first object of the backup that no destination has."""
     if found.missing:
         more = f", and {len(found.missing) - 1} more" if len(found.missing) > 1 else ""

@@ -2,7 +2,7 @@
 
 Everything is looked at before anything is changed. A data directory is emptied only when asked to, only when it can be
 told to be one, and never when a server may be running on it. What an interrupted restore left behind is recognised by
-its marker and may be replaced.
+its marker, and the next one goes on with it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ import os
 import pwd
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
+from handlers.running import check_not_running
 from pipeline.backup import BackupInfo, Tablespace
 from pipeline.errors import ConfigError, RecoveryError
 
 #: There while a restore is not complete; names the tablespace folders that belong to it.
 MARKER = "pgsql_tmp.walship/incomplete.json"
+#: Without it PostgreSQL refuses to start: removed first, and written last of all.
+CONTROL = "global/pg_control"
+#: Written by the restore where tablespaces move; a few lines.
+MAP = "tablespace_map"
 #: The folder that a server version makes in a tablespace: PG_17_202406281.
 _VERSION_FOLDER = re.compile(r"PG_\d+(\.\d+)?_\d+")
 
@@ -35,8 +40,10 @@ class Targets:
     tablespaces: tuple[tuple[Tablespace, Path], ...]
     #: User and group id that all files get, or None to leave them ours.
     owner: tuple[int, int] | None
-    #: Folders that hold something, which ``clear`` removes.
+    #: Folders that hold something, which is removed; with ``delta``, what of it is not as in the backup.
     full: tuple[Path, ...]
+    #: There is something that may be kept: an old data directory, or what an interrupted restore has left.
+    delta: bool = False
     notices: tuple[str, ...] = ()
 
     @property
@@ -51,34 +58,41 @@ def look(
     mapping: Mapping[str, str],
     *,
     force: bool,
+    delta: bool = False,
     wal_margin: int,
 ) -> Targets:
     """Check everything that can be checked; changes nothing. ``mapping``: old tablespace location → new one.
 
-    ``wal_margin``: bytes that replay may need beside the data. Raises RecoveryError and ConfigError.
+    ``force``: a data directory may be emptied. ``delta``: it may be changed into the one of the backup, if it is the
+    same cluster's (with ``force``, any). What an interrupted restore has left needs neither. ``wal_margin``: bytes that
+    replay may need beside the data. Raises RecoveryError and ConfigError.
     """
     try:
         directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link that is meant
     except FileNotFoundError:
         raise ConfigError(f"{directory} is relative to a folder that is gone", hint="give an absolute path") from None
     try:
-        return _look(backup, directory, mapping, force=force, wal_margin=wal_margin)
+        return _look(backup, directory, mapping, force=force, delta=delta, wal_margin=wal_margin)
     except OSError as error:  # a name that is too long, links in a circle
         raise RecoveryError(f"{error.filename or directory} cannot be looked at: {error.strerror}") from None
 
 
-def _look(backup: BackupInfo, directory: Path, mapping: Mapping[str, str], *, force: bool, wal_margin: int) -> Targets:
+def _look(
+    backup: BackupInfo, directory: Path, mapping: Mapping[str, str], *, force: bool, delta: bool, wal_margin: int
+) -> Targets:
     tablespaces = _tablespaces(backup, directory, mapping)
     for folder in (directory, *(path for _, path in tablespaces if not path.is_relative_to(directory))):
         _check_in_no_other(folder)
     ours = _leftover(directory)
     full = []
     if _holds_something(directory):
-        _check_not_running(directory, ours=ours is not None)
+        check_not_running(directory, ours=ours is not None)
         if ours is None:
-            _check_may_empty(directory, force=force)
+            _check_may_empty(directory, force=force or delta)
+            if delta and not force:
+                _check_same_cluster(backup, directory)
         full.append(directory)
-    old = {Path(p) for p in ours or ()} | (_linked(directory) if force else set())
+    old = {Path(p) for p in ours or ()} | (_linked(directory) if force or delta else set())
     for tablespace, path in tablespaces:
         if path.is_relative_to(directory):
             continue
@@ -91,18 +105,34 @@ def _look(backup: BackupInfo, directory: Path, mapping: Mapping[str, str], *, fo
             full.append(path)
     _check_room(backup, directory, tablespaces, full, wal_margin)
     owner, notices = _owner(directory)
-    return Targets(directory, tablespaces, owner, tuple(full), notices)
+    keeps = bool(full) and (delta or ours is not None)
+    if full and ours is not None:
+        notices = (
+            *notices,
+            f"{directory} holds what an interrupted restore has left: what of it is as in the backup is kept",
+        )
+    return Targets(directory, tablespaces, owner, tuple(full), keeps, notices)
+
+
+def disarm(targets: Targets) -> None:
+    """Remove pg_control, durably, before anything else is changed: what is half restored cannot be started."""
+    control = targets.directory / CONTROL
+    if control.parent.is_symlink():
+        return  # it is none of PostgreSQL's, and it is unlinked with all other links
+    try:
+        control.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    sync(control.parent)
 
 
 def clear(targets: Targets) -> None:
-    """Empty what ``look`` found to be full; the folders themselves stay, for they may be mount points.
+    """Empty what ``look`` found to be full, after ``disarm``; the folders themselves stay: they may be mount points.
 
-    The control file goes first: what is half removed can no longer be started. The marker stays, so that it is
-    recognised then.
+    The marker stays, so that what is half removed is recognised.
     """
     marker = targets.directory / MARKER
     for folder in targets.full:
-        (folder / "global/pg_control").unlink(missing_ok=True)
         for entry in (*folder.iterdir(), *marker.parent.iterdir()):
             if entry in (marker, marker.parent) or entry.name == "lost+found":
                 continue
@@ -113,7 +143,7 @@ def clear(targets: Targets) -> None:
 
 
 def prepare(targets: Targets, backup: BackupInfo) -> None:
-    """Make the folders, mode 0700, and put the marker into the data directory, durably; before ``clear``."""
+    """Make the folders, mode 0700, and put the marker into the data directory, durably; before ``disarm``."""
     for folder in (targets.directory, *(path for _, path in targets.tablespaces)):
         if folder != targets.directory and folder.is_relative_to(targets.directory):
             continue  # an in-place tablespace: the archive brings its folder
@@ -199,88 +229,34 @@ def _holds_something(folder: Path) -> bool:
         raise RecoveryError(f"{folder} cannot be looked at: {error.strerror}") from None
 
 
-class _Owner(Enum):
-    """What is known of the server that a postmaster.pid speaks of."""
-
-    RUNS = "runs"
-    DEAD = "dead"
-    UNKNOWN = "unknown"
-
-
-def _check_not_running(directory: Path, *, ours: bool) -> None:
-    """Refuse a directory whose server runs, or whose server is not proven dead.
-
-    A process number proves no death: the server may run in another container, or on another machine that shares the
-    mount, and then its number is nobody here, or somebody else, or (1, in a container) ourselves. What proves it is
-    what PostgreSQL itself goes by: the small System V shared memory segment that every server keeps attached, and that
-    outlives a killed one. If the very segment that postmaster.pid names is here, made by the process it names, and
-    nobody is attached to it, the server ran here and is dead. After a reboot the segment is gone: a person has to say
-    so then. Only where an interrupted restore of ours left its marker no server can have been started.
-    """
-    try:
-        lines = (directory / "postmaster.pid").read_text("latin-1").split("\n")
-    except FileNotFoundError:
-        return
-    pid = abs(int(lines[0])) if lines[0].strip().lstrip("-").isdecimal() else 0
-    owner = _attached(pid, lines)
-    if owner is _Owner.UNKNOWN and pid and _is_server(pid):
-        owner = _Owner.RUNS
-    if owner is _Owner.RUNS:
-        raise RecoveryError(
-            f"{directory} belongs to a running server, process {pid}",
-            hint="stop it first, or restore into another folder",
-        )
-    if owner is _Owner.UNKNOWN and not ours:
-        raise RecoveryError(
-            f"{directory} has a postmaster.pid, and the server that it names (process {pid}) may be running elsewhere",
-            hint="in another container, or on another machine that shares the folder; if it is certain that no server"
-            f" runs on it, remove {directory}/postmaster.pid",
-        )
-
-
-def _attached(pid: int, lines: Sequence[str]) -> _Owner:
-    """Whether anyone holds the shared memory segment that line 7 of postmaster.pid names by key and id."""
-    try:
-        key, number = (int(word) & 0xFFFFFFFF for word in lines[6].split())
-        table = Path("/proc/sysvipc/shm").read_text("ascii").splitlines()[1:]
-    except (OSError, ValueError, IndexError):
-        return _Owner.UNKNOWN
-    for line in table:
-        # key shmid perms size cpid lpid nattch …
-        fields = [int(word) for word in line.split()]
-        if (fields[0] & 0xFFFFFFFF, fields[1]) == (key, number):
-            if fields[6]:
-                return _Owner.RUNS
-            return _Owner.DEAD if fields[4] == pid else _Owner.UNKNOWN
-    return _Owner.UNKNOWN
-
-
-def _is_server(pid: int) -> bool:
-    """Whether that process lives, and is not known to be something else. False proves nothing."""
-    if pid in {os.getpid(), os.getppid()}:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it lives, and is another user's
-    try:
-        return "post" in Path(f"/proc/{pid}/comm").read_text("latin-1")
-    except OSError:
-        return True
-
-
 def _check_may_empty(directory: Path, *, force: bool) -> None:
     recognised = (directory / "PG_VERSION").is_file() and (directory / "global").is_dir()
     if force and recognised:
         return
     hint = "choose an empty folder"
     if recognised:
-        hint += ", or --force to replace the data directory that is there"
+        hint += ", or --force to replace the data directory that is there; --delta keeps what of it is as in the backup"
     elif force:
         hint += ": --force empties only what can be told to be a PostgreSQL data directory"
     raise RecoveryError(f"{directory} is not empty", hint=hint)
+
+
+def _check_same_cluster(backup: BackupInfo, directory: Path) -> None:
+    """Whose data directory it is, its pg_control says in the first eight bytes (``pg_control.h``)."""
+    try:
+        with (directory / CONTROL).open("rb") as control:
+            found = str(int.from_bytes(control.read(8), sys.byteorder))
+    except FileNotFoundError:
+        raise RecoveryError(
+            f"{directory} has no {CONTROL}, so it cannot be told which cluster it is of",
+            hint="choose an empty folder, or --force to overwrite it all the same",
+        ) from None
+    if found != backup.system_id:
+        raise RecoveryError(
+            f"{directory} is the data directory of the cluster {found}, and backup {backup.name} is of the cluster"
+            f" {backup.system_id}",
+            hint="choose another folder, or --force to overwrite that cluster with this one",
+        )
 
 
 def _linked(directory: Path) -> set[Path]:
@@ -321,8 +297,15 @@ def _check_room(
         if size > free:
             raise RecoveryError(
                 f"{where[device]} has {free / 1e6:.0f} MB of room, and the restore needs about {size / 1e6:.0f} MB",
-                hint="make room, or restore to a larger disk",
+                hint=f"make room for {(size - free) / 1e6:.0f} MB more on the file system at {mount_of(where[device])},"
+                " or restore to a larger disk",
             )
+
+
+def mount_of(path: Path) -> Path:
+    """The mount point of a path, which need not be there."""
+    place = next(p for p in (path, *path.parents) if p.exists()).resolve()
+    return next(p for p in (place, *place.parents) if p.is_mount())
 
 
 def _used(folder: Path) -> int:

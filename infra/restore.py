@@ -129,7 +129,13 @@ async def check_place(plan: RestorePlan, place: Place) -> Targets:
         await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
     margin = min(plan.path.size, _WAL_MARGIN)
     targets = await asyncio.to_thread(
-        look, plan.backup, place.directory, place.tablespaces, force=place.force, wal_margin=margin
+        look,
+        plan.backup,
+        place.directory,
+        place.tablespaces,
+        force=place.force,
+        delta=place.delta,
+        wal_margin=margin,
     )
     if place.start and place.port is not None:
         await asyncio.to_thread(_check_port, place.port)  # last: a server that runs on the folder itself is told before
@@ -192,7 +198,7 @@ async def restore(
 
     clock = repository.clock
     began = clock.monotonic()
-    files = await lay_down(plan.backup, targets, fetch=repository.fetch, complete=complete, progress=watch.files)
+    laid = await lay_down(plan.backup, targets, fetch=repository.fetch, complete=complete, progress=watch.files)
     laid_after = clock.monotonic()
     said = notices(
         neutralised,
@@ -203,7 +209,6 @@ async def restore(
     for remark in said:
         watch.say(remark)
     server = await _start(repository, plan, place, targets, watch) if place.start else None
-    laid = Laid(files, plan.size, plan.size, kept=0, removed=0)
     return Restored(
         targets.directory,
         laid,

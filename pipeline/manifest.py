@@ -6,7 +6,9 @@ Source: PostgreSQL documentation, "Backup Manifest Format". The manifest ends in
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +23,8 @@ _SYSTEM = re.compile(rb'"System-Identifier":\s*(\d{1,20})\b')
 _END = re.compile(rb'"WAL-Ranges":\s*(\[.*?\]),\s*"Manifest-Checksum":\s*"([0-9a-f]{64})"\}\s*$', re.DOTALL)
 _TAIL = 64 * 1024
 _MODIFIED = re.compile(rb'"Last-Modified": "(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) GMT"')
+#: A line of the list of files, without the comma behind it.
+_FILE = re.compile(rb"^\{ ?\"(?:Path|Encoded-Path)\":.*?\}(?=,?\s*$)", re.MULTILINE)
 _RANGE: dict[str, type] = {"Timeline": int, "Start-LSN": str, "End-LSN": str}
 
 
@@ -106,3 +110,34 @@ def last_modified(content: bytes | bytearray) -> datetime | None:
         (match[1] for match in _MODIFIED.finditer(content)), default=None
     )  # written so that text sorts as time
     return datetime.fromisoformat(newest.decode()).replace(tzinfo=UTC) if newest else None
+
+
+@dataclass(frozen=True, slots=True)
+class FileLine:
+    """A file as the manifest lists it."""
+
+    #: Below the data directory; files of tablespaces as ``pg_tblspc/OID/…``.
+    path: str
+    size: int
+    #: ``CRC32C`` (its bytes in the server's order: the lowest first, as a rule), ``SHA224`` to ``SHA512``, or others.
+    algorithm: str
+    #: Hex.
+    checksum: str
+
+
+def files_of(content: bytes | bytearray) -> Iterator[FileLine]:
+    """The files that a manifest lists with a checksum. The server writes one a line; a line that is none is left out.
+
+    So a file may be missing from the answer, never wrong in it, provided that the manifest as a whole was checked.
+    """
+    for found in _FILE.finditer(content):
+        try:
+            members = json.loads(found[0])
+            path = members.get("Path")
+            if path is None:
+                path = bytes.fromhex(members["Encoded-Path"]).decode("utf-8", "surrogateescape")
+            line = FileLine(path, members["Size"], members["Checksum-Algorithm"], members["Checksum"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if all(isinstance(text, str) for text in (line.path, line.algorithm, line.checksum)):
+            yield line

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from handlers.fetch import Fetcher
-from handlers.restore import lay_down
+from handlers.restore import Laid, lay_down
 from handlers.target_dir import MARKER, Targets, look
 from pipeline.backup import ArchiveInfo, BackupInfo, Tablespace
 from pipeline.catalog import part_key
@@ -86,7 +86,7 @@ def see(info: BackupInfo, directory: Path, *, force: bool = False, moves: dict[s
     return look(info, directory, moves or {}, force=force, wal_margin=0)
 
 
-async def lay(shelf: Shelf, info: BackupInfo, targets: Targets) -> int:
+async def lay(shelf: Shelf, info: BackupInfo, targets: Targets) -> Laid:
     return await lay_down(
         info, targets, fetch=fetcher(shelf), complete=lambda folder: (folder / "recovery.signal").touch()
     )
@@ -107,14 +107,14 @@ async def test_the_cluster_comes_back(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     targets = see(info, directory)
     assert not directory.exists(), "looking changes nothing"
-    files = await lay_down(
+    laid = await lay_down(
         info,
         targets,
         fetch=fetcher(shelf),
         complete=lambda folder: (folder / "recovery.signal").touch(),
         progress=lambda done, size: seen.append((done, size)),
     )
-    assert files == 4
+    assert laid == Laid(4, info.size, info.size, kept=0, removed=0)
     assert seen[-1] == (info.size, info.size)
     for entry, content in CLUSTER:
         path = directory / entry.name
@@ -178,7 +178,7 @@ async def test_parts_that_were_exchanged_lost_or_cut(tmp_path: Path) -> None:
     # The same name and the same backup, but not the part that was listed.
     await shelf.store.delete([part_key("b", "base", 2)])
     await shelf(part_key("b", "base", 2), bytes(50_000), backup="b" * 32)
-    with pytest.raises(IntegrityError, match="is not the one that the backup_info of b lists"):
+    with pytest.raises(IntegrityError, match="is not the one that is listed"):
         await lay(shelf, info, see(info, tmp_path / "exchanged"))
     await shelf.store.delete([part_key("b", "base", 2)])
     with pytest.raises(IntegrityError, match="backup b is not complete"):
@@ -321,11 +321,11 @@ async def test_a_full_disk_is_told_with_what_is_left(tmp_path: Path, monkeypatch
     info = await store(shelf, {"base": tar(CLUSTER)})
     targets = see(info, tmp_path / "data")
 
-    def full(handle: int, data: bytes) -> int:
-        del handle, data
+    def full(handle: int, data: bytes, at: int) -> int:
+        del handle, data, at
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(RecoveryError, match="cannot be written: No space left on device") as caught:
         await lay(shelf, info, targets)
     assert "run the same restore again as it is" in caught.value.hint

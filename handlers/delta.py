@@ -1,0 +1,173 @@
+"""What lies in the target already: which files are as the backup has them, and everything else removed. Blocking.
+
+A file is kept only if its size and its checksum are those of the backup's own manifest. It is never written to: what
+differs is removed and made anew, so that a link somebody made to it, hard or symbolic, leads to the old bytes still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crc32c import crc32c
+
+from handlers.target_dir import MARKER, Targets
+from pipeline.layout import prefix_of
+from pipeline.manifest import FileLine
+
+#: Files that are read at once.
+_THREADS = 4
+#: Bytes that are read at a time.
+_PIECE = 256 << 10
+#: What the restore makes itself, or takes from no backup.
+_OURS = frozenset({
+    "global/pg_control", "tablespace_map", "backup_manifest", "postmaster.pid", "postmaster.opts", "recovery.signal",
+    "standby.signal",
+})  # fmt: skip
+_SHA = {"SHA224": "sha224", "SHA256": "sha256", "SHA384": "sha384", "SHA512": "sha512"}
+
+
+@dataclass(slots=True)
+class Present:
+    """What was found in the target."""
+
+    #: Name in the manifest → size, of files that are as the backup has them.
+    kept: dict[str, int] = field(default_factory=dict)
+    #: Names of other files.
+    others: set[str] = field(default_factory=set)
+
+
+class Comparison:
+    """Compares the folders of a restore with the files of a manifest. ``stop`` ends it soon, from another thread."""
+
+    def __init__(self, targets: Targets, wanted: Mapping[str, FileLine], progress: Callable[[int], None]) -> None:
+        self._targets = targets
+        self._wanted = wanted
+        self._progress = progress
+        self._local = threading.local()
+        self.stop = threading.Event()
+        self.found = Present()
+
+    def run(self) -> None:
+        """Fills ``found``. ``progress`` is told the bytes of each file that is kept, in one thread. Raises OSError."""
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="compare") as pool:
+            for _, files in _walk(self._targets):
+                names = [name for name, _ in files]
+                for name, size in zip(names, pool.map(self._same, files), strict=True):
+                    if self.stop.is_set():
+                        return
+                    if size is None:
+                        self.found.others.add(name)
+                    else:
+                        self.found.kept[name] = size
+                        self._progress(size)
+
+    def _same(self, file: tuple[str, Path]) -> int | None:
+        """Size of the file, if it may stay."""
+        name, path = file
+        line = self._wanted.get(name)
+        if line is None or name in _OURS or self.stop.is_set():
+            return None
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM):
+                return None  # a link, a socket, or not ours to read: it is replaced
+            raise
+        try:
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_size != line.size:
+                return None
+            return line.size if self._digest(handle, line.algorithm) == line.checksum.lower() else None
+        finally:
+            os.close(handle)
+
+    def _digest(self, handle: int, algorithm: str) -> str:
+        """Hex, or nothing for an algorithm that is unknown."""
+        view: memoryview = getattr(self._local, "view", memoryview(b""))
+        if not view:
+            view = self._local.view = memoryview(bytearray(_PIECE))
+        crc = 0
+        sha = hashlib.new(_SHA[algorithm]) if algorithm in _SHA else None
+        if sha is None and algorithm != "CRC32C":
+            return ""
+        while (size := os.readv(handle, [view])) and not self.stop.is_set():
+            if sha is None:
+                crc = crc32c(view[:size], crc)
+            else:
+                sha.update(view[:size])
+        return sha.hexdigest() if sha else crc.to_bytes(4, "little").hex()
+
+
+def remove_others(targets: Targets, kept: Mapping[str, int]) -> None:
+    """Remove all that is not kept: other files, every link, and folders that are empty then. pg_control is gone before.
+
+    Folders that the backup has come back with its archives. Raises OSError.
+    """
+    places = {place for _, place in _places(targets)}  # these stay: they may be mount points
+    for folder, files in _walk(targets, bottom_up=True):
+        for name, path in files:
+            if name not in kept:
+                path.unlink()
+        if folder not in places:
+            try:
+                folder.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):  # busy: a mount point
+                    raise
+
+
+def repair(targets: Targets, kept: Mapping[str, int], mode: int) -> None:
+    """Give kept files the owner that the others have, and no more permissions than ``mode``, which is pg_control's.
+
+    PostgreSQL makes all files with the same permissions; a few that people add, a TLS key for one, must have less.
+    """
+    for _, files in _walk(targets):
+        for name, path in files:
+            if name in kept:
+                about = path.lstat()
+                if (right := about.st_mode & mode & 0o777 | 0o600) != stat.S_IMODE(about.st_mode):
+                    path.chmod(right)
+                if targets.owner is not None and targets.owner != (about.st_uid, about.st_gid):
+                    os.chown(path, *targets.owner, follow_symlinks=False)
+
+
+def _places(targets: Targets) -> Sequence[tuple[str, Path]]:
+    """The folders of a restore, and what comes before the names of the files in them."""
+    outside = [
+        (prefix_of(str(tablespace.oid)), path)
+        for tablespace, path in targets.tablespaces
+        if not path.is_relative_to(targets.directory)
+    ]
+    return [("", targets.directory), *outside]
+
+
+def _walk(targets: Targets, *, bottom_up: bool = False) -> Iterator[tuple[Path, list[tuple[str, Path]]]]:
+    """Each folder, and what is in it and is no folder, links to folders too: (name in the manifest, path).
+
+    The marker is left out, and so is what belongs to a file system.
+    """
+    for prefix, place in _places(targets):
+        for path, folders, files in os.walk(place, topdown=not bottom_up, onerror=_raise):
+            folder = Path(path)
+            if folder == place:
+                with contextlib.suppress(ValueError):
+                    folders.remove("lost+found")
+            relative = folder.relative_to(place)
+            if relative.parts[:1] == ("lost+found",):
+                continue
+            links = [name for name in folders if (folder / name).is_symlink()]
+            found = [(prefix + str(relative / name), folder / name) for name in (*files, *links)]
+            yield folder, [(name, path) for name, path in found if name != MARKER]
+
+
+def _raise(error: OSError) -> None:
+    raise error

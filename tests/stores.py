@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from handlers.body import joined
 from infra.demo.seaweed import Seaweed
@@ -14,6 +16,30 @@ from infra.storage.s3_client import S3Options
 from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
 from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody
+
+
+def s3_client(server: Seaweed) -> Any:
+    """The client of botocore, for what a store never does: buckets, versions, policies."""
+    import botocore.session
+
+    return botocore.session.get_session().create_client(
+        "s3", region_name="us-east-1", endpoint_url=server.endpoint, aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+    )  # fmt: skip
+
+
+def versioned_bucket(server: Seaweed, name: str, *, locked: bool = False) -> str:
+    """A bucket that keeps every version; ``locked``: for a day at least, whoever wants to delete it. Made if absent."""
+    client = s3_client(server)
+    with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+        client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=locked)
+    client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    if locked:
+        retention = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+        client.put_object_lock_configuration(
+            Bucket=name, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled", "Rule": retention}
+        )
+    return name
 
 
 def s3_store(server: Seaweed, *, bucket: str | None = None) -> S3Store:

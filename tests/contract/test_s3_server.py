@@ -19,7 +19,7 @@ from infra.storage.s3 import S3Store
 from pipeline.contracts import Store
 from pipeline.errors import ObjectConflict, ObjectMissing, StoreError
 from pipeline.objects import MemoryBody
-from tests.stores import s3_store
+from tests.stores import s3_store, versioned_bucket
 
 BODY = MemoryBody((b"x",))
 
@@ -119,6 +119,30 @@ async def test_a_ca_file_that_is_not_there(store: S3Store, tmp_path: Path) -> No
     assert not raised.value.passing
     assert "ca=" in raised.value.hint
     await wrong.close()
+
+
+@pytest.mark.parametrize("bucket", ["versioned", "locked"])
+async def test_a_bucket_that_keeps_every_version(seaweed: Seaweed, s3_prefix: str, bucket: str) -> None:
+    """A delete is logical there, under any lock: the name is free again, and no listing shows it."""
+    store = s3_store(seaweed, bucket=versioned_bucket(seaweed, bucket, locked=bucket == "locked"))
+    key, other = f"{s3_prefix}/tail/a", f"{s3_prefix}/wal/b"
+    for content in (b"one", b"two"):
+        body = MemoryBody((content,))
+        made = await asyncio.gather(*(store.put(key, body) for _ in range(4)), return_exceptions=True)
+        assert made.count(None) == 1, made
+        assert all(each is None or isinstance(each, ObjectConflict) for each in made)
+        assert joined(await store.get(key)) == content
+        await store.put(other, body, replace=True)
+        assert [info.key async for info in store.list(f"{s3_prefix}/")] == [key, other]
+        await store.delete([key])
+        await store.delete([key])
+        assert [info.key async for info in store.list(f"{s3_prefix}/tail/")] == []
+        with pytest.raises(ObjectMissing):
+            await store.head(key)
+    assert joined(await store.get(other)) == b"two"
+    probed = await store.probe(other, MemoryBody((b"two",)))
+    assert probed.conditional_put
+    await store.close()
 
 
 async def test_kill_9_of_the_server_loses_nothing_it_confirmed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from infra.status import GRACE, Outside, destination_status, look_outside, place
 from infra.wiring import Site
 from pipeline.contracts import Buffer, Clock, Fetched
 from pipeline.errors import WalshipError
-from pipeline.events import DestinationFailed, Notice
+from pipeline.events import DestinationFailed, Notice, StreamLost, StreamStarted
 from pipeline.objects import MAX_PLAIN
 from pipeline.tail import Stitched
 from pipeline.wal import Lsn, WalFile
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 #: Seconds between looks at the server and the spool, and between samples of the lag.
 SAMPLE_EVERY = 10.0
+#: Shortest pause between looks.
+_SHORTEST = 1.0
 #: Samples that are kept: those of an hour.
 SAMPLES = 360
 #: Looks, and listings, that may fail to come before what they told counts as not known any more.
@@ -66,6 +69,8 @@ class Lookout:
         #: destination → its last listing, the server at that time, and when it was, in monotonic seconds.
         self._listings: dict[str, tuple[Holding, ServerFacts | None, float]] = {}
         self._fresh = asyncio.Event()
+        #: The stream began or ended: the server is worth a look.
+        self._changed = asyncio.Event()
         self._listed: datetime | None = None
         self._stored: Recoverable | None = None
         self._unread: tuple[str, ...] = ()
@@ -80,6 +85,8 @@ class Lookout:
         """A listener of the pipeline."""
         if isinstance(notice, DestinationFailed):
             self._refused[notice.destination] = notice.fact
+        elif isinstance(notice, StreamStarted | StreamLost):
+            self._changed.set()
 
     def listed(self, holding: Holding) -> None:
         """A destination was listed, or did not answer. Told by ``infra.survey``."""
@@ -99,13 +106,22 @@ class Lookout:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._look_outside(site))
+                group.create_task(self._sample())
                 group.create_task(self._find_stretches(site))
         finally:
             self.waits("the service is stopping")
 
     async def _look_outside(self, site: Site) -> None:
         while True:
+            self._changed.clear()
             self._outside, self._looked = await look_outside(site), self._clock.monotonic()
+            await self._clock.sleep(_SHORTEST)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SAMPLE_EVERY - _SHORTEST):
+                    await self._changed.wait()
+
+    async def _sample(self) -> None:
+        while True:
             self._samples.append((int(self._clock.now().timestamp()), self._lags()))
             await self._clock.sleep(SAMPLE_EVERY)
 
@@ -114,7 +130,8 @@ class Lookout:
         while True:
             await self._fresh.wait()
             self._fresh.clear()
-            there = {name: holding for name, (holding, _, _) in self._listings.items() if not holding.error}
+            listings = {store.name: self._listings.get(store.name) for store in site.stores}
+            there = {name: listing[0] for name, listing in listings.items() if listing and not listing[0].error}
             if not there:
                 self._unread = ("no destination answers",)
                 continue

@@ -101,10 +101,14 @@ class Recoverable:
         return min((stretch.begins for stretch in self.stretches), default=None)
 
     @property
+    def newest(self) -> Stretch | None:
+        """The one that a restore of the latest state is in."""
+        return next((each for each in reversed(self.stretches) if each.timeline == self.newest_timeline), None)
+
+    @property
     def last(self) -> datetime | None:
         """The latest moment on the newest timeline; None if there is none, or it is not known."""
-        newest = [stretch for stretch in self.stretches if stretch.timeline == self.newest_timeline]
-        return newest[-1].ends if newest else None
+        return self.newest.ends if self.newest else None
 
 
 def recoverable(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from infra.recoverable import Recoverable
@@ -192,15 +192,15 @@ def stopped_by(status: Status) -> list[str]:
 
 def _safe_words(status: Status) -> str:
     places = len(status.destinations)
-    where = "the destination has" if places == 1 else f"all {places} destinations have"
+    where = {1: "the destination has", 2: "both destinations have"}.get(places, f"all {places} destinations have")
     lags = [place.lag_seconds for place in status.destinations]
     oldest = max((lag for lag in lags if lag is not None), default=None)
     behind = ""
     if oldest is not None and None not in lags:
         behind = " up to now" if oldest < 1 else f" up to {_span(oldest)} ago"
     words = f"{where} all WAL{behind}"
-    if status.recoverable is not None and (first := status.recoverable.first) is not None:
-        words += f", and any moment since {first:%Y-%m-%d %H:%M} UTC can be restored"
+    if status.recoverable is not None and (newest := status.recoverable.newest) is not None:
+        words += f", and any moment since {newest.begins.astimezone(UTC):%Y-%m-%d %H:%M} UTC can be restored"
     return words
 
 

@@ -94,13 +94,15 @@ async def take(
     label: str = "walship",
     report: Callable[[Progress], None] = lambda _: None,
     in_flight: int = IN_FLIGHT,
+    parent: BackupInfo | None = None,
 ) -> BackupInfo:
     """Take one base backup to the end and return what was written as its backup_info.
 
-    ``messages`` are closed in any case, which ends the backup on the server. If anything fails, the error of its cause
-    is raised, there is no backup_info, and what is stored already stays behind, named in the hint.
+    ``parent``: the backup that an incremental one builds on. ``messages`` are closed in any case, which ends the backup
+    on the server. If anything fails, the error of its cause is raised, there is no backup_info, and what is stored
+    already stays behind, named in the hint.
     """
-    backup = _Backup(ship, cluster, clock, label, report, in_flight)
+    backup = _Backup(ship, cluster, clock, label, report, in_flight, parent)
     try:
         async for message in messages:
             await backup.add(message)
@@ -120,8 +122,9 @@ class _Backup:
     """One backup under way."""
 
     def __init__(
-        self, ship: Ship, cluster: Cluster, clock: Clock, label: str, report: Callable[[Progress], None], in_flight: int
-    ) -> None:
+        self, ship: Ship, cluster: Cluster, clock: Clock, label: str, report: Callable[[Progress], None],
+        in_flight: int, parent: BackupInfo | None,
+    ) -> None:  # fmt: skip
         self.name = ""
         #: Our name belongs to another backup, which must not be called useless.
         self._theirs = False
@@ -132,6 +135,7 @@ class _Backup:
         self._report = report
         self._ship = ship
         self._in_flight = in_flight
+        self._parent = parent
         self._started: BackupStarted | None = None
         self._stopped: BackupStopped | None = None
         self._began: datetime | None = None
@@ -207,7 +211,7 @@ class _Backup:
         info = BackupInfo(
             name=self.name,
             id=self._id,
-            kind="full",
+            kind="incremental" if self._parent else "full",
             system_id=self._cluster.system_id,
             server_version=self._cluster.server_version,
             segment_size=self._cluster.segment_size,
@@ -222,6 +226,8 @@ class _Backup:
             manifest=manifest[0] if manifest else "",
             stored_size=self._stored,
             label=self._label,
+            parent=self._parent.name if self._parent else "",
+            parent_id=self._parent.id if self._parent else "",
         )
         await self._ship(info_key(self.name), info.encode(), backup=self._id)
         return info

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from handlers.base_backup import Cluster, Progress, WalSafe, take
+from handlers.fetch import read_catalog
 from handlers.unfinished import clean_unfinished
 from infra.pace import Pace
 from infra.postgres import basebackup, local_copy
@@ -18,9 +19,11 @@ from infra.postgres.problems import problems
 from infra.safety import history_shipper, wal_safe
 from infra.service import alongside
 from infra.settings import Settings
-from infra.wiring import open_shipping, open_site
+from infra.wiring import Site, open_shipping, open_site
 from pipeline.backup import BackupInfo, BackupMessage
-from pipeline.errors import SourceError
+from pipeline.catalog import manifest_key
+from pipeline.contracts import Buffer
+from pipeline.errors import IntegrityError, SourceError
 from pipeline.wal import Lsn
 
 
@@ -31,10 +34,16 @@ async def look_at_server(settings: Settings) -> ServerFacts:
 
 
 async def backup(
-    settings: Settings, *, label: str, report: Callable[[Progress], None], tell: Callable[[str], None]
+    settings: Settings,
+    *,
+    label: str,
+    report: Callable[[Progress], None],
+    tell: Callable[[str], None],
+    incremental: bool = False,
 ) -> BackupInfo:
     """Take a base backup of the server and return it once it, and all WAL it needs, is at every required destination.
 
+    ``incremental``: only what changed since the newest one, if there is one; through the server in any case.
     Refuses before it begins if the server cannot give what a backup needs, or gives one already. A service that runs
     meanwhile keeps its priority: this process is nicer than it. Without one, this process ships the spool as well.
     """
@@ -52,7 +61,9 @@ async def backup(
         os.nice(5)
         ship_history = history_shipper(settings, shipping.command.ship)
         wait = wal_safe(site, tell, ship_history=ship_history)
-        async with aclosing(_messages(source, label, tell)) as messages:
+        parent = await _newest(site, tell) if incremental else None
+        since = await _manifest_of(site, parent) if parent else None
+        async with aclosing(_messages(source, label, tell, since)) as messages:
             taken = await take(
                 messages,
                 ship=shipping.command.ship,
@@ -61,6 +72,7 @@ async def backup(
                 clock=site.clock,
                 label=label,
                 report=report,
+                parent=parent,
             )
         await clean_unfinished(site.stores, now=site.clock.now(), tell=tell)
         return taken
@@ -92,11 +104,34 @@ def refuse_stranger(standby: ServerFacts, primary: ServerFacts, host: str) -> No
         )
 
 
-def _messages(settings: Settings, label: str, tell: Callable[[str], None]) -> AsyncGenerator[BackupMessage, None]:
+async def _newest(site: Site, tell: Callable[[str], None]) -> BackupInfo | None:
+    """What an incremental backup builds on."""
+    catalog = await read_catalog(site.stores, site.fetch, site.facts.system_id, notify=tell)
+    able = [backup for backup in catalog.backups if backup.manifest]
+    if not able:
+        tell("there is no backup yet that an incremental one could build on: a full one is taken")
+        return None
+    tell(f"what has changed since {able[-1].name} is backed up")
+    return able[-1]
+
+
+async def _manifest_of(site: Site, backup: BackupInfo) -> bytearray:
+    fetched = await site.fetch(manifest_key(backup.name), backup=backup.id)
+    if fetched.digest != backup.manifest:
+        raise IntegrityError(
+            f"{fetched.destination}: the backup_manifest of {backup.name} is not the one that its backup_info lists",
+            hint="it was exchanged; take a full backup: walship backup",
+        )
+    return fetched.plain
+
+
+def _messages(
+    settings: Settings, label: str, tell: Callable[[str], None], since: Buffer | None
+) -> AsyncGenerator[BackupMessage, None]:
     """From the data directory where it can be read, else through the server."""
     pace = Pace(settings.backup_rate) if settings.backup_rate else None
-    if settings.data_dir is None:
-        return basebackup.stream(settings, label=label, pace=pace)
+    if settings.data_dir is None or since is not None:
+        return basebackup.stream(settings, label=label, pace=pace, since=since)
 
     def damaged(found: Damage) -> None:
         tell(

@@ -106,7 +106,7 @@ class BackupInfo:
     name: str
     #: Random, also in the header of every part; 32 hex digits.
     id: str
-    #: ``full``
+    #: ``full`` or ``incremental``
     kind: str
     system_id: str
     #: As ``server_version_num`` says it: 170011.
@@ -127,6 +127,9 @@ class BackupInfo:
     stored_size: int
     #: What the server wrote into backup_label, for people.
     label: str = ""
+    #: Name and id of the backup that an incremental one builds on; both empty for a full one.
+    parent: str = ""
+    parent_id: str = ""
 
     @property
     def size(self) -> int:
@@ -141,6 +144,8 @@ class BackupInfo:
     def encode(self) -> bytes:
         """The plaintext of the ``backup_info`` object."""
         members = asdict(self)
+        if not self.parent:
+            del members["parent"], members["parent_id"]
         for lsn in ("start_lsn", "stop_lsn"):
             members[lsn] = str(members[lsn])
         for moment in ("started", "stopped"):
@@ -155,7 +160,9 @@ class BackupInfo:
         that is not encrypted can write this.
         """
         try:
-            members = check_members(strict_json(bytes(content)), _INFO)
+            found = strict_json(bytes(content))
+            incremental = isinstance(found, dict) and found.get("kind") == "incremental"
+            members = check_members(found, _INFO | _PARENT if incremental else _INFO)
             members |= {moment: _moment(moment, members[moment]) for moment in ("started", "stopped")}
             members |= {lsn: Lsn.parse(members[lsn]) for lsn in ("start_lsn", "stop_lsn")}
             members["tablespaces"] = tuple(Tablespace(**check_members(t, _TABLESPACE)) for t in members["tablespaces"])
@@ -175,6 +182,7 @@ _INFO: dict[str, type] = {
     **dict.fromkeys(_NUMBERS, int),
     **dict.fromkeys(("tablespaces", "archives", "index"), list),
 }
+_PARENT: dict[str, type] = {"parent": str, "parent_id": str}
 _TABLESPACE: dict[str, type] = {"oid": int, "location": str}
 _ARCHIVE: dict[str, type] = {"name": str, "size": int, "parts": list}
 #: ``base.2``: what the second worker made of ``base``.
@@ -215,7 +223,9 @@ def _check(info: BackupInfo) -> None:
     oids = [tablespace.oid for tablespace in info.tablespaces]
     archives = [archive.name for archive in info.archives]
     for wrong, fact in (
-        (info.kind != "full", f"it is of the kind {info.kind!r}"),
+        (info.kind not in ("full", "incremental"), f"it is of the kind {info.kind!r}"),
+        (info.kind == "incremental" and not (info.parent and _ID.fullmatch(info.parent_id)), "it names no parent"),
+        (info.parent == info.name, "it builds on itself"),
         (not _ID.fullmatch(info.id), f"the id is {info.id!r}"),
         (not _SYSTEM_ID.fullmatch(info.system_id), f"the system identifier is {info.system_id!r}"),
         (info.server_version < 1, f"the server is of version {info.server_version}"),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.backup import BackupInfo
+from pipeline.chains import whole_ones
 from pipeline.errors import IntegrityError, RecoveryError
 from pipeline.lineage import Leg, Lineage, WalPath
 from pipeline.runs import Hole, Runs, Window
@@ -356,11 +357,11 @@ class Listing:
 
     def catalog(self, segment_size: int) -> Catalog:
         """What has been added. Names that cannot exist with that segment size count as unknown."""
-        unknown = set(self._unknown)
+        unknown, backups = set(self._unknown), whole_ones(self._backups.values(), self.problem)
         return Catalog(
             system_id=self._system_id,
             segment_size=segment_size,
-            backups=tuple(sorted(self._backups.values(), key=lambda b: (b.stopped, b.stop_lsn, b.name))),
+            backups=tuple(sorted(backups, key=lambda b: (b.stopped, b.stop_lsn, b.name))),
             segments=self._runs(self._segments, segment_size, unknown, ""),
             partials=self._runs(self._partials, segment_size, unknown, ".partial"),
             tails={timeline: dict(reaches) for timeline, reaches in self._tails.items()},

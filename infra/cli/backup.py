@@ -16,14 +16,18 @@ from pipeline.moments import show
 
 @click.command("backup")
 @click.option("--label", default="walship", show_default=True, help="Written into backup_label, for people.")
+@click.option("--incremental", is_flag=True, help="Only what changed since the last one (PostgreSQL 17 and later).")
 @json_option
 @asynchronous
-async def command(label: str, as_json: bool) -> None:
+async def command(label: str, incremental: bool, as_json: bool) -> None:
     """Take a base backup now, straight from the server to every destination.
 
     Nothing is staged on disk. With WALSHIP_DATA_DIR the files are read by walship itself, else the server sends them;
     with WALSHIP_BACKUP_HOST it is taken from a standby. It counts as a backup only once all WAL that it needs is safe
     at every required destination; killed before that, it leaves no backup, only parts that nobody lists.
+
+    An incremental backup needs all those before it up to a full one: a restore fetches and joins them. The server has
+    to keep summaries of its WAL for it (summarize_wal = on).
 
     With --json, a line of progress as JSON goes to stderr every second.
 
@@ -34,14 +38,18 @@ async def command(label: str, as_json: bool) -> None:
         def report(progress: Progress) -> None:
             bar(progress.done, progress.estimate, progress.current)
 
-        taken = await backup(settings(), label=label, report=report, tell=say)
+        taken = await backup(settings(), label=label, report=report, tell=say, incremental=incremental)
     seconds = (taken.stopped - taken.started).total_seconds()
     lines = [
         f"{taken.name}: {human(taken.size)} (stored {human(taken.stored_size)}) in {seconds:.0f} s",
         f"restorable from {show(taken.stopped)} (LSN {taken.stop_lsn}, timeline {taken.timeline}) on",
     ]
+    if taken.parent:
+        lines.append(f"it builds on {taken.parent}, and is of no use without that")
     result = {
         "name": taken.name,
+        "kind": taken.kind,
+        "parent": taken.parent or None,
         "size": taken.size,
         "stored_size": taken.stored_size,
         "timeline": taken.timeline,

@@ -23,21 +23,30 @@ from pipeline.backup import (
     ManifestData,
     Tablespace,
 )
+from pipeline.contracts import Buffer
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn
 
 #: The first version with this form of the stream.
 OLDEST = 15
+#: The first version with incremental backups.
+INCREMENTAL = 17
 
 
 async def stream(
-    settings: Settings, *, label: str = "walship", fast: bool = True, pace: Pace | None = None
+    settings: Settings,
+    *,
+    label: str = "walship",
+    fast: bool = True,
+    pace: Pace | None = None,
+    since: Buffer | None = None,
 ) -> AsyncGenerator[BackupMessage, None]:
     """Take a base backup: see ``pipeline.backup`` for the order of messages. Data comes in pieces of up to 32 KB.
 
     Read it within ``contextlib.aclosing``: closing the generator closes the connection, and that ends the backup on the
     server. The server sends only as fast as messages are taken, ``pace`` at most. ``fast`` asks for an immediate
-    checkpoint.
+    checkpoint. ``since``: the manifest of an earlier backup; what changed since that comes, in files named
+    ``INCREMENTAL.…`` (PostgreSQL 17 and later).
 
     Does not wait for WAL: the WAL from start to stop LSN must be safe before the backup counts. SourceError with the
     server's words if it fails at any point.
@@ -48,7 +57,9 @@ async def stream(
                 f"PostgreSQL {connection.server_version // 10000} is too old: walship backs up {OLDEST} and later",
                 hint="use another tool for this server until it is upgraded",
             )
-        await connection.send(_command(label, fast=fast))
+        if since is not None:
+            await _upload(connection, since)
+        await connection.send(_command(label, fast=fast, incremental=since is not None))
         yield await _started(connection)
         result = await connection.result()
         if result is None or result.status != ExecStatus.COPY_OUT:
@@ -71,9 +82,33 @@ async def stream(
         yield await _stopped(connection)
 
 
-def _command(label: str, *, fast: bool) -> str:
+async def _upload(connection: ReplicationConnection, manifest: Buffer) -> None:
+    """The manifest that the server compares its WAL summaries with."""
+    major = connection.server_version // 10000
+    if major < INCREMENTAL:
+        raise SourceError(
+            f"PostgreSQL {major} makes no incremental backups: that begins with {INCREMENTAL}",
+            hint="take full ones less often, for WAL bridges the time between them; or upgrade the server",
+        )
+    if await connection.show("summarize_wal") != "on":
+        raise SourceError(
+            "summarize_wal is off: without summaries of its WAL the server does not know what has changed",
+            hint="ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf(); then take a full backup first: walship"
+            " backup",
+        )
+    await connection.send("UPLOAD_MANIFEST")
+    result = await connection.result()
+    if result is None or result.status != ExecStatus.COPY_IN:
+        raise SourceError("PostgreSQL did not take the manifest of the earlier backup", hint="see the server's log")
+    await connection.copy_in(manifest)
+    while await connection.result() is not None:
+        pass
+
+
+def _command(label: str, *, fast: bool, incremental: bool) -> str:
     quoted = label.replace("'", "''")
     options = (
+        *(["INCREMENTAL 'true'"] if incremental else []),
         f"LABEL '{quoted}'",
         "PROGRESS",
         f"CHECKPOINT '{'fast' if fast else 'spread'}'",

@@ -19,6 +19,7 @@ from psycopg.pq.abc import PGconn, PGresult
 
 from infra.postgres.connect import BACKUP_NAME, Connection, RefusedError, connect, place
 from infra.settings import Settings
+from pipeline.contracts import Buffer
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn
 
@@ -156,6 +157,22 @@ class ReplicationConnection:
             if size < 0:
                 return
             yield message
+
+    async def copy_in(self, data: Buffer, piece: int = 1 << 20) -> None:
+        """Send the data of a COPY that ``result`` has announced; then go on with ``result``."""
+        view = memoryview(data)
+        try:
+            for at in range(0, len(view), piece):
+                while not self._conn.put_copy_data(bytes(view[at : at + piece])):
+                    await self._writable()
+                while self._conn.flush():
+                    await self._writable()
+            while not self._conn.put_copy_end():
+                await self._writable()
+            while self._conn.flush():
+                await self._writable()
+        except psycopg.Error as error:
+            raise lost(error) from None
 
     async def _next(self) -> PGresult | None:
         try:

@@ -168,6 +168,11 @@ def segment(number: int, timeline: int = 1) -> WalFile:
 
 @pytest.fixture
 async def made() -> Made:
+    return await build()
+
+
+async def build(relation: bytes = bytes(range(256)) * 400) -> Made:
+    """``relation``: what the one table of each archive holds."""
     shelf = Shelf(str(SYSTEM_ID))
     writers = {number: Writer(number * SEGMENT_SIZE) for number in (2, 3, 4)}
     start = Lsn(writers[2].add(b"the backup begins"))
@@ -188,8 +193,10 @@ async def made() -> Made:
         writer.add(rmid=0, info=0x40)
         made.wal[file.name] = writer.segment()
     made.wal["00000002.history"] = f"1\t{fork}\tno recovery target specified\n".encode()
-    base = {"PG_VERSION": b"17\n", "base/1/1259": bytes(range(256)) * 400, "global/pg_control": b"c" * 8192}
-    archives = {"base": base} | {str(s.oid): {"PG_17_202406281/5/1": str(s.oid).encode() * 3000} for s in SPACES}
+    base = {"PG_VERSION": b"17\n", "base/1/1259": relation, "global/pg_control": b"c" * 8192}
+    archives = {"base": base} | {
+        str(space.oid): {"PG_17_202406281/5/1": str(space.oid).encode() + relation} for space in SPACES
+    }
     for name, files in archives.items():
         made.files |= {path if name == "base" else f"pg_tblspc/{name}/{path}": c for path, c in files.items()}
 

@@ -85,6 +85,7 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
             {
                 "name": b.name,
                 "kind": b.kind,
+                "parent": b.parent or None,
                 "started": b.started.isoformat(),
                 "stopped": b.stopped.isoformat(),
                 "timeline": b.timeline,
@@ -125,6 +126,7 @@ def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) ->
         lines.append(
             f"{backup.name}  {show(backup.stopped)}  PostgreSQL {backup.major}  {human(backup.size)}"
             f" (stored {human(backup.stored_size)})"
+            + (f", what changed since {backup.parent}" if backup.parent else "")
         )
         for window in catalog.windows():
             if window.backup is backup:

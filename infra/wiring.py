@@ -137,7 +137,7 @@ async def open_site(
     async with open_destinations(settings, policy=policy, waits=waits) as destinations:
         facts = await find(destinations, cluster)
         stores = tuple(Rooted(d.root, facts.system_id) for d in destinations)
-        keys = await _open_keys(
+        keys = await open_keys(
             stores, settings, facts.system_id, clock, writer=writer, allow_unencrypted=allow_unencrypted
         )
         chain = make_chain(settings, keys, facts.system_id, timed=timed)
@@ -174,7 +174,7 @@ def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str, *, time
     return Chain(stages, keys, system_id)
 
 
-async def _open_keys(
+async def open_keys(
     stores: tuple[Store, ...],
     settings: Settings,
     system_id: str,
@@ -200,13 +200,16 @@ async def _open_keys(
             failures.append((store, error))
             continue
         for passed_over, failure in failures:
-            log.warning("keys", destination=passed_over.name, error=failure.fact, hint=failure.hint, from_=store.name)
+            log.warning("keys", destination=passed_over.name, error=failure.fact, hint=failure.hint, served_by=store.name)
         if not writer:
             # An object that only another destination has may lie under a data key that only it has.
             for other in stores:
-                if other is not store:
-                    with suppress(StoreError):  # it will be named when it is needed
-                        await keys.refresh(other)
+                if other is store:
+                    continue
+                with suppress(StoreError):  # it will be named when it is needed
+                    if await keys.refresh(other):
+                        fact = f"data keys are missing or damaged there, which {other.name} has"
+                        log.warning("keys", destination=store.name, error=fact)
         return keys
     raise failures[0][1]
 

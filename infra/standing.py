@@ -134,7 +134,7 @@ class Status:
     @property
     def reasons(self) -> tuple[str, ...]:
         """The same for people, one sentence each."""
-        return tuple(f"{r.destination}: {r.text}" if r.destination else r.text for r in self.found)
+        return tuple(r.text if r.destination in r.text else f"{r.destination}: {r.text}" for r in self.found)
 
     @property
     def healthy(self) -> bool:

@@ -81,7 +81,8 @@ def _recoverable(stored: Recoverable) -> list[str]:
         count = "1 base backup" if len(stored.backups) == 1 else f"{len(stored.backups)} base backups"
         lines.append(f"backups  {count}, the last one {last.name} of {show(last.stopped)} ({human(last.size)})")
     for hole in stored.holes[:_MOST_HOLES]:
-        lines.append(f"hole     {hole.segments} segments are missing, {hole.first} to {hole.last}")
+        several = f"{hole.segments} segments are missing, {hole.first} to {hole.last}"
+        lines.append(f"hole     {several if hole.segments > 1 else f'segment {hole.first} is missing'}")
     if len(stored.holes) > _MOST_HOLES:
         lines.append(f"hole     {stored.missing_segments} segments are missing in all (`walship list` names them)")
     return lines

@@ -1,88 +1,12 @@
 "use strict";
 
+// The page. Nothing here decides whether it is safe: /api/status says so.
+
 const HOUR = 3600e3, EVERY = 3000;
 const MARKS = { safe: "✓", lagging: "…", at_risk: "!", unsafe: "✕", unknown: "?" };
-const RANGES = [["All", 0], ["30 d", 720 * HOUR], ["7 d", 168 * HOUR], ["1 d", 24 * HOUR], ["1 h", HOUR], ["10 min", HOUR / 6]];
-
-// ---- what needs no page
-
-const pad = (number, digits = 2) => String(number).padStart(digits, "0");
-
-function utc(ms, exact) {
-  const d = new Date(ms);
-  const rest = exact || ms % 1000 ? "." + pad(d.getUTCMilliseconds(), 3) : "";
-  return `${d.getUTCFullYear()}-${pad(d.getUTCMonth() + 1)}-${pad(d.getUTCDate())} ` +
-    `${pad(d.getUTCHours())}:${pad(d.getUTCMinutes())}:${pad(d.getUTCSeconds())}${rest}`;
-}
-
-function span(seconds) {
-  if (seconds === null) return "not known";
-  if (seconds < 10) return `${seconds.toFixed(1)} s`;
-  if (seconds < 120) return `${Math.round(seconds)} s`;
-  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
-  return seconds < 172800 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} d`;
-}
-
-function bytes(size) {
-  if (size === null) return "not known";
-  const units = ["B", "KB", "MB", "GB", "TB"];
-  let unit = 0;
-  for (; size >= 1024 && unit < 4; unit++) size /= 1024;
-  return `${unit ? size.toFixed(1) : size} ${units[unit]}`;
-}
-
-// First and last moment (ms) that a restore can be asked for; last < first if there is none between them.
-// What ended once ends with a transaction: only a moment before it is known to be reached.
-function bounds(stretch, now) {
-  const first = Date.parse(stretch.begins) + (/\.\d{3}0*[1-9]/.test(stretch.begins) ? 1 : 0);
-  if (stretch.ends === null) return [first, stretch.ended_by === "open" ? now : first - 1];
-  const ends = Date.parse(stretch.ends);
-  return [first, stretch.ended_by === "open" ? ends : ends - 1];
-}
-
-function stretchAt(status, timeline, ms) {
-  const now = Date.parse(status.now);
-  return status.recoverable.stretches.find(each => {
-    const [first, last] = bounds(each, now);
-    return each.timeline === timeline && first <= ms && ms <= last;
-  });
-}
-
-// The moment itself, or its whole second if that can be restored as well.
-function handy(stretch, ms, now) {
-  const second = Math.floor(ms / 1000) * 1000;
-  return second >= bounds(stretch, now)[0] ? second : ms;
-}
-
-function commandFor(status, timeline, ms) {
-  const other = timeline === status.recoverable.newest_timeline ? "" : ` --timeline ${timeline}`;
-  const cluster = status.cluster_option ? ` --cluster ${status.cluster_option}` : "";
-  return `walship restore --target-dir /srv/restored --to-time '${utc(ms)}+00'${other}${cluster}`;
-}
-
-// "2026-11-23 12:00[:00[.5]]" → ms, or NaN.
-function parseMoment(text) {
-  const found = /^\s*(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d)(:\d\d(\.\d{1,3})?)?\s*(UTC|Z|\+00(:?00)?)?\s*$/.exec(text);
-  return found ? Date.parse(`${found[1]}T${found[2]}${found[3] || ":00"}Z`) : NaN;
-}
-
-// Samples → pieces of a line: [[[ms, seconds], …], …]; where nothing was known, or asked, it is broken.
-function pieces(samples, column) {
-  const lines = [];
-  let line = null, before = 0;
-  for (const sample of samples) {
-    const at = sample[0] * 1000, lag = sample[column];
-    if (lag === null || at - before > 35e3) line = null;
-    if (lag !== null) {
-      if (!line) lines.push(line = []);
-      line.push([at, lag]);
-    }
-    before = at;
-  }
-  return lines;
-}
-
-// ---- the page
+const RANGES = [
+  ["All", 0], ["30 d", 720 * HOUR], ["7 d", 168 * HOUR], ["1 d", 24 * HOUR], ["1 h", HOUR], ["10 min", HOUR / 6],
+];
 
 const $ = id => document.getElementById(id);
 const chosen = { at: null, timeline: null, shown: false };
@@ -127,9 +51,11 @@ function fill(list, lines) {
   if (old.join("\n") !== lines.join("\n")) list.replaceChildren(...lines.map(line => html("li", line)));
 }
 
-function plot(history, name, width) {
-  const column = history.destinations.indexOf(name) + 1, height = 72, base = height - 16, left = 46;
-  const lines = column ? pieces(history.samples, column) : [];
+function plot(history, place, width) {
+  const column = history.destinations.indexOf(place.name) + 1, height = 72, base = height - 16, left = 46;
+  const live = [Date.parse(status.now) / 1000];
+  if (column) live[column] = place.lag_seconds;
+  const lines = column ? pieces([...history.samples, live], column) : [];
   const lags = lines.flat().map(point => point[1]);
   const most = Math.max(2, ...lags), now = Date.parse(status.now);
   const x = ms => left + (width - left - 2) * (1 - Math.min(1, Math.max(0, (now - ms) / HOUR)));
@@ -166,7 +92,7 @@ function showDestinations() {
     box.append(html("div", place.error ? "✕ does not answer" : behind, { class: "now" }));
     const wrong = [place.error, place.missing && `${place.missing} is missing`, place.late, ...place.problems].filter(Boolean);
     for (const line of wrong) box.append(html("p", `! ${line}`, { class: "wrong" }));
-    box.append(plot(status.lag_history, place.name, Math.max(240, $("destinations").clientWidth - 28)));
+    box.append(plot(status.lag_history, place, Math.max(240, $("destinations").clientWidth - 28)));
     const end = place.durable_lsn ? `WAL up to LSN ${place.durable_lsn}` : "no WAL yet";
     const copies = place.backups === 1 ? "1 base backup" : `${place.backups} base backups`;
     box.append(html("p", `${end}, ${copies}. Hatched: not known.`, { class: "quiet" }));
@@ -210,6 +136,10 @@ function showLine() {
   const x = ms => SIDE + (width - 2 * SIDE) * Math.min(1, Math.max(0, (ms - from) / (to - from)));
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
   hatch(root);
+  for (const [at, words] of ticks(from, to, Math.floor(width / 80))) {
+    root.append(svg("line", { class: "grid", x1: x(at), x2: x(at), y1: TOP - 2, y2: height - 18 }));
+    if (x(at) > 24 && x(at) < width - 70) root.append(svg("text", { x: x(at), y: height - 5, "text-anchor": "middle" }, words));
+  }
   rows.forEach((timeline, row) => {
     const y = TOP + row * ROW, origin = stored.timelines.find(each => each.timeline === timeline);
     const parent = origin && origin.parent ? `, from ${origin.parent} at ${origin.fork_lsn}` : "";
@@ -233,8 +163,7 @@ function showLine() {
       root.append(mark);
     }
   });
-  root.append(svg("text", { x: SIDE, y: height - 5 }, utc(from).slice(0, 16)));
-  root.append(svg("text", { x: width - SIDE, y: height - 5, "text-anchor": "end" }, `now, ${utc(to).slice(0, 16)} UTC`));
+  root.append(svg("text", { x: width - SIDE, y: height - 5, "text-anchor": "end" }, "now (UTC)"));
   if (chosen.at !== null && chosen.at >= from) {
     root.append(svg("line", { class: "chosen", x1: x(chosen.at), x2: x(chosen.at), y1: 4, y2: height - 20 }));
     root.append(svg("circle", { class: "chosen-head", cx: x(chosen.at), cy: 5, r: 5 }));
@@ -314,7 +243,7 @@ function showRest() {
     $("back-words").textContent = newest
       ? `Any moment from ${utc(Date.parse(newest.begins)).slice(0, 19)} to ${newest.ends ? utc(Date.parse(newest.ends)).slice(0, 19) : "a time that is not known"} UTC.${tail}`
       : "✕ Nothing: there is no base backup with the WAL that it needs. Take one: walship backup";
-    fill($("holes"), stored.holes.map(hole => `✕ Hole on timeline ${hole.timeline}: ${hole.segments} segments are missing, ${hole.first} to ${hole.last}`));
+    fill($("holes"), stored.holes.map(hole => `✕ Hole on timeline ${hole.timeline}: ${missing(hole)}`));
     const table = html("table"), head = html("tr");
     for (const name of ["Name", "Ended (UTC)", "Size", "Stored", "Timeline", "At"]) head.append(html("th", name, { scope: "col" }));
     table.append(head, ...stored.backups.slice(-30).reverse().map(backup => {

@@ -63,7 +63,9 @@ def routes(shown: Shown) -> list[web.RouteDef]:
 def compose() -> tuple[str, str]:
     """The page, and the Content-Security-Policy that lets it do what it does and nothing else."""
     folder = files("infra.monitoring")
-    html, style, script = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    names = ("page.html", "page.css", "moments.js", "page.js")
+    html, style, moments, script = (folder.joinpath(name).read_text("utf-8") for name in names)
+    script = moments + script
     page = html.replace("/*style*/", style).replace("/*script*/", script)
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; connect-src 'self'; img-src data:;"

@@ -156,7 +156,7 @@ class Positions:
             return max(now - self._seen[-1][2], self._spool_age)
         lsn, size = self._seen[-1][0], self.segment_size
         if lsn <= place.durable:
-            self._seen[:-1] = [seen for seen in self._seen[:-1] if seen[0] > self._slowest()]
+            self._forget()
             return 0.0
         age = now - self._first_behind(place.durable)
         if lsn // size > place.durable // size:
@@ -174,5 +174,8 @@ class Positions:
             last = until
         return last
 
-    def _slowest(self) -> Lsn:
-        return min((place.durable for place in self._places.values() if place.durable is not None), default=Lsn(0))
+    def _forget(self) -> None:
+        """What every destination has, but for the last of it: since then something may be missing."""
+        slowest = min(Lsn(0) if place.durable is None else place.durable for place in self._places.values())
+        passed = sum(lsn <= slowest for lsn, _, _ in self._seen)
+        del self._seen[: max(0, passed - 1)]

@@ -12,12 +12,12 @@ import signal
 import sys
 from typing import NoReturn
 
-from tests.benchmarks import bench, pgbackrest, report
+from tests.benchmarks import bench, pgbackrest, replay, report
 from tests.benchmarks.ground import MAJOR, Ground
 from tests.benchmarks.pgbackrest import PgBackRest
 from tests.benchmarks.walship import Walship
 
-_TASKS = ("drain", "base", "service")
+_TASKS = ("drain", "base", "service", "replay")
 
 
 def main() -> None:
@@ -40,6 +40,12 @@ def main() -> None:
             rows += bench.service(ground, walship.serve, segments, rounds=options.rounds, say=_say)
         if "base" in options.tasks:
             rows += bench.base(ground, tools, rounds=options.rounds, say=_say)
+        if "replay" in options.tasks:
+            rival = next((tool for tool in tools if isinstance(tool, PgBackRest)), None)
+            rows += replay.replay(
+                ground, walship, rival, segments=options.segments, segment_mb=options.segment_mb, rounds=options.rounds,
+                say=_say,
+            )  # fmt: skip
     if options.json:
         print(json.dumps(report.result(rows, about), indent=2))
     else:

@@ -71,15 +71,20 @@ class Ground:
         self.settled()
         self.empty_archive()
         # Only what the load itself fills: a segment that a switch has padded with zeros would flatter everybody.
-        while len(self._archived()) < count:
-            self._pgbench("--client=4", "--jobs=1", "--time=3" if count > 8 else "--time=1")
-            self.settled()
+        self.more(count)
         kept = self.folder / "backlog"
         kept.mkdir()
         segments = [path.rename(kept / path.name) for path in self._archived()[:count]]
         self.empty_archive()
         self._say(f"{len(segments)} segments by pgbench, in {time.monotonic() - began:.0f} s")
         return segments
+
+    def more(self, count: int) -> list[Path]:
+        """Have pgbench's transactions fill segments until ``count`` or more are in the archive; all of those."""
+        while len(self._archived()) < count:
+            self._pgbench("--client=4", "--jobs=1", "--time=3" if count > 8 else "--time=1")
+            self.settled()
+        return self._archived()
 
     def warm(self, segments: Sequence[Path]) -> None:
         """Have the segments in the page cache, where they are when they were just archived; walship drops them."""

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from infra.postgres.processes import give, run_as
 from tests.benchmarks.ground import Ground
 from tests.benchmarks.measured import Cost, measure
 
@@ -91,6 +92,22 @@ class PgBackRest:
             return measure([self._words("restore", f"--pg1-path={target}")], self._environment(), self._log)
         finally:
             shutil.rmtree(target)
+
+    def archive_get(self) -> str:
+        """restore_command for what was drained last. It runs as the server's user: see ``open_to_server``."""
+        words = self._words("archive-get", f"--pg1-path={self._ground.folder / 'recovered'}")
+        return f'{shlex.join(words)} %f "%p"'
+
+    def open_to_server(self) -> None:
+        """Give repository, spool, locks and log to the server's user."""
+        give(self._folder, run_as())
+
+    def empty_spool(self) -> None:
+        """Nothing was fetched ahead by a run before."""
+        spool = self._folder / "spool"
+        shutil.rmtree(spool)
+        spool.mkdir()
+        give(spool, run_as())
 
     def stored(self) -> int:
         """Bytes in the repository."""

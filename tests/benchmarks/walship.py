@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from infra.postgres.wal_script import CONTEXT, FOLDER
 from tests.benchmarks.ground import Ground
 from tests.benchmarks.measured import Cost, measure
 
@@ -31,24 +32,24 @@ class Walship:
         self._spool = self._folder / "spool"
         self._log = self._folder / "log"
         self._repository.mkdir()
-        subprocess.run([*_COMMAND, "init"], env=self._environment(), cwd=self._folder, check=True, capture_output=True)
+        subprocess.run([*_COMMAND, "init"], env=self.environment(), cwd=self._folder, check=True, capture_output=True)
         shutil.copytree(self._repository, self._pristine)
 
     def drain(self, segments: Sequence[Path], level: int) -> Cost:
         """`walship push` with the segments in the spool."""
         self._fill(segments)
-        environment = self._environment(WALSHIP_COMPRESSION_LEVEL=str(level))
+        environment = self.environment(WALSHIP_COMPRESSION_LEVEL=str(level))
         return measure([[*_COMMAND, "push"]], environment, self._log)
 
     def serve(self, segments: Sequence[Path]) -> Cost:
         """`walship run` until the spool is empty, then SIGTERM."""
         self._fill(segments)
-        return measure([[*_COMMAND, "run"]], self._environment(), self._log, empties=self._spool)
+        return measure([[*_COMMAND, "run"]], self.environment(), self._log, empties=self._spool)
 
     def backup(self) -> Cost:
         self._renew()
         self._ground.empty_archive()
-        environment = self._environment(WALSHIP_SPOOL_DIR=str(self._ground.archive))
+        environment = self.environment(WALSHIP_SPOOL_DIR=str(self._ground.archive))
         return measure([[*_COMMAND, "backup"]], environment, self._log)
 
     def restore(self) -> Cost:
@@ -56,9 +57,29 @@ class Walship:
         target = self._folder / "restored"
         target.mkdir(mode=0o700)
         try:
-            return measure([[*_COMMAND, "restore", "--target-dir", target]], self._environment(), self._log)
+            return measure([[*_COMMAND, "restore", "--target-dir", target]], self.environment(), self._log)
         finally:
             shutil.rmtree(target)
+
+    def push(self, segments: Sequence[Path]) -> None:
+        """Into the repository as it is."""
+        self._spool.mkdir(exist_ok=True)
+        for segment in segments:
+            (self._spool / segment.name).hardlink_to(segment)
+        measure([[*_COMMAND, "push"]], self.environment(), self._log)
+
+    def lay_down(self, directory: Path) -> None:
+        """The base backup, ready to recover, not started."""
+        measure([[*_COMMAND, "restore", "--target-dir", directory]], self.environment(), self._log)
+
+    def start_restored(self, directory: Path, port: int) -> list[str | Path]:
+        """The command that lays it down, starts a server on it, and feeds that until it is promoted."""
+        return [*_COMMAND, "restore", "--target-dir", directory, "--start", "--port", str(port)]
+
+    def fetch_wal(self, name: str, path: Path, directory: Path) -> None:
+        """One stored WAL file, as the server on a restored directory gets it without a feed."""
+        context = directory / FOLDER / CONTEXT
+        measure([[*_COMMAND, "fetch-wal", "--context", context, name, path]], self.environment(), self._log)
 
     def stored(self) -> int:
         """Bytes in the repository."""
@@ -77,7 +98,8 @@ class Walship:
             (self._spool / segment.name).hardlink_to(segment)
         self._renew()
 
-    def _environment(self, **changed: str) -> dict[str, str]:
+    def environment(self, **changed: str) -> dict[str, str]:
+        """Settings of the command."""
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         # The command is found wherever this was started from.
         root = str(Path(__file__).parents[2])
@@ -87,6 +109,7 @@ class Walship:
             # Compiled once, by init, as in an installation; and nothing is left in anybody's source tree.
             "PYTHONPYCACHEPREFIX": str(self._folder / "pycache"),
             **self._ground.server.environment(),
+            "WALSHIP_PG_BIN_DIR": str(self._ground.bin_dir),
             "WALSHIP_DESTINATIONS": f"file://{self._repository}",
             "WALSHIP_SPOOL_DIR": str(self._spool),
             "BACKUP_ENCRYPTION_ENABLED": "true",

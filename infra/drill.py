@@ -26,6 +26,7 @@ from infra.postgres import programs as installed
 from infra.postgres.examine import Door, Seen, Statements, amcheck, look
 from infra.postgres.processes import run_as
 from infra.postgres.programs import Programs
+from infra.postgres.recovery_files import remove_recovery_files
 from infra.postgres.restored import Started, start_restored
 from infra.postgres.throwaway import free_port
 from infra.restore import Place, Repository, Watch, check_place, feeding, make_plan, restore
@@ -108,6 +109,7 @@ async def _drill(repository: Repository, order: Order, report: Report, watch: Wa
         report.buffers = BUFFERS
         with report.step("start the server and replay", clock):
             started = await _start(repository, plan, programs, room, port, report, watch)
+            remove_recovery_files(room.data)  # what opens the repository is not kept with --keep
             seen = await look(room.sockets, port, _users(order.user, room))
             report.answered(clock)
         report.server, report.newest_commit = seen.version, seen.newest_commit

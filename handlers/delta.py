@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ _OURS = frozenset({
     "global/pg_control", "tablespace_map", "backup_manifest", "postmaster.pid", "postmaster.opts", "recovery.signal",
     "standby.signal",
 })  # fmt: skip
+#: Where the marker lies, and what serves WAL to a restored server.
+_FOLDER = MARKER.partition("/")[0] + "/"
 _SHA = {"SHA224": "sha224", "SHA256": "sha256", "SHA384": "sha384", "SHA512": "sha512"}
 
 
@@ -41,7 +44,7 @@ class Present:
 
     #: Name in the manifest → size, of files that are as the backup has them.
     kept: dict[str, int] = field(default_factory=dict)
-    #: Names of other files.
+    #: Names of other files, but those that a restore makes itself.
     others: set[str] = field(default_factory=set)
 
 
@@ -65,7 +68,8 @@ class Comparison:
                     if self.stop.is_set():
                         return
                     if size is None:
-                        self.found.others.add(name)
+                        if not _is_ours(name):
+                            self.found.others.add(name)
                     else:
                         self.found.kept[name] = size
                         self._progress(size)
@@ -105,6 +109,11 @@ class Comparison:
             else:
                 sha.update(view[:size])
         return sha.hexdigest() if sha else crc.to_bytes(4, "little").hex()
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a restore makes it itself; links to tablespaces too."""
+    return name in _OURS or name.startswith(_FOLDER) or re.fullmatch("pg_tblspc/[0-9]+", name) is not None
 
 
 def remove_others(targets: Targets, kept: Mapping[str, int]) -> None:

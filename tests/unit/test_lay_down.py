@@ -316,21 +316,6 @@ async def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
         look(info, tmp_path / "data", {}, force=False, wal_margin=1 << 60)
 
 
-async def test_a_full_disk_is_told_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf()
-    info = await store(shelf, {"base": tar(CLUSTER)})
-    targets = see(info, tmp_path / "data")
-
-    def full(handle: int, data: bytes, at: int) -> int:
-        del handle, data, at
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(RecoveryError, match="cannot be written: No space left on device") as caught:
-        await lay(shelf, info, targets)
-    assert "run the same restore again as it is" in caught.value.hint
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 async def test_as_root_the_owner_of_the_folder_gets_the_files(tmp_path: Path) -> None:
     shelf = Shelf()

@@ -105,7 +105,7 @@ function showDestinations() {
 
 function extent() {
   const now = Date.parse(status.now), first = Date.parse(status.recoverable.first);
-  const whole = Math.max(now - first, 60e3) * 1.03;
+  const whole = Math.max(now - first, 10e3) * 1.03;
   return [now - (range && range < whole ? range : whole), now];
 }
 

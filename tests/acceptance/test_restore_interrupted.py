@@ -43,14 +43,6 @@ class House:
     def words(self, target: Path, *more: str) -> tuple[str, ...]:
         return ("restore", "--target-dir", str(target), "--tablespace-map", self.mapped(target), *more)
 
-    def begun(self, *words: str) -> subprocess.Popen[str]:
-        """The command, still at work."""
-        with (self.rig.folder / "begun.log").open("a") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "infra.cli", *words], env=self.rig.environment(), cwd=self.rig.folder,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
-            )  # fmt: skip
-
     def restored(self, target: Path, *more: str) -> tuple[object, ...]:
         """What table t holds after a restore that goes through."""
         port = free_port()
@@ -88,14 +80,25 @@ def house() -> Iterator[House]:
     shutil.rmtree(folder)
 
 
-def killed(house: House, condition: Callable[[Path], bool], *more: str) -> Path:
+def begun(rig: Rig, *words: str) -> subprocess.Popen[str]:
+    """The command, still at work; what it says goes to ``begun.log``."""
+    with (rig.folder / "begun.log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "infra.cli", *words], env=rig.environment(), cwd=rig.folder,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
+        )  # fmt: skip
+
+
+def killed_at(
+    rig: Rig, prepare: Callable[[], Path], words: Callable[[Path], tuple[str, ...]], condition: Callable[[Path], bool]
+) -> Path:
     """Begin a restore, and SIGKILL it at once when the condition holds of its target; where that lies.
 
-    Where it was through before we had looked, that is done again.
+    Where it was through before we had looked, that is done again, with a target as ``prepare`` makes it.
     """
     for _ in range(5):
-        target = house.rig.target()
-        process = house.begun(*house.words(target, *more))
+        target = prepare()
+        process = begun(rig, *words(target))
         deadline = time.monotonic() + 60
         while process.poll() is None and not condition(target):
             assert time.monotonic() < deadline
@@ -122,7 +125,7 @@ def test_a_tablespace_that_is_not_mapped_while_the_old_server_runs(house: House)
 
 
 def test_killed_while_the_base_is_laid_down_and_run_again(house: House) -> None:
-    target = killed(house, lambda folder: (folder / "PG_VERSION").exists())
+    target = killed_at(house.rig, house.rig.target, house.words, lambda folder: (folder / "PG_VERSION").exists())
     assert not (target / "global/pg_control").exists(), "PostgreSQL refuses to start without it"
     server = house.rig.adopt(target)
     server.begin()
@@ -138,7 +141,9 @@ def replaying(target: Path) -> bool:
 
 def test_killed_while_the_server_replays_and_run_again(house: House) -> None:
     port = free_port()
-    target = killed(house, replaying, "--start", "--port", str(port))
+    target = killed_at(
+        house.rig, house.rig.target, lambda folder: house.words(folder, "--start", "--port", str(port)), replaying
+    )
 
     # The server has lost its feed. It gets the WAL by itself, or stops; it is never promoted with less.
     def settled() -> bool:
@@ -165,7 +170,7 @@ def test_the_service_is_killed_while_its_repository_is_restored(house: House) ->
         rig.wait(lambda: len(load.acknowledged) > 20, "clients commit")
         before = len(load.acknowledged)
         rig.run("switch")
-        process = house.begun(*house.words(target, "--start", "--port", str(port)))
+        process = begun(rig, *house.words(target, "--start", "--port", str(port)))
         rig.wait((target / "PG_VERSION").exists, "the restore is under way")
         rig.stop(service, signal.SIGKILL)
         rig.sql("select pg_switch_wal()")

@@ -34,7 +34,7 @@ from pipeline.wal import WalFile
 @click.option("--target-dir", required=True, type=click.Path(path_type=Path), help="Data directory to make.")
 @click.option("--latest", is_flag=True, help="As far as the stored WAL reaches (the default).")
 @click.option(
-    "--to-time", metavar="TIME", help="Everything committed up to then; zone as in 2026-01-14T12:00:00+01:00."
+    "--to-time", metavar="TIME", help="Everything committed up to then, like '2026-01-14 12:00:00+01', '2 h ago'."
 )
 @click.option("--to-lsn", metavar="LSN", help="Up to the record that begins there, like 16/B374D848.")
 @click.option("--to-xid", metavar="XID", help="Up to the end of this transaction.")
@@ -53,7 +53,7 @@ from pipeline.wal import WalFile
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace the data directory that is there.")
 @click.option("--delta", is_flag=True, help="Keep what lies there already and is as in the backup; fetch the rest.")
-@click.option("--standby", is_flag=True, help="Make a standby that goes on following the archive.")
+@click.option("--standby", is_flag=True, help="Make a standby that goes on following the archive; no target.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before something is overwritten.")
 @click.option("--start", "start_server", is_flag=True, help="Start the server and wait until it is at the target.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With --start: listen there.")
@@ -63,13 +63,16 @@ from pipeline.wal import WalFile
 async def command(target_dir: Path, **options: Any) -> None:
     """Bring the cluster back to a moment.
 
-    The plan is made and checked before anything is touched: target, backup, WAL without a hole, room, version, folders.
+    The plan is made, checked and shown before anything is touched: target, backup, WAL without a hole, room, version,
+    folders, what will be fetched from where, what will be overwritten. On a terminal it asks before it overwrites.
     Archiving and replication settings of the old server are switched off in the restored one, and it says which.
 
     \b
     Examples:
       walship restore --target-dir /var/lib/postgresql/restored --start
       walship restore --target-dir /restored --to-time '2026-01-14 11:59:00+01' --dry-run
+      walship restore --target-dir /restored --to-time '10 minutes ago' --start --port 5433
+      walship restore --target-dir /var/lib/postgresql/data --delta --start
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     target, remark = _target(options)
     place = _place(target_dir, options)
@@ -106,7 +109,13 @@ async def command(target_dir: Path, **options: Any) -> None:
 
 
 def _target(options: dict[str, Any]) -> tuple[Target, str]:
-    """The recovery target that was typed, and a sentence on how a time without zone was taken."""
+    """The recovery target that was typed, and a sentence on how a time was taken."""
+    aimed = [name for name in ("to_time", "to_lsn", "to_xid", "to_name", "immediate", "exclusive") if options[name]]
+    if options["standby"] and (aimed or options["action"] != "promote"):
+        raise ConfigError(
+            f"--standby and --{(aimed or ['action'])[0].replace('_', '-')} contradict each other",
+            hint="a standby follows the archive and stops nowhere; leave one of the two out",
+        )
     target = Target.parse(
         time=options["to_time"],
         lsn=options["to_lsn"],

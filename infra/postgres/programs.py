@@ -84,8 +84,18 @@ def find(major: int | None, *, bin_dir: Path | None = None) -> Programs:
     raise SourceError(
         f"the programs of {wanted} were not found; " + (f"there is {others}" if others else "no other version is there")
         + f" (looked in {', '.join(str(place) for place in places)})",
-        hint="install that version's server package, or set WALSHIP_PG_BIN_DIR to the folder that holds its postgres",
+        hint=f"install that version's server package{_packages(major)}, or set WALSHIP_PG_BIN_DIR to the folder that"
+        " holds its postgres",
     )  # fmt: skip
+
+
+def _packages(major: int | None) -> str:
+    if major is None:
+        return ""
+    return (
+        f" (postgresql-{major} on Debian and Ubuntu, postgresql{major}-server on Red Hat; the PostgreSQL project has"
+        " packages of every version: https://www.postgresql.org/download/)"
+    )
 
 
 def look_at(bin_dir: Path) -> Programs | None:

@@ -337,5 +337,6 @@ def test_a_server_of_another_major_version(copy: Copy, folder: Path) -> None:
     target = folder / "target"
     target.mkdir()
     done = copy.run("restore", "--target-dir", str(target), "--start", expect=10, WALSHIP_PG_BIN_DIR=str(programs(15)))
-    assert f"PostgreSQL {NEWEST}" in done.stderr
+    assert f"the programs of PostgreSQL {NEWEST} were not found; there is 15." in done.stderr
+    assert f"postgresql-{NEWEST} on Debian" in done.stderr
     assert list(target.iterdir()) == []

@@ -1,23 +1,30 @@
 """Hands WAL files to a recovering server through a folder, while the restore that laid it down waits for it.
 
-No program is started per segment, and the server's user needs no right to run this Python or to read any key: the sh
-script behind restore_command finds the next segments in ``ready/`` already and renames them away. What is not there it
-asks for with an empty file in ``want/``, and waits for the answer:
+No program is started per segment but ``mv``, and the server's user needs no right to run this Python or to read any
+key: the sh script behind restore_command finds the next segments in ``ready/`` already and renames them away. What is
+not there it asks for with an empty file in ``want/``, and waits for the answer:
 
     pid              process id and start time of the feed; the script asks nobody who is dead
     want/NAME        made by the script
     ready/NAME       the whole file, renamed in from stage/; the script renames it to where PostgreSQL wants it
-    absent/NAME      it is stored nowhere
+    absent/NAME      it is stored nowhere, or the server has it in its pg_wal already
     failed/NAME      a store or the data failed: recovery has to stop
 
-A file that was handed over is served again when it is asked for again: recovery ends by asking twice for the last ones.
-The folder belongs to the server's user, so as root nothing in it is followed: every name is used below an open folder.
+Recovery ends by asking again for the last files (N+1, N, N+1). A finished segment that was handed over is answered
+absent at once when it is asked for again, and the server takes the one in its pg_wal: no store that fails by then can
+spoil the end. It has it there for certain once it has asked for any file behind it; until then it is served again, as
+tails always are: they grow.
+
+Disk: ready/ and stage/ together hold at most 128 MiB of what was fetched ahead (two segments, if those are larger),
+and the one file that was asked for. The folder belongs to the server's user, so as root nothing in it is followed:
+every name is used below an open folder.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import stat
 from collections import deque
@@ -26,17 +33,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.contracts import Buffer
-from pipeline.errors import RecoveryError, WalshipError
+from pipeline.errors import IntegrityError, RecoveryError, WalshipError
 from pipeline.wal import WalFile, WalKind
 
 FOLDERS = ("want", "ready", "absent", "failed", "stage")
 
-#: How long the feed looks away from want/. The script looks every 50 ms.
-_PAUSE = 0.02
+#: How long the feed looks away from want/. The script looks every 10 ms.
+_PAUSE = 0.01
 #: Bytes of segments that are kept ready, as far as at least two of them fit.
 _AHEAD = 128 << 20
-#: Segments that are fetched at the same time.
+#: Segments that are fetched at the same time, as far as they are not larger than this together.
 _WIDTH = 3
+_WIDTH_BYTES = 64 << 20
+#: How many of the last segments that the server has are remembered.
+_KEPT = 4096
 
 #: Answers a name with the file's bytes, or None for absent.
 Read = Callable[[str], Awaitable[Buffer | None]]
@@ -62,7 +72,10 @@ class Feed:
         self._folder = folder
         self._read = read
         self._order = deque(file.name for file in order)
+        self._finished = frozenset(self._order)
+        self._segment_size = segment_size
         self._ahead = max(2, min(16, _AHEAD // segment_size))
+        self._width = max(1, min(_WIDTH, _WIDTH_BYTES // segment_size))
         self._owner = owner
         self._notify = notify
         self._folders: dict[str, int] = {}
@@ -72,6 +85,11 @@ class Feed:
         self._writers = ThreadPoolExecutor(_WIDTH, thread_name_prefix="feed")
         #: Files handed to ready/ ahead of being asked for.
         self._laid: set[str] = set()
+        #: Files that were put into ready/ and not seen to be gone yet.
+        self._given: set[str] = set()
+        #: Finished segments that the server took, and of those the ones that it has put into its pg_wal since.
+        self._taken: set[str] = set()
+        self._kept: dict[str, None] = {}
         self.served = 0
         self.failures: list[WalshipError | OSError] = []
 
@@ -111,6 +129,7 @@ class Feed:
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
+                    self._look()
                     for name in self._listed("want"):
                         if name not in self._working:
                             group.create_task(self._answer(name))
@@ -131,29 +150,46 @@ class Feed:
             # However it ends: nobody may wait for an answer that will not come.
             _remove("pid", self._root)
 
+    def _look(self) -> None:
+        """Notice what the server took out of ready/ since the last look."""
+        taken = self._given - set(self._listed("ready"))
+        self._given -= taken
+        self._laid -= taken
+        for name in sorted(taken & self._finished, key=_place):
+            self._came_to(name)
+            self._taken.add(name)
+
+    def _came_to(self, name: str) -> None:
+        """The server asks for ``name``: what it took in front of that is in its pg_wal by now."""
+        done = {before for before in self._taken if _place(before) < _place(name)}
+        self._taken -= done
+        self._kept |= dict.fromkeys(sorted(done, key=_place))
+        while len(self._kept) > _KEPT:
+            del self._kept[next(iter(self._kept))]
+
     def _read_ahead(self, group: asyncio.TaskGroup) -> None:
         """Keep the next segments in ready/."""
-        if not self._order:
-            return
-        self._laid &= set(self._listed("ready")) | self._working
-        while self._order and len(self._laid) < self._ahead and len(self._working) < _WIDTH:
+        while self._order and len(self._laid) < self._ahead and len(self._working) < self._width:
             name = self._order.popleft()
-            if name in self._working:
+            if name in self._working or name in self._kept:
                 continue
             self._laid.add(name)
             self._working.add(name)
-            group.create_task(self._prepare(name))
+            group.create_task(self._prepare(name, group))
 
-    async def _prepare(self, name: str) -> None:
+    async def _prepare(self, name: str, group: asyncio.TaskGroup) -> None:
         """Read ahead. A failure is not told: recovery may stop before it needs this file, and asks if it does."""
         try:
-            content = await self._read(name)
+            content = await self._read_whole(name)
             if content is not None:
-                await self._put("ready", name, content)
+                await self._put("ready", name, content, sync=True)
+            else:
+                self._laid.discard(name)
         except (WalshipError, OSError):
             self._laid.discard(name)
         finally:
             self._working.discard(name)
+        self._read_ahead(group)
 
     async def _answer(self, name: str) -> None:
         """Serve a file that the script waits for."""
@@ -162,16 +198,17 @@ class Feed:
             file = WalFile.parse(name)
             if file is not None and file.kind is WalKind.SEGMENT:
                 self._skip_to(name)
+                self._came_to(name)
             if name in self._listed("ready"):
                 _remove(name, want)
                 return
-            content = await self._read(name)
+            content = None if name in self._kept else await self._read_whole(name)
             # Before the answer can be seen: what is asked for behind it is a new request, and not ours to remove.
             _remove(name, want)
             if content is None:
                 await self._put("absent", name, b"")
             else:
-                await self._put("ready", name, content)
+                await self._put_asked(name, content)
                 self.served += 1
         except (WalshipError, OSError) as error:
             self.failures.append(error)
@@ -181,27 +218,61 @@ class Feed:
         finally:
             self._working.discard(name)
 
+    async def _read_whole(self, name: str) -> Buffer | None:
+        """What stands in ready/ is whole: the script does not look any more. Raises IntegrityError if it is not."""
+        content = await self._read(name)
+        file = WalFile.parse(name)
+        if content is None or file is None:
+            return None
+        if len(content) != self._segment_size if file.kind is WalKind.SEGMENT else not len(content):
+            raise IntegrityError(f"{name} has {len(content)} bytes, which is not all of it")
+        return content
+
+    async def _put_asked(self, name: str, content: Buffer) -> None:
+        """On a full disk what was fetched ahead makes room: it is asked for if it is needed."""
+        try:
+            await self._put("ready", name, content)
+        except OSError as error:
+            ahead = [other for other in self._listed("ready") if other != name]
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not ahead:
+                raise
+            self._order.clear()
+            for other in ahead:
+                self._given.discard(other)
+                self._laid.discard(other)
+                _remove(other, self._folders["ready"])
+            await self._put("ready", name, content)
+
     def _skip_to(self, name: str) -> None:
         """Recovery has come this far: reading ahead goes on behind it."""
         if name in self._order:
             while self._order.popleft() != name:
                 pass
 
-    async def _put(self, folder: str, name: str, content: Buffer) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._writers, self._lay, folder, name, content)
+    async def _put(self, folder: str, name: str, content: Buffer, *, sync: bool = False) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writers, self._lay, folder, name, content, sync)
+        if folder == "ready":
+            self._given.add(name)
 
-    def _lay(self, folder: str, name: str, content: Buffer) -> None:
+    def _lay(self, folder: str, name: str, content: Buffer, sync: bool) -> None:  # noqa: FBT001 - an executor passes no names
         """Write in stage/, then rename: the script never sees a part. Runs in a thread."""
-        self._write(name, content)
-        os.rename(name, name, src_dir_fd=self._folders["stage"], dst_dir_fd=self._folders[folder])
+        try:
+            self._write(name, content, sync=sync)
+            os.rename(name, name, src_dir_fd=self._folders["stage"], dst_dir_fd=self._folders[folder])
+        except OSError:
+            _remove(name, self._folders["stage"])  # it may be the disk that is full
+            raise
 
-    def _write(self, name: str, content: Buffer) -> None:
+    def _write(self, name: str, content: Buffer, *, sync: bool = False) -> None:
+        """``sync``: the server does so before it goes on, and waits for the disk; better that nobody waits here."""
         stage = self._folders["stage"]
         _remove(name, stage)
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=stage)
         with os.fdopen(handle, "wb") as out:
             self._give(handle)
             out.write(content)
+            if sync:
+                os.fsync(handle)
 
     def _give(self, handle: int) -> None:
         if self._owner is not None:
@@ -217,6 +288,11 @@ class Feed:
         for name in os.listdir(handle):  # noqa: PTH208 - pathlib knows no open folders
             if not stat.S_ISDIR(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
                 _remove(name, handle)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a segment lies in the WAL, for comparing those of any timelines."""
+    return int(name[8:16], 16), int(name[16:24], 16)
 
 
 def _remove(name: str, folder: int) -> None:

@@ -23,18 +23,20 @@ FEED = "feed"
 #: Reserved exit status of ``fetch-wal`` and of the script: the file is stored nowhere.
 ABSENT = 44
 
+#: The script runs in a subshell of the shell that PostgreSQL starts anyway: one program less for each segment. What
+#: ends that subshell (a file that is not there, a syntax error) ends no more than it.
 RESTORE_COMMAND = (
-    f'/bin/sh {FOLDER}/{SCRIPT} "%f" "%p"; case $? in 0) exit 0 ;; {ABSENT}) exit 1 ;; *) exit 200 ;; esac'
+    f'set -- "%f" "%p"; (. ./{FOLDER}/{SCRIPT}); case $? in 0) exit 0 ;; {ABSENT}) exit 1 ;; *) exit 200 ;; esac'
 )
 
 _SCRIPT = Template("""\
-#!/bin/sh
 # Written by walship restore: brings one WAL file to a recovering PostgreSQL, from the restore that still waits for the
-# server (the feed), else from the repository. Exit status: 0 it is there, whole; $absent it is stored nowhere; all else
-# is an error. restore_command turns $absent into 1 and errors into 200: 1 to 125 would end recovery silently.
+# server (the feed), else from the repository. restore_command reads it in a subshell, with $$1 the file's name and $$2
+# where to put it. Exit status: 0 it is there, whole; $absent it is stored nowhere; all else is an error.
+# restore_command turns $absent into 1 and errors into 200: 1 to 125 would end recovery silently.
 file=$$1
 path=$$2
-home=$${0%/*}
+home=$folder
 feed=$$home/$feed
 
 whole() { # FILE: all of it is there
@@ -57,16 +59,13 @@ alive() { # the feed, and not another process that got its number
 }
 
 if alive; then
-    if [ ! -f "$$feed/ready/$$file" ]; then
-        rm -f "$$feed/absent/$$file" "$$feed/failed/$$file" || exit 200
-        : >"$$feed/want/$$file" || exit 200
-    fi
+    # What stands in ready/ is whole: the feed has looked at its size, and renamed it there. So mv is the only program
+    # that is started for a segment that was fetched ahead.
+    [ ! -s "$$feed/ready/$$file" ] || exec mv -f "$$feed/ready/$$file" "$$path"
+    rm -f "$$feed/absent/$$file" "$$feed/failed/$$file" || exit 200
+    : >"$$feed/want/$$file" || exit 200
     while alive; do
-        if [ -f "$$feed/ready/$$file" ]; then
-            whole "$$feed/ready/$$file" && mv -f "$$feed/ready/$$file" "$$path" || exit 200
-            rm -f "$$feed/want/$$file"
-            exit 0
-        fi
+        [ ! -s "$$feed/ready/$$file" ] || exec mv -f "$$feed/ready/$$file" "$$path"
         if [ -f "$$feed/absent/$$file" ]; then
             rm -f "$$feed/absent/$$file"
             exit $absent
@@ -76,7 +75,7 @@ if alive; then
             echo "walship: $$file could not be fetched; the restore that serves it says why" >&2
             exit 200
         fi
-        sleep 0.05 2>/dev/null || sleep 1
+        sleep 0.01 2>/dev/null || sleep 1
     done
 fi
 
@@ -98,5 +97,5 @@ exit 200
 def script(fetch: Sequence[str], segment_size: int) -> str:
     """The script's text. ``fetch``: the command of ``fetch-wal``; ``--context FILE %f %p`` follow behind it."""
     return _SCRIPT.substitute(
-        absent=ABSENT, feed=FEED, context=CONTEXT, fetch=shlex.join(fetch), segment_size=segment_size
+        absent=ABSENT, folder=FOLDER, feed=FEED, context=CONTEXT, fetch=shlex.join(fetch), segment_size=segment_size
     )

@@ -78,7 +78,7 @@ class Replay:
             shutil.rmtree(scratch)
 
     def peer(self) -> Replayed:
-        """pgBackRest's archive-get, asynchronous, two processes."""
+        """Through archive-get of pgBackRest, asynchronous, two processes."""
         assert self._peer is not None
         self._peer.empty_spool()
         return self._recover(self._peer.archive_get())
@@ -100,7 +100,7 @@ class Replay:
             with (directory / "postgresql.auto.conf").open("a", encoding="utf-8") as conf:
                 conf.write(f"restore_command = {quoted(restore_command)}\n")
             sockets = make_folder("walship-b-")
-            command = [
+            command: list[str | Path] = [
                 self._ground.bin_dir / "postgres", "-D", directory, f"--port={free_port()}", "--logging_collector=off",
                 "--log_destination=stderr", "--listen_addresses=127.0.0.1", f"--unix_socket_directories={sockets}",
             ]  # fmt: skip
@@ -154,4 +154,6 @@ def _cost(took: Replayed) -> Cost:
 
 def _tell(rows: Sequence[Row], number: int, say: Callable[[str], None]) -> None:
     seconds = ", ".join(f"{row.tool} {row.costs[-1].stored:.2f} s" for row in rows)
-    say(f"replay, run {number + 1}: {seconds} (walship is {rows[0].costs[-1].stored / rows[1].costs[-1].stored:.2f} mv)")
+    say(
+        f"replay, run {number + 1}: {seconds} (walship is {rows[0].costs[-1].stored / rows[1].costs[-1].stored:.2f} mv)"
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -132,9 +133,12 @@ def segment(number: int) -> WalFile:
     return WalFile.segment(1, number * SIZE, SIZE)
 
 
+def feeding(data: Path, shelf: Shelf, order: list[WalFile], said: list[str]) -> AbstractAsyncContextManager[Feed]:
+    return running(Feed(data / FOLDER / FEED, shelf.read, order, SIZE, notify=said.append))
+
+
 @asynccontextmanager
-async def feeding(data: Path, shelf: Shelf, order: list[WalFile], said: list[str]) -> AsyncIterator[Feed]:
-    feed = Feed(data / FOLDER / FEED, shelf.read, order, SIZE, notify=said.append)
+async def running(feed: Feed) -> AsyncIterator[Feed]:
     feed.open()
     task = asyncio.create_task(feed.serve())
     try:
@@ -150,17 +154,23 @@ async def ask_feed(data: Path, name: str) -> int:
     return await asyncio.to_thread(ask, data, name)
 
 
-async def test_the_feed_serves_in_order_again_and_says_absent(data: Path) -> None:
+async def test_the_feed_serves_as_recovery_asks_and_what_the_server_has_is_absent_at_once(data: Path) -> None:
     lay(data, "exit 126")
     shelf, said = Shelf(), list[str]()
-    async with feeding(data, shelf, [segment(n) for n in range(3, 20)], said):
+    # 19 is no finished segment of the plan: it may be a tail, which grows.
+    async with feeding(data, shelf, [segment(n) for n in range(3, 19)], said):
         assert await ask_feed(data, HISTORY) == 0
-        for number in (3, 4, 5, 6, 19, 18, 5, 5):
+        # At first the segment of the checkpoint, then that of the redo point; the last one twice before the next.
+        for number in (4, 3, 4, 5, 6, 18, 18, 19, 19):
             assert await ask_feed(data, segment(number).name) == 0
             assert (data / PATH).read_bytes() == bytes([number]) * SIZE
             (data / PATH).unlink()
+        before = len(shelf.asked)
+        for number in (18, 5, 3):
+            assert await ask_feed(data, segment(number).name) == 1, "it is in pg_wal"
+        assert len(shelf.asked) == before, "no store that fails now can spoil the end"
         assert await ask_feed(data, segment(20).name) == 1
-        assert await ask_feed(data, segment(19).name) == 0
+        assert await ask_feed(data, segment(19).name) == 0, "tails are joined anew each time"
         assert await ask_feed(data, segment(20).name) == 1
         assert not said
         deadline = time.monotonic() + 20
@@ -204,8 +214,8 @@ async def test_a_request_that_follows_an_answer_at_once_is_not_lost(data: Path) 
     class Hasty(Feed):
         """The script takes the answer and asks again before the feed has drawn breath."""
 
-        async def _put(self, folder: str, name: str, content: Buffer) -> None:
-            await super()._put(folder, name, content)
+        async def _put(self, folder: str, name: str, content: Buffer, *, sync: bool = False) -> None:
+            await super()._put(folder, name, content, sync=sync)
             answers.append(folder)
             if len(answers) == 1:
                 (home / folder / name).unlink()
@@ -269,6 +279,37 @@ def test_a_process_that_got_the_number_of_the_feed_is_not_asked(data: Path) -> N
     (home / "pid").write_text(f"{os.getpid()} 1\n")
     (home / "ready" / SEGMENT).write_bytes(bytes(SIZE))
     assert ask(data) == 1
+
+
+async def test_a_full_disk_gives_up_what_was_fetched_ahead(data: Path) -> None:
+    lay(data, "exit 126")
+    room = 4
+
+    class Small(Feed):
+        """A disk with room for four segments."""
+
+        def _write(self, name: str, content: Buffer, *, sync: bool = False) -> None:
+            there = [path for folder in ("stage", "ready") for path in (data / FOLDER / FEED / folder).iterdir()]
+            super()._write(name, content[: SIZE // 2] if len(there) >= room else content, sync=sync)
+            if len(there) >= room and content:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    said: list[str] = []
+    feed = Small(data / FOLDER / FEED, Shelf().read, [segment(n) for n in range(3, 9)], SIZE, notify=said.append)
+    async with running(feed):
+        ready = data / FOLDER / FEED / "ready"
+        async with asyncio.timeout(20):
+            while len(list(ready.iterdir())) < room:
+                await asyncio.sleep(0.01)
+        # Not fetched ahead, so it has no room.
+        assert await ask_feed(data, segment(12).name) == 0
+        assert (data / PATH).read_bytes() == bytes([12]) * SIZE
+        assert await ask_feed(data, segment(13).name) == 0
+        assert not list((data / FOLDER / FEED / "stage").iterdir())
+        room = 0
+        assert await ask_feed(data, segment(14).name) == 200
+        assert "No space left on device" in said[-1]
+        assert isinstance(feed.failures[-1], OSError)
 
 
 async def test_a_short_file_is_never_handed_over(data: Path) -> None:

@@ -36,6 +36,9 @@ def plan_lines(
         f"restore {plan.target} into {targets.directory}",
         f"  backup    {backup.name} ({kind}), finished {show(backup.stopped)}, {age} ago: {human(plan.size)}",
     ]
+    if plan.before:
+        names = ", ".join(before.name for before in plan.before)
+        lines.append(f"            it builds on {names}")
     word = "WAL"
     for leg in plan.legs:
         tail = f", the last {human(leg.tail)} from tails" if leg.tail else ""
@@ -108,7 +111,7 @@ def plan_facts(
     }
     if pace is not None and pace.parts:
         base, replay = expected(plan, pace)
-        facts["expected_seconds"] = {"base": round(base, 1), "replay": round(replay, 1)}
+        facts["expected_seconds"] = {"base": round(base, 3), "replay": round(replay, 3)}
     return facts
 
 

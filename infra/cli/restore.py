@@ -100,8 +100,8 @@ async def command(target_dir: Path, **options: Any) -> None:
         for line in lines:
             say(line)
         planned = time.monotonic()
-        if asked:
-            click.confirm(_question(targets, delta=place.delta), abort=True, err=True)
+        if asked and not await _agreed(targets, delta=place.delta):
+            raise click.Abort
         with Bytes("base backup") as bar:
             watch = Watch(files=bar, replay=_replayed(plan, bar), say=lambda line: say(f"note: {line}"))
             restored = await restore(repository, plan, place, watch=watch)
@@ -160,10 +160,18 @@ def _on_this_machine(place: Place, wanted: Settings) -> Place:
     return replace(place, bin_dir=wanted.pg_bin_dir, port=port)
 
 
-def _question(targets: Targets, *, delta: bool) -> str:
-    """What is lost if the answer is yes."""
+async def _agreed(targets: Targets, *, delta: bool) -> bool:
+    """Ask whoever sits at the terminal. Only a loop that waits hears Ctrl-C: nothing blocks until a line is there."""
     folders = " and ".join(map(str, targets.full))
-    return f"Go on, and {'overwrite what differs in' if delta else 'lose what is in'} {folders}?"
+    what = "overwrite what differs in" if delta else "lose what is in"
+    click.echo(f"Go on, and {what} {folders}? [y/N]: ", nl=False, err=True)
+    loop, typed = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin, typed.set)
+    try:
+        await typed.wait()
+    finally:
+        loop.remove_reader(sys.stdin)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _scanned() -> Any:
@@ -216,10 +224,12 @@ def _finish(plan: RestorePlan, restored: Restored, planning: float, *, as_json: 
     }
     lines = [f"{restored.directory} holds {plan.backup.name}: {laid.files} files, {human(laid.size)}"]
     if laid.kept:
-        saved = 100 * laid.kept // max(1, laid.kept + laid.fetched)
+        # Parts are fetched whole, so that some of what was there is fetched all the same.
+        saved = max(0, 100 - 100 * laid.fetched // max(1, laid.size))
         lines.append(f"{human(laid.kept)} were there already, {human(laid.fetched)} were fetched: saved {saved} %")
     if laid.removed:
-        lines.append(f"{laid.removed} files were removed, which the backup does not have")
+        files = "1 file was" if laid.removed == 1 else f"{laid.removed} files were"
+        lines.append(f"{files} removed: the backup does not have that")
     if server is None:
         del took["replay"]
         lines.append("start the server with pg_ctl or your service manager: it recovers to the target by itself")

@@ -139,7 +139,7 @@ async def test_the_plan_in_words_and_as_json() -> None:
         "timeline": 2, "segments": 3, "start": "0/400200", "end": "0/601000", "tail_bytes": 4096,
     }  # fmt: skip
     assert facts["overwrites"][0]["system_id"] == "42"
-    assert facts["expected_seconds"] == {"base": 1.0, "replay": 1.3}
+    assert facts["expected_seconds"] == {"base": 1.0, "replay": 1.335}
 
 
 @pytest.mark.parametrize(

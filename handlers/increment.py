@@ -54,17 +54,20 @@ def apply(stage: Path, target: Path, owner: tuple[int, int] | None, *, spare: fr
                 patched.add(str(here / plain))
             else:
                 Path(path, name).replace(place / name)
-    _make_startable(target / "backup_label")
+    if _made_startable(target / "backup_label"):
+        patched.add("backup_label")
     _remove_others(target, wanted, folders, spare)
     shutil.rmtree(stage)
     return patched
 
 
-def _make_startable(label: Path) -> None:
+def _made_startable(label: Path) -> bool:
     """A server refuses a label that says what an incremental backup was taken from: it is whole now."""
-    if label.exists():
-        lines = label.read_bytes().splitlines(keepends=True)
-        label.write_bytes(b"".join(line for line in lines if not line.startswith(b"INCREMENTAL FROM ")))
+    lines = label.read_bytes().splitlines(keepends=True) if label.exists() else []
+    kept = [line for line in lines if not line.startswith(b"INCREMENTAL FROM ")]
+    if kept != lines:
+        label.write_bytes(b"".join(kept))
+    return kept != lines
 
 
 def patch(increment: Path, file: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TypeAlias
 from handlers.serve_wal import WalServer  # a leaf: it only answers for one file
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog
+from pipeline.chains import chain_of
 from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, RecoveryError, WalshipError
 from pipeline.lineage import Lineage, WalPath
@@ -100,6 +101,7 @@ async def plan_restore(
         end=ending.end if ending else None,
         notices=(*said, *remarks(catalog, lineage)),
         found=found,
+        before=chain_of(chosen, {backup.name: backup for backup in catalog.backups})[:-1],
     )
 
 

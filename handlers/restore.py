@@ -4,6 +4,8 @@
     rest → the parts that are needed → links, manifest, what makes it recover (``complete``) → fsync of everything, once
     → pg_control → the marker goes
 
+Of a chain of backups the full one is laid down first, and each incremental one over it (``handlers/increment.py``).
+
 At whatever moment that ends, no server can be started on the directory until it is whole; and because nothing of a file
 is believed but its checksum, the same restore goes on with what is there.
 """
@@ -11,7 +13,7 @@ is believed but its checksum, the same restore goes on with what is there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +21,12 @@ from pathlib import Path
 
 from handlers.delta import Comparison, Present, remove_others, repair
 from handlers.full_disk import cannot_write
+from handlers.lay_over import LayOver, dropped, forget_dropped
 from handlers.lay_parts import Parts
 from handlers.lay_seal import seal
 from handlers.target_dir import CONTROL, MAP, Targets, clear, disarm, give, prepare
 from handlers.unpack import Unpacker
-from pipeline.backup import ArchiveInfo, BackupInfo, area_of
+from pipeline.backup import BackupInfo, area_of
 from pipeline.catalog import PART_SIZE, index_key, manifest_key
 from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, ObjectMissing
@@ -59,9 +62,11 @@ async def lay_down(
     complete: Callable[[Path], None],
     progress: Progress = lambda _done, _all: None,
     part_size: int = PART_SIZE,
+    before: Sequence[BackupInfo] = (),
 ) -> Laid:
     """Restore the files of a backup into folders that ``look`` approved of.
 
+    ``before``: the backups that an incremental one builds on, the full one first.
     ``complete`` is called with the data directory when all files are there but pg_control, to write what has to be in
     place before a server can start. ``progress`` counts bytes of plaintext, kept ones too. ``part_size``: of this
     backup; the format knows one only.
@@ -69,7 +74,7 @@ async def lay_down(
     Raises RecoveryError, IntegrityError, StoreError; then the marker stays, and the same restore can be run again as it
     is. (What a server has been started on can be replaced with ``force`` or ``delta`` only.)
     """
-    work = _LayDown(backup, targets, fetch, complete, progress, part_size)
+    work = _LayDown((*before, backup), targets, fetch, complete, progress, part_size)
     try:
         return await work.run()
     except OSError as error:
@@ -81,52 +86,109 @@ class _LayDown:
 
     def __init__(
         self,
-        backup: BackupInfo,
+        chain: Sequence[BackupInfo],
         targets: Targets,
         fetch: Fetch,
         complete: Callable[[Path], None],
         progress: Progress,
         part_size: int,
     ) -> None:
-        self._backup = backup
+        self._chain = chain
         self._targets = targets
         self._fetch = fetch
         self._complete = complete
         self._progress = progress
         self._part_size = part_size
-        #: Bytes of plaintext that lie where they belong.
-        self._done = 0
-        #: Archive → bytes of it that are still to be written.
-        self._left = {archive.name: archive.size for archive in backup.archives}
+        #: Bytes of plaintext that lie where they belong, of how many.
+        self._done, self._all = 0, sum(backup.size for backup in chain)
+        #: Backup and archive → bytes of it that are still to be written.
+        self._left = {(backup.name, archive.name): archive.size for backup in chain for archive in backup.archives}
+        #: Bytes of plaintext of the parts that were fetched.
+        self._fetched = 0
 
     async def run(self) -> Laid:
-        backup, targets = self._backup, self._targets
-        manifest = await self._manifest()  # before anything is touched: the store answers
-        await _to_the_end(partial(prepare, targets, backup))
+        (full, *later), targets = self._chain, self._targets
+        manifest = await self._manifest(full)  # before anything is touched: the store answers
+        await _to_the_end(partial(prepare, targets, self._chain[-1]))
         await _to_the_end(partial(disarm, targets))
         present = Present()
         if targets.delta:
             present = await self._compare(manifest)
-        layout = await self._layout(present)
+        layout = await self._layout(full, present)
         remove = partial(remove_others, targets, present.kept) if targets.delta else partial(clear, targets)
         await _to_the_end(remove)
-        async with AsyncExitStack() as stack:
-            unpackers = {archive.name: self._unpacker(archive, present) for archive in backup.archives}
-            for unpacker in unpackers.values():
-                stack.callback(unpacker.abandon)
-            for (name, _), size in layout.kept.items():
-                self._left[name] -= size
-            parts = Parts(backup, self._fetch, unpackers, layout, part_size=self._part_size, progress=self._laid)
-            await parts.lay()
-        controls = [unpacker for unpacker in unpackers.values() if unpacker.control]
-        if len(controls) != 1:
-            raise IntegrityError(f"backup {backup.name} has {'more than one' if controls else 'no'} {CONTROL}")
-        control, mode = controls[0].control, controls[0].control_mode
+        for (name, _), size in layout.kept.items():
+            self._left[full.name, name] -= size
+        folders = {area_of(archive.name): self._folder(area_of(archive.name), full) for archive in full.archives}
+        unpackers = await self._unpack(full, folders, layout, present.kept)
+        control, mode = _control_of(full, unpackers)
+        files = sum(unpacker.files for unpacker in unpackers) + len(present.kept) + 1
         if present.kept:
             await _to_the_end(partial(repair, targets, present.kept, mode))
+        for backup in later:
+            manifest, control, mode = await self._lay_over(backup)
+        if later:
+            await _to_the_end(partial(forget_dropped, targets))
+            files = manifest.count(b'"Path"') + manifest.count(b'"Encoded-Path"')
         await _to_the_end(partial(seal, targets, manifest, self._complete, control, mode))
-        files = sum(unpacker.files for unpacker in unpackers.values()) + len(present.kept) + 1
-        return Laid(files, backup.size, parts.fetched, sum(present.kept.values()), len(layout.others))
+        return Laid(files, self._all, self._fetched, sum(present.kept.values()), len(layout.others))
+
+    async def _unpack(
+        self, backup: BackupInfo, folders: Mapping[str, Path], layout: Layout, kept: Mapping[str, int]
+    ) -> Sequence[Unpacker]:
+        """Lay down the archives of one backup; ``folders``: where each area of it goes."""
+        targets = self._targets
+        links = frozenset(f"pg_tblspc/{tablespace.oid}" for tablespace in backup.tablespaces)
+        skip = frozenset({MAP}) if targets.moved else frozenset[str]()
+        async with AsyncExitStack() as stack:
+            unpackers = {}
+            for archive in backup.archives:
+                area = area_of(archive.name)
+                unpacker = Unpacker(
+                    archive.name, folders[area], kept=kept, prefix=prefix_of(area), owner=targets.owner,
+                    links=links if area == "base" else frozenset(), skip=skip if area == "base" else frozenset(),
+                )  # fmt: skip
+                unpackers[archive.name] = unpacker
+                stack.callback(unpacker.abandon)
+            laid = partial(self._laid, backup.name)
+            parts = Parts(backup, self._fetch, unpackers, layout, part_size=self._part_size, progress=laid)
+            await parts.lay()
+        self._fetched += parts.fetched
+        return list(unpackers.values())
+
+    async def _lay_over(self, backup: BackupInfo) -> tuple[bytearray, bytearray, int]:
+        """An incremental backup over the one before: the manifest of both together, pg_control and its mode."""
+        manifest = await self._manifest(backup)
+        layout = await self._layout(backup, Present())
+        over = LayOver(self._targets, backup)
+        unpackers = await self._unpack(backup, over.stages, layout, {})
+        control, mode = _control_of(backup, unpackers)
+        await _to_the_end(over.apply)
+        if backup is not self._chain[-1]:
+            return manifest, control, mode
+        joined = bytearray()
+
+        def join() -> None:
+            joined.extend(over.manifest(manifest, control))
+
+        await _to_the_end(join)
+        return joined, control, mode
+
+    def _folder(self, area: str, backup: BackupInfo) -> Path:
+        """Where an area of the full backup goes, made if it is not there."""
+        if area == "base":
+            return self._targets.directory
+        places = {str(tablespace.oid): path for tablespace, path in self._targets.tablespaces}
+        if area in places:
+            folder = places[area]
+        elif area in {str(tablespace.oid) for tablespace in backup.tablespaces} and len(self._chain) > 1:
+            folder = dropped(self._targets, area)  # it was dropped before the last backup of the chain
+        else:
+            raise IntegrityError(f"the archive {area} is neither base nor a tablespace of the backup")
+        if folder.is_relative_to(self._targets.directory):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            give(folder, self._targets.owner)
+        return folder
 
     async def _compare(self, manifest: bytearray) -> Present:
         """What of the target is as the manifest says."""
@@ -140,42 +202,23 @@ class _LayDown:
         await _to_the_end(comparison.run, comparison.stop.set)
         return comparison.found
 
-    async def _layout(self, present: Present) -> Layout:
-        backup = self._backup
+    async def _layout(self, backup: BackupInfo, present: Present) -> Layout:
         layout = Layout(backup.archives, kept=present.kept, others=set(present.others), part_size=self._part_size)
         for number, digest in enumerate(backup.index, 1):
             name = index_key(backup.name, number)
-            content = await self._checked(name, digest)
+            content = await self._checked(backup, name, digest)
             await asyncio.to_thread(_read_index, name, content, layout)
         layout.end()
         return layout
 
-    def _unpacker(self, archive: ArchiveInfo, present: Present) -> Unpacker:
-        targets, area = self._targets, area_of(archive.name)
-        oids = {str(tablespace.oid): path for tablespace, path in targets.tablespaces}
-        if area == "base":
-            links = frozenset(f"pg_tblspc/{oid}" for oid in oids)
-            skip = frozenset({MAP}) if targets.moved else frozenset[str]()
-            return Unpacker(
-                archive.name, targets.directory, links=links, skip=skip, kept=present.kept, owner=targets.owner
-            )
-        if area not in oids:
-            raise IntegrityError(f"the archive {archive.name} is neither base nor a tablespace of the backup")
-        folder = oids[area]
-        if folder.is_relative_to(targets.directory):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            give(folder, targets.owner)
-        return Unpacker(archive.name, folder, kept=present.kept, prefix=prefix_of(area), owner=targets.owner)
-
-    async def _manifest(self) -> bytearray:
+    async def _manifest(self, backup: BackupInfo) -> bytearray:
         """PostgreSQL's own list of the files; empty if the backup has none."""
-        if not self._backup.manifest:
+        if not backup.manifest:
             return bytearray()
-        return await self._checked(manifest_key(self._backup.name), self._backup.manifest)
+        return await self._checked(backup, manifest_key(backup.name), backup.manifest)
 
-    async def _checked(self, name: str, digest: str) -> bytearray:
+    async def _checked(self, backup: BackupInfo, name: str, digest: str) -> bytearray:
         """An object of the backup, being the very one that its backup_info lists. Raises IntegrityError."""
-        backup = self._backup
         plain = bytearray()
 
         def use(pieces: Iterator[Buffer]) -> None:
@@ -194,16 +237,25 @@ class _LayDown:
         """Folders, and the bytes that are still to be written there."""
         folders = {str(tablespace.oid): path for tablespace, path in self._targets.tablespaces}
         return [
-            (folders.get(area_of(name), self._targets.directory), max(0, size)) for name, size in self._left.items()
+            (folders.get(area_of(name), self._targets.directory), max(0, size))
+            for (_, name), size in self._left.items()
         ]
 
-    def _laid(self, archive: str, size: int) -> None:
-        self._left[archive] -= size
+    def _laid(self, backup: str, archive: str, size: int) -> None:
+        self._left[backup, archive] -= size
         self._add(size)
 
     def _add(self, size: int) -> None:
         self._done += size
-        self._progress(self._done, self._backup.size)
+        self._progress(self._done, self._all)
+
+
+def _control_of(backup: BackupInfo, unpackers: Sequence[Unpacker]) -> tuple[bytearray, int]:
+    """Content and mode of the one pg_control that the archives held."""
+    controls = [unpacker for unpacker in unpackers if unpacker.control]
+    if len(controls) != 1:
+        raise IntegrityError(f"backup {backup.name} has {'more than one' if controls else 'no'} {CONTROL}")
+    return controls[0].control, controls[0].control_mode
 
 
 def _lines(manifest: bytearray) -> dict[str, FileLine]:

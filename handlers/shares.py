@@ -77,10 +77,11 @@ class Pace:
 
 async def share_out(plan: RestorePlan, destinations: Sequence[Store]) -> Shares:
     """Which destination will serve what. A destination that cannot be listed is a problem, not an error."""
-    backup = plan.backup
+    chain = (*plan.before, plan.backup)
     problems: list[str] = []
-    index = {index_key(backup.name, number) for number in range(1, len(backup.index) + 1)}
-    base, missing = await _shares(destinations, _needed(backup) | index, [f"base/{backup.name}/"], problems)
+    index = {index_key(backup.name, number) for backup in chain for number in range(1, len(backup.index) + 1)}
+    needed = index.union(*map(_needed, chain))
+    base, missing = await _shares(destinations, needed, [f"base/{backup.name}/" for backup in chain], problems)
     segments = {wal_key(file) for file in plan.path.stored()}
     folders = sorted({f"{key.rpartition('/')[0]}/" for key in segments})
     wal, _ = await _shares(destinations, segments, folders, problems)

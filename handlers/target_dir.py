@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handlers.running import check_not_running
-from pipeline.backup import BackupInfo, Tablespace
+from pipeline.backup import BackupInfo, Tablespace, area_of
 from pipeline.errors import ConfigError, RecoveryError
 
 #: There while a restore is not complete; names the tablespace folders that belong to it.
@@ -60,26 +60,29 @@ def look(
     force: bool,
     delta: bool = False,
     wal_margin: int,
+    before: Sequence[BackupInfo] = (),
 ) -> Targets:
     """Check everything that can be checked; changes nothing. ``mapping``: old tablespace location → new one.
 
     ``force``: a data directory may be emptied. ``delta``: it may be changed into the one of the backup, if it is the
     same cluster's (with ``force``, any). What an interrupted restore has left needs neither. ``wal_margin``: bytes that
-    replay may need beside the data. Raises RecoveryError and ConfigError.
+    replay may need beside the data. ``before``: what an incremental backup builds on. Raises RecoveryError and
+    ConfigError.
     """
     try:
         directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link that is meant
     except FileNotFoundError:
         raise ConfigError(f"{directory} is relative to a folder that is gone", hint="give an absolute path") from None
     try:
-        return _look(backup, directory, mapping, force=force, delta=delta, wal_margin=wal_margin)
+        return _look(backup, directory, mapping, force=force, delta=delta, wal_margin=wal_margin, before=before)
     except OSError as error:  # a name that is too long, links in a circle
         raise RecoveryError(f"{error.filename or directory} cannot be looked at: {error.strerror}") from None
 
 
 def _look(
-    backup: BackupInfo, directory: Path, mapping: Mapping[str, str], *, force: bool, delta: bool, wal_margin: int
-) -> Targets:
+    backup: BackupInfo, directory: Path, mapping: Mapping[str, str], *, force: bool, delta: bool, wal_margin: int,
+    before: Sequence[BackupInfo],
+) -> Targets:  # fmt: skip
     tablespaces = _tablespaces(backup, directory, mapping)
     for folder in (directory, *(path for _, path in tablespaces if not path.is_relative_to(directory))):
         _check_in_no_other(folder)
@@ -103,7 +106,7 @@ def _look(
                     hint=f"--tablespace-map {tablespace.location}=/another/folder puts it elsewhere",
                 )
             full.append(path)
-    _check_room(backup, directory, tablespaces, full, wal_margin)
+    _check_room((*before, backup), directory, tablespaces, full, wal_margin)
     owner, notices = _owner(directory)
     keeps = bool(full) and (delta or ours is not None)
     if full and ours is not None:
@@ -268,11 +271,12 @@ def _linked(directory: Path) -> set[Path]:
 
 
 def _only_versions(folder: Path) -> bool:
-    return all(_VERSION_FOLDER.fullmatch(entry.name) or entry.name == "lost+found" for entry in folder.iterdir())
+    ours = ("lost+found", MARKER.partition("/")[0])  # what a restore of a chain has left
+    return all(_VERSION_FOLDER.fullmatch(entry.name) or entry.name in ours for entry in folder.iterdir())
 
 
 def _check_room(
-    backup: BackupInfo,
+    chain: Sequence[BackupInfo],
     directory: Path,
     tablespaces: Sequence[tuple[Tablespace, Path]],
     full: Sequence[Path],
@@ -283,7 +287,7 @@ def _check_room(
     where: dict[int, Path] = {}
     for path, size in [
         (directory, wal_margin),
-        *((places.get(archive.name, directory), archive.size) for archive in backup.archives),
+        *((places.get(area_of(a.name), directory), a.size) for backup in chain for a in backup.archives),
     ]:
         existing = next(p for p in (path, *path.parents) if p.exists())
         device = existing.stat().st_dev

@@ -133,6 +133,7 @@ async def check_place(plan: RestorePlan, place: Place) -> Targets:
         plan.backup,
         place.directory,
         place.tablespaces,
+        before=plan.before,
         force=place.force,
         delta=place.delta,
         wal_margin=margin,
@@ -198,7 +199,14 @@ async def restore(
 
     clock = repository.clock
     began = clock.monotonic()
-    laid = await lay_down(plan.backup, targets, fetch=repository.fetch, complete=complete, progress=watch.files)
+    laid = await lay_down(
+        plan.backup,
+        targets,
+        fetch=repository.fetch,
+        complete=complete,
+        progress=watch.files,
+        before=plan.before,
+    )
     laid_after = clock.monotonic()
     said = notices(
         neutralised,

@@ -79,6 +79,8 @@ class RestorePlan:
     notices: tuple[str, ...] = ()
     #: The record that was looked for: where the restore point or the transaction's end was found.
     found: Lsn | None = None
+    #: What an incremental backup builds on, the full one first.
+    before: tuple[BackupInfo, ...] = ()
 
     @property
     def goal(self) -> Lsn:
@@ -105,14 +107,15 @@ class RestorePlan:
 
     @property
     def size(self) -> int:
-        """Bytes of the base backup, laid down."""
-        return self.backup.size
+        """Bytes of the base backup, and of those that it builds on."""
+        return sum(backup.size for backup in (*self.before, self.backup))
 
     def summary(self) -> dict[str, object]:
         """For ``--dry-run`` and ``--json``."""
         return {
             "backup": self.backup.name,
             "backup_kind": self.backup.kind,
+            "builds_on": [backup.name for backup in self.before],
             "backup_finished": self.backup.stopped.isoformat(),
             "server_major": self.backup.major,
             "target": str(self.target),

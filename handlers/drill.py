@@ -110,8 +110,8 @@ class Report:
 
     @property
     def rpo(self) -> float | None:
-        """Seconds; None if there is no commit to go by."""
-        return (self.began - self.newest_commit).total_seconds() if self.newest_commit else None
+        """Seconds; None if there is no commit to go by. 0 for one that was made, and stored, since the drill began."""
+        return max(0.0, (self.began - self.newest_commit).total_seconds()) if self.newest_commit else None
 
     @property
     def before_target(self) -> float | None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 
 import psycopg
 
@@ -26,7 +27,7 @@ from infra.postgres import programs as installed
 from infra.postgres.examine import Door, Seen, Statements, amcheck, look
 from infra.postgres.processes import run_as
 from infra.postgres.programs import Programs
-from infra.postgres.recovery_files import remove_recovery_files
+from infra.postgres.recovery_files import parse_conf, remove_recovery_files
 from infra.postgres.restored import Started, start_restored
 from infra.postgres.throwaway import free_port
 from infra.restore import Place, Repository, Watch, check_place, feeding, make_plan, restore
@@ -40,6 +41,8 @@ BUFFERS = "128MB"
 _EVERY = 5.0
 #: Characters of a value that the report shows.
 _SHOWN = 200
+#: Their workers run jobs, or connect to other servers, the one that was backed up among them.
+_ACTING = frozenset({"pg_cron", "pglogical", "spock", "bdr"})
 #: A server in recovery must not go below these (chapter "Hot Standby", "Administrator's Overview"). pg_controldata's
 #: word → the setting.
 _LIMITS = {
@@ -133,6 +136,10 @@ async def _start(
 ) -> Started:
     """The server, promoted at the target. What goes wrong is told without hints about a directory that will be gone."""
     options = await asyncio.to_thread(_options, programs, room, port)
+    libraries, left_out = preloaded(_inherited(room.data, "shared_preload_libraries"))
+    if left_out:
+        options["shared_preload_libraries"] = libraries
+        report.notices.append(f"not loaded, for it acts by itself: {', '.join(left_out)}")
     owner = (room.who["user"], room.who["group"]) if room.who else None
     async with feeding(repository.fetch, plan, room.data, owner=owner, say=watch.say) as feed:
         try:
@@ -174,7 +181,6 @@ def _options(programs: Programs, room: Room, port: int) -> dict[str, str]:
         "ssl": "off",
         # Nothing acts by itself: no subscription, no scheduled job, and nobody tidies up what shall be looked at.
         "max_logical_replication_workers": "0",
-        "cron.launch_active_jobs": "off",
         "autovacuum": "off",
         # A large server's memory is not there; what may not be lower than it was is left alone.
         "shared_buffers": BUFFERS,
@@ -190,6 +196,22 @@ def _options(programs: Programs, room: Room, port: int) -> dict[str, str]:
         bare.chmod(0o644)
         options |= {"config_file": str(bare), **_limits(programs, room.data)}
     return options
+
+
+def _inherited(data: Path, name: str) -> str:
+    """What the restored files set it to; of two lines the later counts. Includes are not followed."""
+    found: dict[str, str] = {}
+    for file in ("postgresql.conf", "postgresql.auto.conf"):
+        if (data / file).is_file():
+            found |= parse_conf((data / file).read_text("utf-8", "replace"))
+    return found.get(name, "")
+
+
+def preloaded(setting: str) -> tuple[str, tuple[str, ...]]:
+    """The value of shared_preload_libraries without those that would act by themselves; and which those are."""
+    names = [name.strip().strip('"') for name in setting.split(",") if name.strip()]
+    acting = tuple(name for name in names if Path(name).name.removesuffix(".so") in _ACTING)
+    return ", ".join(f'"{name}"' for name in names if name not in acting), acting
 
 
 def _limits(programs: Programs, data: Path) -> dict[str, str]:
@@ -272,7 +294,7 @@ def judge(report: Report) -> WalshipError | None:
         failed = report.of(State.FAILED)[0]
         return IntegrityError(
             f"{len(report.of(State.FAILED))} of {len(report.outcomes)} checks failed; {failed.name}: expected"
-            f" {failed.expected}, found {failed.found}",
+            f" {failed.expected}, found {shorten(failed.found, _SHOWN)}",
             hint="`walship verify` tells whether the stored bytes are good; if they are, look at the server itself",
         )
     if report.lacking:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import click
@@ -169,7 +170,11 @@ def _lines(report: Report) -> list[str]:
     lines = [report.conclusion]
     lines += [f"  {seconds:8.2f} s  {name}" for name, seconds in report.steps]
     for outcome in report.outcomes:
-        told = "" if outcome.state is State.PASSED else f": expected {outcome.expected}, found {outcome.found}"
+        told = (
+            ""
+            if outcome.state is State.PASSED
+            else f": expected {outcome.expected}, found {shorten(outcome.found, 200)}"
+        )
         lines.append(f"  {outcome.state.value:8}    {outcome.name}{told}")
     return lines
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from handlers.drill import Outcome, Reading, Report, State
-from infra.drill import judge
+from infra.drill import judge, preloaded
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.errors import IntegrityError, RecoveryError, SourceError
 from pipeline.lineage import Leg, Lineage, WalPath
@@ -83,6 +83,24 @@ def test_without_a_commit_there_is_no_rpo_and_it_says_so() -> None:
     assert report.summary()["rpo_seconds"] is None
     assert "no commit in the replayed WAL" in report.markdown()
     assert report.conclusion == "The cluster came back to latest in 12.3 s, and 1 check passed."
+
+
+def test_a_commit_since_the_drill_began_is_not_younger_than_new() -> None:
+    report = restored()
+    report.newest_commit = BEGAN + timedelta(seconds=1)
+    assert report.rpo == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept", "left_out"),
+    [
+        ("", "", ()),
+        ("pg_stat_statements", '"pg_stat_statements"', ()),
+        ('auto_explain, "pg_cron",$libdir/pglogical.so', '"auto_explain"', ("pg_cron", "$libdir/pglogical.so")),
+    ],
+)
+def test_libraries_that_act_by_themselves_are_left_out(setting: str, kept: str, left_out: tuple[str, ...]) -> None:
+    assert preloaded(setting) == (kept, left_out)
 
 
 def test_a_time_is_measured_against_that_time() -> None:

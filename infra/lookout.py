@@ -192,7 +192,8 @@ class Lookout:
         seconds, missing = _known(self._measured.lag_seconds(place.name)), _known(self._measured.lag_bytes(place.name))
         durable, listed = _known(self._measured.durable(place.name)), place.durable_lsn
         if durable is not None and not place.missing and (listed is None or durable > Lsn.parse(listed)):
-            place = replace(place, durable_lsn=str(Lsn(int(durable))))
+            tail = int(durable) % site.facts.segment_size  # what lies before is finished
+            place = replace(place, durable_lsn=str(Lsn(int(durable))), tail_bytes=tail)
         late = ""
         if seconds is not None and seconds > self._patience(site) and not place.error:
             late = f"what was written {seconds:.0f} s ago is not there yet"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,3 +150,15 @@ def test_numbers_are_compared_as_numbers(number: object) -> None:
     assert expected.kind is Kind.NUMBER
     assert expected.met_by(one(f"{number}"))
     assert parse_expectation(str(expected)) == expected
+
+
+def test_the_documents_show_files_that_are_read() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    shown = re.search(
+        r"^    -- database: shop\n(?:(?:    .*)?\n)+", (docs / "drill.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert shown is not None
+    assert [check.database for check in parse(shown[0], "drill.md")] == ["shop"] * 4
+    sample = (docs / "drill-sample.md").read_text("utf-8")
+    for check in parse((docs / "drill-checks.sql").read_text("utf-8"), "drill-checks.sql"):
+        assert f"| {check.name} | passed | {check.database} | {check.expected or 'runs without an error'} |" in sample

@@ -28,9 +28,9 @@ else:
 
 #: Bytes of plaintext handed on at a time.
 PIECE = 1 << 20
-#: Bytes of plaintext that come back at a time. zstd's decompressor makes 32 and then 64 KiB, and joins them; more would
-#: be copied more often, and would not be in the processor's cache any more when it is written to a file.
-_PLAIN_PIECE = 96 << 10
+#: Bytes of plaintext that come back at a time: what zstd's decompressor makes of 32, 64 and 256 KiB. With
+#: less, threads hand over to each other more often; more is not in the processor's cache any more when it is written.
+_PLAIN_PIECE = 352 << 10
 #: Bytes given to a decompressor at a time; they all copy what they could not use yet, so less is faster.
 _BITE = 1 << 17
 #: zstd's window is at most 8 MiB, by the format: what RFC 8878 asks every decoder to support, and a bound on memory.

@@ -8,6 +8,8 @@ as the one tar stream that they are. Without an index the parts of an archive co
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from pipeline.tar import Inside, TarReader
 
 #: Parts that are under way at once. Each holds what is stored of it, and a few hundred KB of plaintext.
 _AT_ONCE = 4
+#: Of these, those that are opened and written: more than there are processors would only wait for one another.
+_WRITTEN_AT_ONCE = min(_AT_ONCE, max(2, os.cpu_count() or 2))
 
 
 @dataclass(slots=True)
@@ -54,6 +58,7 @@ class Parts:
         self._layout = layout
         self._part_size = part_size
         self._progress = progress
+        self._turn = threading.Semaphore(_WRITTEN_AT_ONCE)
         self._seen: dict[tuple[str, int], _Seen] = {}
         #: Bytes of plaintext of the parts that were fetched.
         self.fetched = 0
@@ -100,7 +105,8 @@ class Parts:
         began, zero_blocks = reader.began, reader.zero_blocks
 
         def use(pieces: Iterator[Buffer]) -> None:
-            self._unpackers[archive.name].unpack(reader, pieces)
+            with self._turn:
+                self._unpackers[archive.name].unpack(reader, pieces)
 
         try:
             name = part_key(self._backup.name, archive.name, number)

@@ -39,6 +39,8 @@ def plan_lines(
     if plan.before:
         names = ", ".join(before.name for before in plan.before)
         lines.append(f"            it builds on {names}")
+    if plan.before:
+        lines.append(f"            builds on {', '.join(backup.name for backup in reversed(plan.before))}")
     word = "WAL"
     for leg in plan.legs:
         tail = f", the last {human(leg.tail)} from tails" if leg.tail else ""

@@ -21,7 +21,7 @@ import pytest
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
 from tests.rig import Rig, stop_started
-from tests.servers import SERVER_VERSIONS
+from tests.servers import NEWEST, SERVER_VERSIONS
 
 #: Rows in the backup, then up to the fork, behind it on timeline 2, and behind it on timeline 1, which was left.
 BACKED_UP, COMMON, AFTER, LEFT = range(1, 3), range(3, 9), range(9, 13), range(101, 103)
@@ -168,6 +168,7 @@ def made(rig: Rig) -> History:
         of_new[commit(new, row)] = row
         if row == 10:
             new.query("select pg_create_restore_point('both')")
+            new.query("select pg_create_restore_point('only here')")
     known |= commits(new, last, of_new)
     new.stop()
     rig.run("push")
@@ -218,8 +219,23 @@ def cases(at: dict[int, Commit], *, briefly: bool) -> list[Case]:
     ]
 
 
+def refused(history: History) -> None:
+    """Targets of the other timeline: said at once, with what this one reaches. Nothing is made."""
+    at, target = history.commits, history.rig.target("refused")
+    for words, fact in (
+        (("--to-name", "only here", "--timeline", "1"), "restore point 'only here' is not in the stored WAL"),
+        (("--to-xid", at[12].xid, "--timeline", "1"), f"transaction {at[12].xid} is not in the stored WAL"),
+    ):
+        done = history.rig.run("restore", "--target-dir", str(target), *words, expect=13)
+        assert fact in done.stderr
+        assert "hint: timeline 1 can be restored from " in done.stderr
+        assert list(target.iterdir()) == []
+
+
 def test_every_target_brings_back_its_rows_and_no_other(history: History) -> None:
     wanted = cases(history.commits, briefly=history.rig.major in BRIEFLY)
     with ThreadPoolExecutor(_WIDTH) as pool:
         for _ in pool.map(history.restored, range(len(wanted)), wanted):
             pass  # raises what the restore raised
+    if history.rig.major == NEWEST:
+        refused(history)

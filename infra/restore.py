@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -28,19 +29,27 @@ from infra.postgres.recovery_files import (
     settings_for,
     write_recovery_files,
 )
-from infra.postgres.restored import Replay, Started, start_restored
+from infra.postgres.restored import Replay, Started, standby_ended, start_restored
 from infra.postgres.wal_script import FEED, FOLDER
 from infra.settings import Settings
 from pipeline.contracts import Clock, Fetch, Store
 from pipeline.errors import ConfigError, RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Action, Target, TargetKind
+from pipeline.wal import Lsn
 
 #: Replay keeps restored segments until its next restart point; about max_wal_size, whose default is 1 GB.
 _WAL_MARGIN = 1 << 30
 
 #: How the server's sh script starts ``fetch-wal``: this Python, with nothing of the data directory on its path.
 FETCH_WAL = (sys.executable, "-P", "-m", "infra.cli", "fetch-wal")
+
+
+#: Beside what is said of the file with the context.
+_HOLDS_RING = (
+    "that file holds the opened key ring, for a standby has to read what is encrypted later: whoever has it reads all of"
+    " the repository and can write to it; keep this host as safe as the service's"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,8 @@ class Watch:
     replay: Callable[[Replay], None] = lambda _: None
     #: Sentences, when they become known.
     say: Callable[[str], None] = lambda _: None
+    #: A standby has caught up, and is fed from here on.
+    following: Callable[[Restored], None] = lambda _: None
 
 
 async def make_plan(
@@ -189,11 +200,12 @@ async def restore(
         neutralised.extend(
             write_recovery_files(
                 directory,
-                settings_for(plan, extra=place.settings),
+                settings_for(plan, extra=place.settings, standby=place.standby),
                 segment_size=plan.lineage.segment_size,
                 fetch=fetch_wal,
                 context=context.encode(),
                 owner=targets.owner,
+                standby=place.standby,
             )
         )
 
@@ -212,42 +224,89 @@ async def restore(
         neutralised,
         targets.directory,
         archiving="watch" in repository.settings.sources,
-        promoted=place.start and plan.stop.action is Action.PROMOTE,
+        promoted=place.start and plan.stop.action is Action.PROMOTE and not place.standby,
     )
+    if place.standby and repository.keys.encrypted:
+        said = (*said, _HOLDS_RING)
     for remark in said:
         watch.say(remark)
-    server = await _start(repository, plan, place, targets, watch) if place.start else None
-    return Restored(
-        targets.directory,
-        laid,
-        tuple(neutralised),
-        (*targets.notices, *said),
-        server,
-        base_seconds=laid_after - began,
-        replay_seconds=clock.monotonic() - laid_after,
-    )
+
+    def result(server: Started | None) -> Restored:
+        return Restored(
+            targets.directory,
+            laid,
+            tuple(neutralised),
+            (*targets.notices, *said),
+            server,
+            base_seconds=laid_after - began,
+            replay_seconds=clock.monotonic() - laid_after,
+        )
+
+    if not place.start:
+        return result(None)
+    return result(await _start(repository, plan, place, targets, watch, result))
 
 
-async def _start(repository: Repository, plan: RestorePlan, place: Place, targets: Targets, watch: Watch) -> Started:
+async def _start(
+    repository: Repository,
+    plan: RestorePlan,
+    place: Place,
+    targets: Targets,
+    watch: Watch,
+    result: Callable[[Started], Restored],
+) -> Started:
     programs = await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
     directory = targets.directory
+    reaches = plan.end if plan.stop.kind is TargetKind.LATEST else None
+    if place.standby and plan.end is not None:
+        # What the last segment ends with may be a part of a record, which a standby goes on waiting for.
+        reaches = Lsn(max(0, plan.end - plan.lineage.segment_size))
+    promoted = plan.stop.action is Action.PROMOTE
     async with feeding(repository.fetch, plan, directory, owner=targets.owner, say=watch.say) as feed:
         try:
             server = await start_restored(
                 directory,
                 programs,
                 action=plan.stop.action,
-                reaches=plan.end if plan.stop.kind is TargetKind.LATEST else None,
+                reaches=reaches,
+                standby=place.standby,
                 log_file=place.log_file or directory.with_name(f"{directory.name}.log"),
                 options=place.options,
                 progress=watch.replay,
             )
         except RecoveryError as error:
             raise _cause(feed, error) from error
-    if plan.stop.action is Action.PROMOTE:
+        if place.standby:
+            watch.following(result(server))
+            promoted = await _follow(server, directory, plan, watch.say)
+    if promoted:
         await asyncio.to_thread(remove_recovery_files, directory)
         await asyncio.to_thread(forget_recovery, directory, owner=targets.owner)
     return server
+
+
+async def _follow(server: Started, directory: Path, plan: RestorePlan, say: Callable[[str], None]) -> bool:
+    """Until the standby is promoted (True) or ends, or SIGINT or SIGTERM ends the feed and leaves it running."""
+    say(
+        f"the standby (process {server.pid}, port {server.port}) follows timeline {plan.timeline} of the archive;"
+        " SIGINT or SIGTERM ends this command and not the server, which then starts walship for each segment"
+    )
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, told.set)
+    waits = [asyncio.create_task(told.wait()), asyncio.create_task(standby_ended(server, directory))]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if told.is_set():
+            say(f"the standby goes on without this command, as process {server.pid}")
+            return False
+        return waits[1].result()
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        for task in waits:
+            task.cancel()
 
 
 def _cause(feed: Feed, error: RecoveryError) -> WalshipError:

@@ -90,8 +90,11 @@ class Neutralised:
         return f"{self.name} (was {self.value!r})" if self.value else self.name
 
 
-def settings_for(plan: RestorePlan, *, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def settings_for(plan: RestorePlan, *, extra: Mapping[str, str] | None = None, standby: bool = False) -> dict[str, str]:
     """All that is written, in this order. Exactly one recovery target is set, or none.
+
+    A ``standby`` has none, whatever the plan's: it goes on for ever, on the plan's timeline only. Following "latest" it
+    would go over to whatever history appears in the archive, before it is known that all of that timeline is stored.
 
     PostgreSQL takes a setting of one target kind, even to nothing, for a second target when another is set before it:
     so the kind that is meant comes last. ``extra`` (a drill's port and the like) may not name any of ours.
@@ -112,7 +115,7 @@ def settings_for(plan: RestorePlan, *, extra: Mapping[str, str] | None = None) -
         TargetKind.NAME: ("recovery_target_name", stop.name),
         TargetKind.IMMEDIATE: ("recovery_target", "immediate"),
     }.get(stop.kind)
-    if value:
+    if value and not standby:
         del settings[value[0]]
         settings[value[0]] = value[1]
     if extra:
@@ -130,11 +133,12 @@ def write_recovery_files(
     fetch: Sequence[str],
     context: bytes,
     owner: tuple[int, int] | None,
+    standby: bool = False,
 ) -> tuple[Neutralised, ...]:
     """Write it all into a data directory whose files lie there already. Blocking. Returns what was neutralised.
 
     ``fetch``: the command of ``fetch-wal``; ``context``: content of the file it is given, secret. ``owner``: user and
-    group id, or None. Raises OSError.
+    group id, or None. ``standby``: it goes on recovering until it is promoted. Raises OSError.
     """
     neutralised = inherited(directory)
     for name in _REMOVED:
@@ -150,7 +154,7 @@ def write_recovery_files(
     end = b"" if not before or before.endswith(b"\n") else b"\n"
     _write(conf, before + end + b"# walship restore\n" + "".join(lines).encode(), 0o600, owner)
     _disarm(directory / "postgresql.conf", owner)
-    _write(directory / "recovery.signal", b"", 0o600, owner)
+    _write(directory / ("standby.signal" if standby else "recovery.signal"), b"", 0o600, owner)
     return neutralised
 
 

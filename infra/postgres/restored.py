@@ -29,6 +29,7 @@ _REDO = re.compile(r"redo in progress, .* current LSN: ([0-9A-F]+/[0-9A-F]+)")
 _RESTORED = re.compile(r'restored log file "([0-9A-F]{24})" from archive')
 _STOPPED = re.compile(r"(recovery stopping (?:before|after) .*)")
 _LAST = re.compile(r"last completed transaction was at log time (.*)")
+_WAITING = re.compile(r"waiting for WAL to become available at ([0-9A-F]+/[0-9A-F]+)")
 _LOUD = re.compile(r"\b(?:FATAL|PANIC|ERROR):  ")
 _DETAIL = re.compile(r"\bDETAIL:  (.*)")
 #: Another server has the port: on its addresses, or in the socket's folder (not open: the lock is another user's).
@@ -36,6 +37,8 @@ _PORT_TAKEN = re.compile(
     r"Address already in use|lock file \"[^\"]*\.s\.PGSQL\.\d+\.lock\" already exists"
     r"|could not open lock file \"[^\"]*\.s\.PGSQL\."
 )
+#: How often a standby may ask for WAL in front of what is stored: it asks every 5 s.
+_STUCK = 3
 #: Servers that go on without us. Python takes a Popen that is dropped while its process runs for a mistake.
 _SURVIVORS: list[subprocess.Popen[bytes]] = []
 #: What clients are told while they wait; not why a server ended.
@@ -58,7 +61,7 @@ class Started:
 
     #: Process id; 0 after the action shutdown.
     pid: int
-    #: ``in production``, ``paused`` or ``shut down``.
+    #: ``in production``, ``paused``, ``shut down`` or ``standby``.
     state: str
     #: From postmaster.pid; 0 and empty after shutdown.
     port: int
@@ -76,6 +79,7 @@ async def start_restored(
     action: Action,
     log_file: Path,
     reaches: Lsn | None = None,
+    standby: bool = False,
     options: Mapping[str, str] | None = None,
     progress: Callable[[Replay], None] = lambda _: None,
 ) -> Started:
@@ -83,7 +87,9 @@ async def start_restored(
 
     ``options`` go on the server's command line. ``reaches``: where recovery to the latest ends at the earliest. Raises
     RecoveryError with the server's own words when recovery ends in an error, and when it ended before ``reaches``;
-    SourceError when the program cannot be started at all. When it raises, or is cancelled, it stops the server first.
+    SourceError when the program cannot be started at all. A ``standby`` has no target: it is there once clients may
+    read in it and it waits for WAL behind ``reaches``, a position that whole records are stored behind. When it raises,
+    or is cancelled, it stops the server first.
     """
     follow = _Follower(log_file)
     process = await asyncio.to_thread(_launch, directory, programs, log_file, dict(options or {}))
@@ -94,10 +100,14 @@ async def start_restored(
                 progress(Replay(follow.lsn, follow.segment))
             if ended:
                 return await _after_the_end(directory, programs, action, follow, process.returncode)
-            if action is Action.PAUSE and follow.paused:
+            if standby:
+                if _caught_up(follow, reaches):
+                    _SURVIVORS.append(process)
+                    return _started(directory, process.pid, "standby", follow)
+            elif action is Action.PAUSE and follow.paused:
                 _SURVIVORS.append(process)
                 return _started(directory, process.pid, "paused", follow)
-            if action is Action.PROMOTE and follow.ready and not (directory / "recovery.signal").exists():
+            elif action is Action.PROMOTE and follow.ready and not (directory / "recovery.signal").exists():
                 state = await asyncio.to_thread(control_state, directory, programs)
                 if state == "in production":
                     if reaches is not None:
@@ -108,6 +118,39 @@ async def start_restored(
     except BaseException:
         await _stop(process)
         raise
+
+
+def _caught_up(follow: _Follower, reaches: Lsn | None) -> bool:
+    """Whether a standby has replayed what is stored. Raises RecoveryError if it never will.
+
+    What is missing in the middle is an error of restore_command, and ends the server; but what it cannot read it takes
+    for the end of the WAL, and asks for it again and again.
+    """
+    if follow.waiting is None or not follow.consistent:
+        return False
+    if reaches is None or follow.waiting >= reaches:
+        return True
+    if follow.waited < _STUCK:
+        return False
+    raise RecoveryError(
+        f"the standby waits for WAL at LSN {follow.waiting}, and the stored WAL goes on to LSN {reaches}: it cannot"
+        " read what lies between",
+        hint=f"{follow.path} says why; restore again --from another destination",
+    )
+
+
+async def standby_ended(started: Started, directory: Path) -> bool:
+    """Wait until a server that ``start_restored`` gave back as a standby is none any more. True if it was promoted.
+
+    False if it has ended. Cancel it to leave the server alone.
+    """
+    process = next((one for one in _SURVIVORS if one.pid == started.pid), None)
+    while True:
+        if process is not None and process.poll() is not None:
+            return False
+        if not (directory / "standby.signal").exists():
+            return True
+        await asyncio.sleep(_PAUSE)
 
 
 def control_state(directory: Path, programs: Programs) -> str:
@@ -221,6 +264,10 @@ class _Follower:
         self.segment = ""
         self.paused = False
         self.ready = False
+        self.consistent = False
+        #: Where a standby last asked in vain, and how often it did so there.
+        self.waiting: Lsn | None = None
+        self.waited = 0
         self.stopped_at = ""
         self.last_transaction = ""
         #: Lines that tell of errors.
@@ -245,12 +292,18 @@ class _Follower:
         self.port_taken = self.port_taken or bool(_PORT_TAKEN.search(line))
         if match := _REDO.search(line):
             self.lsn = Lsn.parse(match[1])
+        elif match := _WAITING.search(line):
+            at = Lsn.parse(match[1])
+            self.waited = self.waited + 1 if at == self.waiting else 1
+            self.waiting = self.lsn = at
         elif match := _RESTORED.search(line):
             self.segment = match[1]
         elif match := _STOPPED.search(line):
             self.stopped_at = match[1]
         elif match := _LAST.search(line):
             self.last_transaction = match[1]
+        elif "consistent recovery state reached" in line:
+            self.consistent = True
         elif "pausing at the end of recovery" in line:
             self.paused = True
         elif "database system is ready to accept connections" in line:

@@ -1,0 +1,103 @@
+"""A standby that is restored from the repository follows the primary through the archive alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infra.postgres.wal_script import FEED, FOLDER
+from infra.restore import Place, Watch, make_plan, restore
+from pipeline.targets import Target
+from pipeline.wal import Lsn, WalFile
+from tests.integration.test_restore import alive, ask, rows
+from tests.restoring import Bank, archiving
+from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, server_folder, start_server
+from tests.tails import lay
+
+__all__ = ["server_folder", "start_server"]
+
+SIZE = 1 << 20
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(40):
+        while not await asyncio.to_thread(true):
+            await asyncio.sleep(0.1)
+
+
+def shows(place: Place, wanted: list[int]) -> Callable[[], bool]:
+    return lambda: rows(place) == wanted
+
+
+async def grow_tail(bank: Bank, start: int) -> int:
+    """Store the open segment's bytes from ``start`` on, as far as they are written."""
+    end = Lsn.parse(bank.server.query("select pg_current_wal_flush_lsn()")[0][0])
+    file = WalFile.segment(1, end, SIZE)
+    content = (bank.server.data_dir / "pg_wal" / file.name).read_bytes()
+    offset = end - file.start(SIZE)
+    await lay(bank.shelf.store, bank.shelf.chain, file, content, [(start, offset)])
+    return offset
+
+
+@pytest.mark.parametrize("major", [SERVER_VERSIONS[0], NEWEST])
+async def test_a_standby_follows_through_growing_tails_and_finished_segments(
+    major: int, start_server: StartServer, server_folder: Path
+) -> None:
+    server = start_server(major, settings=archiving(server_folder / "archive"), segment_mb=1)
+    bank = Bank(server, server_folder / "archive")
+    server.query("create table t (n int)")
+    await bank.back_up()
+    server.query("insert into t values (1)")
+    await bank.ship_wal()
+    server.query("insert into t values (2)")
+    offset = await grow_tail(bank, 0)
+    repository = bank.repository()
+    plan = await make_plan(repository, Target())
+    place = replace(bank.place("standby", wal_retrieve_retry_interval="200ms"), standby=True)
+    said: list[str] = []
+    # No program but mv is ever started: this one would fail.
+    task = asyncio.create_task(
+        restore(repository, plan, place, watch=Watch(say=said.append), fetch_wal=("/bin/sh", "-c", "exit 126"))
+    )
+    pid = 0
+    try:
+        await until(lambda: task.done() or any("follows timeline 1" in line for line in said))
+        assert not task.done(), task.exception()
+        pid = int((place.directory / "postmaster.pid").read_text().split()[0])
+        assert rows(place) == [1, 2]
+        assert ask(place, "show archive_mode") == [("off",)]
+        assert ask(place, "select pg_is_in_recovery()") == [(True,)]
+        # The tail grows, then the finished segment takes its place.
+        server.query("insert into t values (3)")
+        await grow_tail(bank, offset)
+        await until(shows(place, [1, 2, 3]))
+        server.query("insert into t values (4)")
+        await bank.ship_wal()
+        await until(shows(place, [1, 2, 3, 4]))
+        await until(lambda: not any((place.directory / FOLDER / FEED / "failed").iterdir()))
+        if major == NEWEST:
+            ask(place, "select pg_promote()")
+            async with asyncio.timeout(40):
+                restored = await task
+            assert restored.server is not None
+            assert "restore_command" not in (place.directory / "postgresql.auto.conf").read_text()
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+            async with asyncio.timeout(40):
+                await task
+            assert "goes on without" in said[-1]
+            assert not (place.directory / FOLDER / FEED / "pid").exists()
+        assert alive(pid)
+        assert rows(place) == [1, 2, 3, 4]
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if pid and alive(pid):
+            os.kill(pid, signal.SIGQUIT)
+            await until(lambda: not alive(pid))

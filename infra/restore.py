@@ -47,8 +47,8 @@ FETCH_WAL = (sys.executable, "-P", "-m", "infra.cli", "fetch-wal")
 
 #: Beside what is said of the file with the context.
 _HOLDS_RING = (
-    "that file holds the opened key ring, for a standby has to read what is encrypted later: whoever has it reads all of"
-    " the repository and can write to it; keep this host as safe as the service's"
+    "that file holds the opened key ring, for a standby has to read what is encrypted later: whoever has it reads all"
+    " of the repository and can write to it; keep this host as safe as the service's"
 )
 
 

@@ -76,5 +76,10 @@ class Bytes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more progress; idempotent."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None

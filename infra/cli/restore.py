@@ -103,9 +103,15 @@ async def command(target_dir: Path, **options: Any) -> None:
         if asked and not await _agreed(targets, delta=place.delta):
             raise click.Abort
         with Bytes("base backup") as bar:
-            watch = Watch(files=bar, replay=_replayed(plan, bar), say=lambda line: say(f"note: {line}"))
+
+            def finish(restored: Restored) -> None:
+                bar.close()
+                _finish(plan, restored, planned - began, standby=place.standby, as_json=as_json)
+
+            watch = Watch(bar, _replayed(plan, bar), lambda line: say(f"note: {line}"), finish)
             restored = await restore(repository, plan, place, watch=watch)
-    _finish(plan, restored, planned - began, as_json=as_json)
+            if not (place.standby and place.start):  # else that was told when it had caught up
+                finish(restored)
 
 
 def _target(options: dict[str, Any]) -> tuple[Target, str]:
@@ -208,7 +214,7 @@ def _replayed(plan: RestorePlan, bar: Bytes) -> Callable[[Replay], None]:
     return told
 
 
-def _finish(plan: RestorePlan, restored: Restored, planning: float, *, as_json: bool) -> None:
+def _finish(plan: RestorePlan, restored: Restored, planning: float, *, standby: bool, as_json: bool) -> None:
     laid, server = restored.laid, restored.server
     took = {"planning": planning, "base": restored.base_seconds, "replay": restored.replay_seconds}
     result = {
@@ -232,7 +238,8 @@ def _finish(plan: RestorePlan, restored: Restored, planning: float, *, as_json: 
         lines.append(f"{files} removed: the backup does not have that")
     if server is None:
         del took["replay"]
-        lines.append("start the server with pg_ctl or your service manager: it recovers to the target by itself")
+        what = "follows the archive" if standby else "recovers to the target"
+        lines.append(f"start the server with pg_ctl or your service manager: it {what} by itself")
     else:
         result |= {
             "state": server.state,

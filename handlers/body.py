@@ -1,6 +1,6 @@
 """The bytes of one stored object, kept for as long as any destination may still want them.
 
-Up to 64 MB stay in memory. What is larger goes into a temporary file that has no name: nobody else can find it, and it
+Up to 32 MB stay in memory. What is larger goes into a temporary file that has no name: nobody else can find it, and it
 is gone with the process however that ends. It lies in the system's folder for temporary files (``TMPDIR``), which
 therefore needs room for as many of the largest objects as are under way at once.
 """
@@ -17,7 +17,7 @@ from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody
 
 #: Bytes of one body that are kept in memory; beyond that it spills to a file.
-SPILL_AT = 64 << 20
+SPILL_AT = 32 << 20
 #: Bytes of the pieces that a file is read in.
 CHUNK = 1 << 20
 
@@ -100,7 +100,7 @@ class Collector:
 
 
 def collect(pieces: Iterable[Buffer]) -> Body:
-    """Keep all pieces, each copied: in memory up to 64 MB, above that in an unlinked temporary file.
+    """Keep all pieces, each copied: in memory up to 32 MB, above that in an unlinked temporary file.
 
     Call it from a thread. Raises StoreError if the temporary file cannot be written.
     """
@@ -122,6 +122,6 @@ def joined(body: Body) -> bytes:
 def _no_room(size: int, error: OSError) -> StoreError:
     return StoreError(
         f"an object of more than {size - 1} bytes cannot be kept in {tempfile.gettempdir()}: {error.strerror}",
-        hint="objects above 64 MB are kept in a temporary file: make room there, or set TMPDIR to another folder",
+        hint="objects above 32 MB are kept in a temporary file: make room there, or set TMPDIR to another folder",
         passing=True,
     )

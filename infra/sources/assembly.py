@@ -17,6 +17,9 @@ from pipeline.wal import Lsn, WalFile
 
 #: Whole segments that may wait until they are stored somewhere; with one more, nothing further is read.
 MOST_WHOLE = 2
+#: The same of segments above so many bytes. Each may have an encoded object of its size beside it: two and two are the
+#: four that the bound of memory allows.
+MOST_WHOLE_LARGE, LARGE = 1, 16 << 20
 
 ROLLED_BACK = (
     "the server was put back to an earlier state, or is another copy of the cluster; what is stored stays as it is."
@@ -39,6 +42,7 @@ class Assembly:
         """``announce`` is told of each segment when it has become whole."""
         self._wal = wal
         self._size = segment_size
+        self._most = MOST_WHOLE if segment_size <= LARGE else MOST_WHOLE_LARGE
         self._announce = announce
         self._open: OpenSegment | None = None
         #: Whole, and stored nowhere yet.
@@ -90,7 +94,7 @@ class Assembly:
     @property
     def room(self) -> bool:
         """Whether to read on."""
-        return not self._rest and len(self._whole) <= MOST_WHOLE
+        return not self._rest and len(self._whole) <= self._most
 
     # -- bytes
 
@@ -100,14 +104,14 @@ class Assembly:
             raise SourceError(f"PostgreSQL sent WAL from {start} on, where {self._expected} was to come")
         rest = memoryview(data)
         while rest:
-            if self._open is None and len(self._whole) > MOST_WHOLE:
+            if self._open is None and len(self._whole) > self._most:
                 self._rest = bytes(rest)
                 return
             rest = rest[self._put(rest, now) :]
 
     def go_on(self, now: float) -> None:
         """Take what there was no room for, if there is now."""
-        if self._rest and len(self._whole) <= MOST_WHOLE:
+        if self._rest and len(self._whole) <= self._most:
             rest, self._rest = self._rest, b""
             self.take(self._expected, rest, now)
 

@@ -2,6 +2,7 @@
 
     commits   added latency of synchronous commits beside the latency of a PUT: store × clients
     lag       how long bytes take to be durable off the host, asynchronous, under full-speed pgbench
+    memory    what the service takes with segments of 64 MB and one transaction of 500 MB
     catch-up  how fast a backlog of WAL is streamed to a local store, beside pg_receivewal
 
 A real server, a real S3 server behind a proxy that delays its answers, the command as users run it. PUT times are taken
@@ -28,6 +29,7 @@ from infra.demo.seaweed import Seaweed
 from infra.postgres.processes import give, run_as
 from infra.postgres.programs import environment_for
 from infra.postgres.throwaway import make_folder
+from tests.benchmarks.stream_memory import memory
 from tests.proxy import Proxy
 from tests.rig import Rig
 
@@ -298,6 +300,10 @@ def main() -> None:
                         _print(lag(bench, options.delays))
                 finally:
                     bench.close()
+        if "memory" in options.tasks:
+            below = _below(folder, "memory")
+            with Seaweed(below / "s3") as s3, Proxy(_port(s3)) as proxy:
+                _print(memory(below, s3, proxy, major=MAJOR, megabytes=500))
         if "catch-up" in options.tasks:
             _print(catch_up(_below(folder, "catch-up"), options.megabytes, options.rounds))
     finally:
@@ -330,7 +336,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clients", type=_numbers, default=(1, 16, 64), help="default 1,16,64")
     parser.add_argument("--megabytes", type=int, default=1200, help="backlog to catch up with (default 1200)")
     parser.add_argument("--rounds", type=int, default=3, help="of catching up (default 3)")
-    parser.add_argument("--tasks", type=lambda t: set(t.split(",")), default={"commits", "lag", "catch-up"})
+    parser.add_argument("--tasks", type=lambda t: set(t.split(",")), default={"commits", "lag", "memory", "catch-up"})
     return parser.parse_args()
 
 

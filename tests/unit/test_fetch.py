@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
@@ -11,7 +14,7 @@ from handlers.verify import verify
 from infra.storage.memory import MemoryStore
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import info_key, part_key, wal_key
-from pipeline.contracts import Store
+from pipeline.contracts import Buffer, Store
 from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, StoreError
 from pipeline.objects import MemoryBody
 from pipeline.recovery import candidates
@@ -62,6 +65,58 @@ async def test_the_first_good_destination_serves(shelf: Shelf) -> None:
     assert said[0] == f"empty lacks {KEY}; memory served it instead"
     assert said[1].startswith("damaged: ")
     assert "down does not answer" in said[2]
+
+
+async def test_what_is_handed_over_is_the_object_that_was_listed(shelf: Shelf) -> None:
+    """A copy that is damaged, or was exchanged for another valid one, is found before anything of it is used."""
+    said: list[str] = []
+    damaged = await copy(shelf, MemoryStore("damaged"), flip=KEY)
+    other = Shelf()
+    await other(KEY, bytes(SIZE))
+    fetch = fetcher(shelf, MemoryStore("empty"), damaged, other.store, unreachable("down"), shelf.store, said=said)
+    calls: list[bytes] = []
+    digest = shelf.digests[KEY]
+    await fetch.into(KEY, lambda pieces: calls.append(b"".join(map(bytes, pieces))), digest=digest)
+    assert calls == [bytes(range(256)) * (SIZE // 256)]
+    assert len(said) == 4
+    assert any("is not the one that is listed" in line for line in said)
+    with pytest.raises(IntegrityError, match="is not the one that is listed"):
+        await fetcher(shelf, other.store).into(KEY, lambda _: calls.clear(), digest=digest)
+    with pytest.raises(ObjectMissing):
+        await fetcher(shelf, MemoryStore()).into(KEY, lambda _: calls.clear(), digest=digest)
+    with pytest.raises(IntegrityError, match="belongs to the base backup"):
+        await fetch.into(KEY, lambda pieces: calls.extend(map(bytes, pieces)), digest=digest, backup="b" * 32)
+    assert len(calls) == 1
+
+
+async def test_an_error_of_who_uses_it_is_no_fault_of_the_destination(shelf: Shelf) -> None:
+    def full(pieces: Iterator[Buffer]) -> None:
+        next(pieces)
+        raise OSError(28, "No space left on device")
+
+    said: list[str] = []
+    with pytest.raises(OSError, match="No space left"):
+        await fetcher(shelf, shelf.store, said=said).into(KEY, full, digest=shelf.digests[KEY])
+    assert not said
+
+
+async def test_cancelled_it_ends_once_nobody_uses_it_any_more(shelf: Shelf) -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def use(pieces: Iterator[Buffer]) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        for _ in pieces:
+            pass
+        ended.set()
+
+    task = asyncio.create_task(fetcher(shelf, shelf.store).into(KEY, use, digest=shelf.digests[KEY]))
+    assert await asyncio.to_thread(begun.wait, 30)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
 
 
 async def test_absent_means_that_all_answered(shelf: Shelf) -> None:

@@ -168,8 +168,8 @@ class ThrowawayServer:
     def close(self) -> None:
         """End what runs (unless it shall outlive us) and remove the socket folder. Leaves the data. Idempotent.
 
-        At once, but not by SIGKILL if that can be helped: what is killed leaves a System V shared memory segment behind,
-        and Linux has room for 4096 of them until it is booted again.
+        At once, but not by SIGKILL if that can be helped: what is killed leaves a System V shared memory segment
+        behind, and Linux has room for 4096 of them until it is booted again.
         """
         if self._outlive and self.running:
             return

@@ -10,7 +10,7 @@ const RANGES = [
 
 const $ = id => document.getElementById(id);
 const chosen = { at: null, timeline: null, shown: false };
-let status = null, range = 0, answered = null, copying = 0;
+let status = null, range = 0, unanswered = 0, copying = 0;
 
 function html(name, text, attributes = {}) {
   const node = document.createElement(name);
@@ -35,7 +35,7 @@ function hatch(root) {
 }
 
 function showVerdict() {
-  const silent = answered !== null && Date.now() - answered > 4 * EVERY;
+  const silent = unanswered > 1;  // one lost answer is no outage
   const state = silent || !status ? "unknown" : status.state;
   $("verdict").className = state;
   $("mark").textContent = MARKS[state] || "?";
@@ -89,7 +89,8 @@ function showDestinations() {
     box.append(html("h3", place.name + (place.required ? "" : " (not required)")));
     const behind = place.lag_seconds === null ? `behind by ${bytes(place.lag_bytes)}`
       : place.lag_seconds < 0.05 ? "has everything" : `behind by ${span(place.lag_seconds)}`;
-    box.append(html("div", place.error ? "✕ does not answer" : behind, { class: "now" }));
+    const state = place.error ? "✕ does not answer" : place.missing ? "✕ has a hole" : behind;
+    box.append(html("div", state, { class: "now" }));
     const wrong = [place.error, place.missing && `${place.missing} is missing`, place.late, ...place.problems].filter(Boolean);
     for (const line of wrong) box.append(html("p", `! ${line}`, { class: "wrong" }));
     box.append(plot(status.lag_history, place, Math.max(240, $("destinations").clientWidth - 28)));
@@ -130,7 +131,10 @@ function showRanges() {
 function showLine() {
   const stored = status.recoverable, box = $("line");
   for (const id of ["line", "line-help", "legend", "exactly"]) $(id).hidden = !stored.stretches.length;
-  if (!stored.stretches.length) return;
+  if (!stored.stretches.length) {
+    $("command").hidden = $("ranges").hidden = true;
+    return;
+  }
   showRanges();
   const [from, to] = extent(), rows = lanes(), width = Math.max(240, box.clientWidth - 2), height = TOP + rows.length * ROW + 22;
   const x = ms => SIDE + (width - 2 * SIDE) * Math.min(1, Math.max(0, (ms - from) / (to - from)));
@@ -270,6 +274,7 @@ function show() {
   fill($("reasons"), reasons);
   showDestinations();
   if (status.recoverable) showLine();
+  if (status.recoverable && status.recoverable.stretches.length && chosen.shown) showCommand();
   showRest();
 }
 
@@ -278,9 +283,9 @@ async function look() {
     const answer = await fetch("/api/status", { cache: "no-store" });
     if (!answer.ok) throw new Error(String(answer.status));
     status = await answer.json();
-    answered = Date.now();
+    unanswered = 0;
   } catch {
-    answered = answered || 1;
+    unanswered += 1;
   }
   if (status) show(); else showVerdict();
 }

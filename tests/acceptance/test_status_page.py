@@ -6,10 +6,13 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import pytest
 
 from infra.postgres.throwaway import free_port, make_folder
 from pipeline.wal import Lsn
-from tests import browser
+from tests import alerting, browser
 from tests.browser import Page
 from tests.rig import Rig, stop_started
 from tests.servers import NEWEST
@@ -153,12 +156,26 @@ async def chosen_by_click(page: Page) -> str:
     return command
 
 
+async def picture(live: Live, page: Page) -> bytes:
+    """The page as PNG, without the name of a folder that is nobody's business."""
+    if not SCREENSHOTS:
+        return b""
+    await page.read(
+        "(() => { const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);"
+        f" while (walk.nextNode()) walk.currentNode.data = walk.currentNode.data.replaceAll({str(live.folder)!r},"
+        " '/backups'); })()"
+    )
+    return await page.screenshot()
+
+
 async def test_a_click_gives_the_command_that_restores_that_moment(live: Live, tmp_path: Path) -> None:
     if (program := browser.find()) is None:
         pytest.skip(browser.MISSING)
     written = []
-    for _ in range(8):
+    for number in range(8):
         written.append(write(live))
+        if number in (2, 5):
+            live.sql("select pg_switch_wal()")
         time.sleep(0.25)  # noqa: ASYNC251 - nothing else runs here: moments that are apart
     live.caught_up()
     live.told(lambda told: told["state"] == "safe", "all is well")
@@ -168,7 +185,7 @@ async def test_a_click_gives_the_command_that_restores_that_moment(live: Live, t
         assert await page.read("document.title") == "✓ walship"
         command = await chosen_by_click(page)
         assert await page.read("document.documentElement.scrollWidth <= innerWidth"), "it is as wide as a phone"
-        shots = {"phone-dark.png": await page.screenshot()}
+        shots = {"phone-dark.png": await picture(live, page)}
         words = shlex.split(command)
         assert words[:3] == ["walship", "restore", "--target-dir"]
         moment = datetime.fromisoformat(words[words.index("--to-time") + 1])
@@ -190,7 +207,7 @@ async def test_a_click_gives_the_command_that_restores_that_moment(live: Live, t
         live.lose(live.segments()[-1])
         await page.until("document.getElementById('verdict').className === 'unsafe'")
         assert "is missing" in await page.read("document.getElementById('reasons').textContent")
-        shots["hole.png"] = await page.screenshot()
+        shots["hole.png"] = await picture(live, page)
         live.stop(live._services[0])
         await page.until("document.getElementById('sentence').textContent.includes('does not answer')")
         assert await page.read("document.title") == "? walship"
@@ -200,3 +217,50 @@ async def test_a_click_gives_the_command_that_restores_that_moment(live: Live, t
     if SCREENSHOTS:
         for name, png in shots.items():
             (Path(SCREENSHOTS) / f"status-{name}").write_bytes(png)
+
+
+def test_every_query_of_the_board_returns_data(live: Live, tmp_path: Path) -> None:
+    """By name and labels, as the service shows them; and run, where Debian's Prometheus can be had."""
+    board = json.loads((alerting.DEPLOY.parent / "grafana" / "walship.json").read_text("utf-8"))
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    queries = [target["expr"].replace("$job", "walship") for panel in panels for target in panel["targets"]]
+    assert len(queries) > 20
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    write(live)
+    live.caught_up()
+    live.told(lambda told: told["state"] == "safe", "all is well")
+    assert alerting.unknown_series(queries, alerting.scrape(live.listen)) == []
+    with collecting(live, tmp_path) as query:
+        live.wait(lambda: bool(query("rate(walship_upload_bytes_total[5m])")), "Prometheus has looked twice")
+        assert [expression for expression in queries if not query(expression)] == []
+
+
+@contextmanager
+def collecting(live: Live, folder: Path) -> Iterator[Callable[[str], list[Any]]]:
+    """A Prometheus that looks at the service every second; what it answers to a query."""
+    program, address = alerting.programs() / "prometheus", f"127.0.0.1:{free_port()}"
+    job = {"job_name": "walship", "static_configs": [{"targets": [live.listen]}]}
+    config = {"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}
+    (folder / "prometheus.yml").write_text(json.dumps(config), "utf-8")  # JSON is YAML
+    words = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/series"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([program, *words, f"--web.listen-address={address}"], stdout=log, stderr=log)
+
+    def query(expression: str) -> list[Any]:
+        url = f"http://{address}/api/v1/query?query={urllib.parse.quote(expression)}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                found: list[Any] = json.load(answer)["data"]["result"]
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise AssertionError(f"{expression}: {error.read().decode()}") from None
+            return []
+        except urllib.error.URLError:
+            return []  # it is starting
+        return found
+
+    try:
+        yield query
+    finally:
+        process.kill()
+        process.wait()

@@ -58,6 +58,11 @@ def test_every_module_of_the_three_packages_is_in_it(wheel: zipfile.ZipFile) -> 
     assert {name for name in wheel.namelist() if name.endswith(".py")} == sources
 
 
+def test_what_the_status_page_is_made_of_is_in_it(wheel: zipfile.ZipFile) -> None:
+    parts = {f"infra/monitoring/{name}" for name in ("page.html", "page.css", "page.js", "moments.js")}
+    assert parts <= set(wheel.namelist())
+
+
 def test_the_command_is_called_walship(wheel: zipfile.ZipFile) -> None:
     assert "walship = infra.cli:main" in _read(wheel, "entry_points.txt")
 

@@ -1,0 +1,92 @@
+"""The one judgement: safe or not, and why, for every kind of trouble."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from infra.recoverable import Backup, Recoverable, Stretch
+from infra.sources.spool import SpoolState
+from infra.standing import DestinationStatus, State, Status, judge, judge_absent, stopped_by
+
+NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
+NEAR = DestinationStatus("file:///near", required=True, durable_lsn="0/9", lag_bytes=0, last_backup="base", backups=1)
+FAR = replace(NEAR, name="s3://far")
+OPTIONAL = replace(FAR, required=False)
+STRETCH = Stretch(1, NOON, NOON, "0/1", "0/9", "open", "", 0, ("base",))
+STORED = Recoverable(1, (Backup("base", "full", 1, NOON, NOON, 10, 5, ("file:///near",)),), (STRETCH,))
+WELL = Status(
+    system_id="7", now=NOON, server_error="", current_lsn="0/9", timeline=1, spool=SpoolState(0, 0, 0.0, 0, 1 << 30),
+    spool_error="", service=1, service_words="", stream=None, destinations=(NEAR, FAR), recoverable=STORED,
+)  # fmt: skip
+
+
+def test_all_is_well() -> None:
+    state, sentence = judge(WELL)
+    assert state == "safe"
+    assert sentence == (
+        "Safe: both destinations have all WAL, and any moment since 2026-01-14 12:00 UTC can be restored."
+    )
+    assert (WELL.healthy, WELL.reasons, stopped_by(WELL)) == (True, (), [])
+    lags = tuple(replace(place, lag_seconds=lag) for place, lag in zip(WELL.destinations, (0.2, 3.0), strict=True))
+    assert "all WAL up to 3 s ago" in judge(replace(WELL, destinations=lags))[1]
+    assert judge(replace(WELL, destinations=lags[:1]))[1].startswith("Safe: the destination has all WAL up to now")
+
+
+@pytest.mark.parametrize(
+    ("changed", "state", "word", "stops"),
+    [
+        ({"server_error": "it does not answer"}, "unsafe", "server: it does not answer", True),
+        ({"archiving_fails_at": "0001"}, "unsafe", "archiving fails since 0001", True),
+        ({"spool": None, "spool_error": "no such folder"}, "unsafe", "spool: no such folder", True),
+        ({"service": None}, "unsafe", "no service ships the spool", True),
+        ({"spool": SpoolState(3, 9, 500.0, 0, 1)}, "lagging", "3 files wait, the oldest for 500 s", True),
+        ({"spool": SpoolState(0, 0, 0.0, 2, 1)}, "unsafe", "2 files were refused", False),
+        ({"destinations": (NEAR, replace(FAR, error="503"))}, "at_risk", "s3://far: 503; file:///near has", True),
+        ({"destinations": (NEAR, replace(OPTIONAL, error="503"))}, "at_risk", "s3://far: 503", False),
+        ({"destinations": (replace(NEAR, error="gone"), replace(FAR, error="503"))}, "unsafe", "(and 1 more)", True),
+        ({"destinations": (NEAR, replace(FAR, late="30 s late"))}, "lagging", "s3://far: 30 s late", True),
+        ({"destinations": (replace(NEAR, late="8 s"), replace(FAR, late="9 s"))}, "lagging", "8 s (and 1 more)", True),
+        ({"destinations": (NEAR, replace(FAR, missing="0007"))}, "at_risk", "0007 is missing", False),
+        ({"destinations": (replace(NEAR, missing="0007"),)}, "unsafe", "0007 is missing", False),
+        ({"destinations": (replace(NEAR, last_backup=""), FAR)}, "at_risk", "no base backup", False),
+        ({"destinations": (replace(NEAR, durable_lsn=None),)}, "unsafe", "no WAL yet", False),
+        ({"destinations": (replace(NEAR, lag_bytes=9),), "most_on_the_way": 8}, "lagging", "9 bytes of WAL", True),
+        ({"destinations": (replace(NEAR, lag_bytes=9),)}, "safe", "", False),
+        ({"destinations": (replace(NEAR, problems=("damaged",)), FAR)}, "at_risk", "file:///near: damaged", False),
+        ({"unknown": ("the end cannot be read",)}, "unknown", "Not known: the end cannot be read", False),
+        ({"unknown": ("what",), "server_error": "gone"}, "unsafe", "server: gone", True),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_decides(changed: dict[str, object], state: State, word: str, *, stops: bool) -> None:
+    status = replace(WELL, **changed)  # type: ignore[arg-type]  # each case names members of it
+    found, sentence = judge(status)
+    assert found == state
+    assert word in sentence
+    assert bool(stopped_by(status)) is stops
+    assert status.healthy is (state == "safe")
+    result = json.loads(json.dumps(status.result(), default=str))
+    assert (result["state"], result["sentence"], result["healthy"]) == (state, sentence, status.healthy)
+    assert result["reasons"] == list(status.reasons)
+
+
+def test_a_destination_is_named_once() -> None:
+    status = replace(WELL, destinations=(replace(NEAR, error="file:///near has no repository.json"), FAR))
+    assert status.reasons == ("file:///near has no repository.json",)
+
+
+def test_where_nothing_was_looked_at_nothing_is_safe() -> None:
+    assert judge_absent("the store is away") == ("unsafe", "Not safe: nothing is shipped: the store is away.")
+    assert judge_absent("")[0] == "unknown"
+
+
+def test_the_members_of_the_result_are_documented() -> None:
+    from pathlib import Path
+
+    text = (Path(__file__).parents[2] / "docs" / "status.md").read_text("utf-8")
+    result = WELL.result()
+    names = {*result, *result["destinations"][0], *result["recoverable"], *result["recoverable"]["stretches"][0]}
+    assert {name for name in names if f"`{name}`" not in text} == set()

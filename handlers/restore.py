@@ -196,7 +196,8 @@ class _LayDown:
         loop = asyncio.get_running_loop()
 
         def kept(size: int) -> None:
-            loop.call_soon_threadsafe(self._add, size)
+            if self._chain[0].index:  # without it they are in parts that are fetched, and counted then
+                loop.call_soon_threadsafe(self._add, size)
 
         comparison = Comparison(self._targets, wanted, kept)
         await _to_the_end(comparison.run, comparison.stop.set)

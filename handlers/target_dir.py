@@ -120,8 +120,10 @@ def _look(
 def disarm(targets: Targets) -> None:
     """Remove pg_control, durably, before anything else is changed: what is half restored cannot be started."""
     control = targets.directory / CONTROL
-    if control.parent.is_symlink():
-        return  # it is none of PostgreSQL's, and it is unlinked with all other links
+    if control.parent.is_symlink():  # where it leads is not ours to change
+        control.parent.unlink()
+        sync(targets.directory)
+        return
     try:
         control.unlink()
     except (FileNotFoundError, NotADirectoryError):

@@ -152,9 +152,41 @@ async def test_without_an_index_kept_files_are_kept_too(tmp_path: Path) -> None:
     shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
     info = without_index(await store(shelf, {"base": files}))
     await lay(shelf, info, see(info, directory))
-    laid = await lay(shelf, info, see(info, directory))
+    seen: list[tuple[int, int]] = []
+    laid = await lay(shelf, info, see(info, directory), seen)
     assert (laid.fetched, laid.kept) == (info.size, size(files))
+    assert seen[-1] == (info.size, info.size)
     check(directory, files)
+
+
+async def test_an_archive_that_several_workers_made(tmp_path: Path) -> None:
+    shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
+    halves: dict[str, dict[str, bytes]] = {"base.1": {}, "base.2": {}}
+    for number, (name, content) in enumerate(files.items()):
+        halves[f"base.{number % 2 + 1}"][name] = content
+    info = await store(shelf, halves)
+    await lay(shelf, info, see(info, directory))
+    check(directory, files)
+    (directory / "base/1/103").write_bytes(b"changed")
+    laid = await lay(shelf, info, see(info, directory))
+    assert laid.kept == size(files) - len(files["base/1/103"])
+    check(directory, files)
+    for more, fact in (({"base/1/100": b"x"}, "twice"), ({"global/pg_control": CONTROL}, "more than one")):
+        shelf = Shelf()
+        info = await store(shelf, {"base.1": files, "base.2": more})
+        with pytest.raises(IntegrityError, match=fact):
+            await lay(shelf, info, see(info, tmp_path / fact))
+
+
+async def test_a_link_in_the_place_of_global_is_not_followed(tmp_path: Path) -> None:
+    shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, see(info, directory))
+    (directory / "global").rename(tmp_path / "global")
+    (directory / "global").symlink_to(tmp_path / "global")
+    await lay(shelf, info, see(info, directory))
+    check(directory, files)
+    assert (tmp_path / "global/pg_control").read_bytes() == CONTROL
 
 
 async def test_tablespaces_are_compared_where_they_lie(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ _MOST_HISTORY = 1 << 20
 #: How often a segment is looked for whose tails go while they are read.
 _LOOKS = 5
 
+_GONE = "a lifecycle rule or a person may have deleted it; another plan will say what can be reached now"
+
 
 class WalServer:
     """What of the stored WAL belongs to one lineage.
@@ -50,7 +52,10 @@ class WalServer:
         if file is None:
             return None
         if file.kind is WalKind.HISTORY:
-            return await self._get(file, _MOST_HISTORY)
+            history = await self._get(file, _MOST_HISTORY)
+            if history is None and file.timeline == self._lineage.timeline and len(self._lineage.legs) > 1:
+                raise IntegrityError(f"{name} was there when the restore was planned, and is gone", hint=_GONE)
+            return history
         serve = self._lineage.serve(file)
         if serve is None:
             return None
@@ -99,7 +104,7 @@ class WalServer:
             now = f"has {reach}" if reach else "is gone"
             raise IntegrityError(
                 f"segment {file} {what} when the restore was planned, and {now}",
-                hint="a lifecycle rule or a person may have deleted it; another plan will say what can be reached now",
+                hint=_GONE,
             )
         return made.content if made else None
 

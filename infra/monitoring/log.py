@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import traceback
 from collections.abc import MutableMapping
 from typing import Any, TypeAlias, assert_never
 
@@ -62,11 +64,12 @@ def configure(*, plain: bool = False) -> None:
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     last: list[Any]
     if sys.stderr.isatty():
-        last = [stamp, structlog.dev.ConsoleRenderer()]
+        last = [stamp, _on_one_line, structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ)]
     elif plain:
         last = [_plain]
     else:
         last = [stamp, structlog.processors.JSONRenderer()]
+    _take_over()
     structlog.configure(
         processors=[structlog.processors.add_log_level, _without_empty_hint, *last],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
@@ -79,6 +82,33 @@ def _without_empty_hint(_logger: Any, _method: str, event: MutableMapping[str, A
     if event.get("hint") == "":
         del event["hint"]
     return event
+
+
+def _on_one_line(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What a server or a store has answered may have several; a traceback, which nobody foresaw, keeps them."""
+    for key, value in event.items():
+        if isinstance(value, str) and key != "exception":
+            event[key] = "\\n".join(value.splitlines())
+    return event
+
+
+class _Forward(logging.Handler):
+    """Warnings of libraries, as lines like all others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        more = {}
+        if record.exc_info and record.exc_info[1] is not None:  # nobody foresaw it: where it was is what helps
+            more["exception"] = "".join(traceback.format_exception(record.exc_info[1]))
+        line = structlog.get_logger().bind(source=record.name, said=record.getMessage(), **more)
+        (line.error if record.levelno >= logging.ERROR else line.warning)("library")
+
+
+def _take_over() -> None:
+    """Without a handler of ours, Python would print what libraries tell, with tracebacks, in a form of its own."""
+    root = logging.getLogger()
+    for old in [handler for handler in root.handlers if isinstance(handler, _Forward)]:
+        root.removeHandler(old)
+    root.addHandler(_Forward(logging.WARNING))
 
 
 def _plain(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ VERBS = {
     "backup": "Take a base backup now.",
     "switch": "Switch WAL and wait until the old segment is safe everywhere.",
     "push": "Ship what waits in the spool, then exit.",
-    "status": "How far behind each destination is, and whether all is well.",
+    "status": "Whether it is safe and why, and how far behind each destination is.",
     "list": "Backups, and the times that can be restored.",
     "restore": "Bring the cluster back to a moment.",
     "drill": "Restore into a throw-away server, check it, and report.",

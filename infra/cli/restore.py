@@ -53,7 +53,11 @@ from pipeline.wal import WalFile
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace the data directory that is there.")
 @click.option("--delta", is_flag=True, help="Keep what lies there already and is as in the backup; fetch the rest.")
-@click.option("--standby", is_flag=True, help="Make a standby that goes on following the archive; no target.")
+@click.option(
+    "--standby",
+    is_flag=True,
+    help="Make a standby that goes on following the archive, on this timeline only; no target.",
+)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before something is overwritten.")
 @click.option("--start", "start_server", is_flag=True, help="Start the server and wait until it is at the target.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With --start: listen there.")

@@ -152,3 +152,16 @@ def test_a_promoted_server_forgets_its_recovery(tmp_path: Path) -> None:
         "recovery_end_command": "", "recovery_min_apply_delay": "0", "recovery_target_name": "",
     }  # fmt: skip
     assert (left["work_mem"], left["archive_mode"], left["synchronous_standby_names"]) == ("1", "off", "")
+
+
+def test_a_standby_has_no_target_and_stays_on_the_planned_timeline(tmp_path: Path) -> None:
+    settings = settings_for(plan(Target(TargetKind.NAME, name="a")), standby=True)
+    assert {name for name in settings if name.startswith("recovery_target") and settings[name]} == {
+        "recovery_target_timeline", "recovery_target_inclusive", "recovery_target_action",
+    }  # fmt: skip
+    assert settings["recovery_target_timeline"].isdecimal()
+    assert settings["archive_mode"] == "off"
+    (tmp_path / "recovery.signal").touch()
+    write_recovery_files(tmp_path, settings, segment_size=SIZE, fetch=("x",), context=b"", owner=None, standby=True)
+    assert (tmp_path / "standby.signal").exists()
+    assert not (tmp_path / "recovery.signal").exists()

@@ -200,7 +200,9 @@ async def open_keys(
             failures.append((store, error))
             continue
         for passed_over, failure in failures:
-            log.warning("keys", destination=passed_over.name, error=failure.fact, hint=failure.hint, served_by=store.name)
+            log.warning(
+                "keys", destination=passed_over.name, error=failure.fact, hint=failure.hint, served_by=store.name
+            )
         if not writer:
             # An object that only another destination has may lie under a data key that only it has.
             for other in stores:

@@ -21,7 +21,7 @@ from infra.restore import Place, Watch, make_plan, restore
 from pipeline.errors import RecoveryError
 from pipeline.targets import Target
 from tests.acceptance.conftest import Copy
-from tests.acceptance.test_restore_store_errors import NO_FETCH, build
+from tests.acceptance.made_repository import NO_FETCH, build
 
 
 def fingerprint(*folders: Path) -> dict[str, str]:
@@ -82,6 +82,18 @@ def test_a_target_that_cannot_be_reached(
     assert fact in done.stderr
     assert hint in done.stderr.partition("hint:")[2]
     assert fingerprint(occupied.parent, copy.local) == before
+
+
+def test_another_clusters_directory_is_not_brought_forward(copy: Copy, occupied: Path) -> None:
+    before = fingerprint(occupied.parent)
+    foreign = int.from_bytes(b"c" * 8, "little")
+    done = copy.run("restore", "--target-dir", str(occupied), "--delta", expect=13)
+    assert f"{occupied} is the data directory of the cluster {foreign}, and backup base_" in done.stderr
+    assert "hint: choose another folder, or --force" in done.stderr
+    (occupied / "PG_VERSION").unlink()
+    assert f"{occupied} is not empty" in copy.run("restore", "--target-dir", str(occupied), "--delta", expect=13).stderr
+    before.pop(str(occupied / "PG_VERSION"))
+    assert fingerprint(occupied.parent) == before
 
 
 # -- what is missing everywhere

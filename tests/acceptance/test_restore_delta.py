@@ -19,7 +19,6 @@ import pytest
 
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import free_port, make_folder
-from tests.acceptance.test_restore_bad_input import fingerprint
 from tests.acceptance.test_restore_interrupted import killed_at
 from tests.rig import Rig, stop_started
 from tests.servers import NEWEST
@@ -141,29 +140,6 @@ def test_killed_half_way_it_goes_on(past: Past) -> None:
     result = past.rig.json(*past.words(target))
     assert result["bytes_kept"] > result["base_bytes"] / 2, "what was there before the first run is still of use"
     past.verified(target)
-
-
-def test_another_clusters_directory_is_refused(past: Past) -> None:
-    target = past.rig.target()
-    (target / "global").mkdir()
-    (target / "PG_VERSION").write_text(f"{NEWEST}\n")
-    content = bytearray((past.old / "global/pg_control").read_bytes())
-    content[0] ^= 1
-    (target / "global/pg_control").write_bytes(content)
-    foreign = int.from_bytes(content[:8], "little")
-    before = fingerprint(target)
-    done = past.rig.run(*past.words(target), expect=13)
-    assert f"{target} is the data directory of the cluster {foreign}, and backup base_" in done.stderr
-    assert "hint: choose another folder, or --force" in done.stderr
-    assert fingerprint(target) == before
-
-
-def test_a_folder_that_is_no_data_directory_is_refused(past: Past) -> None:
-    target = past.rig.target()
-    (target / "precious").write_text("do not touch")
-    before = fingerprint(target)
-    assert f"{target} is not empty" in past.rig.run(*past.words(target), expect=13).stderr
-    assert fingerprint(target) == before
 
 
 def test_a_running_server_is_refused(past: Past) -> None:

@@ -222,13 +222,13 @@ def cases(at: dict[int, Commit], *, briefly: bool) -> list[Case]:
 def refused(history: History) -> None:
     """Targets of the other timeline: said at once, with what this one reaches. Nothing is made."""
     at, target = history.commits, history.rig.target("refused")
-    for words, fact in (
-        (("--to-name", "only here", "--timeline", "1"), "restore point 'only here' is not in the stored WAL"),
-        (("--to-xid", at[12].xid, "--timeline", "1"), f"transaction {at[12].xid} is not in the stored WAL"),
+    for words, what in (
+        (("--to-name", "only here"), "restore point 'only here' is on timeline 2, at LSN "),
+        (("--to-xid", at[12].xid), f"transaction {at[12].xid} is on timeline 2, at LSN "),
     ):
-        done = history.rig.run("restore", "--target-dir", str(target), *words, expect=13)
-        assert fact in done.stderr
-        assert "hint: timeline 1 can be restored from " in done.stderr
+        done = history.rig.run("restore", "--target-dir", str(target), *words, "--timeline", "1", expect=13)
+        assert what in done.stderr
+        assert "and not on timeline 1, which was followed\nhint: --timeline 2 restores to it" in done.stderr
         assert list(target.iterdir()) == []
 
 

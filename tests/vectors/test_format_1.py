@@ -62,7 +62,8 @@ def keys() -> RepositoryKeys:
     """The encrypted repository, opened by what a restored server has: so that scrypt runs once, in its own test."""
     secrets = {ABOUT["data_key"]["id"]: ABOUT["data_key"]["secret"]}
     policy = {"wal": True, "base": True}
-    document = {"walship_restore_keys": 1, "system_id": ENCRYPTED, "policy": policy, "keys": secrets}
+    document = {"walship_restore_keys": 1, "system_id": ENCRYPTED, "policy": policy, "keys": secrets,
+                "ring": "", "number": 0, "identity": ""}  # fmt: skip
     return RepositoryKeys.from_restore_keys(json.dumps(document).encode())
 
 

@@ -21,7 +21,6 @@ from typing import Any, Protocol, TypeVar
 from handlers.fetch import Fetcher
 from handlers.upload import Uploader
 from infra.holdings import Holding, together
-from infra.postgres.control import ServerFacts
 from infra.recoverable import Moments, Recoverable, read_moments, recoverable
 from infra.settings import Settings
 from infra.standing import DestinationStatus, Status, judge_absent, stopped_by
@@ -66,8 +65,9 @@ class Lookout:
         self._uploader: Uploader | None = None
         self._outside: Outside | None = None
         self._looked = -math.inf
-        #: destination → its last listing, the server at that time, and when it was, in monotonic seconds.
-        self._listings: dict[str, tuple[Holding, ServerFacts | None, float]] = {}
+        #: destination → its last listing, what it meant beside the server of that time, and when it was, in monotonic
+        #: seconds.
+        self._listings: dict[str, tuple[Holding, DestinationStatus, float]] = {}
         self._fresh = asyncio.Event()
         #: The stream began or ended: the server is worth a look.
         self._changed = asyncio.Event()
@@ -91,7 +91,7 @@ class Lookout:
     def listed(self, holding: Holding) -> None:
         """A destination was listed, or did not answer. Told by ``infra.survey``."""
         server = self._outside.server if self._outside else None
-        self._listings[holding.name] = holding, server, self._clock.monotonic()
+        self._listings[holding.name] = holding, destination_status(holding, server), self._clock.monotonic()
         self._listed = self._clock.now()
         self._fresh.set()
 
@@ -162,7 +162,7 @@ class Lookout:
         site, outside = self._site, self._outside
         if site is None or outside is None or len(self._listings) < len(site.stores):
             return None
-        places = tuple(self._place(site, *self._listings[store.name][:2]) for store in site.stores)
+        places = tuple(self._place(site, self._listings[store.name][1]) for store in site.stores)
         status = status_of(site, outside, places, service_words=f"running: version {version('walship')}")
         stored = self._stored and _going_on(self._stored, self._until([h for h, _, _ in self._listings.values()]))
         return replace(
@@ -182,9 +182,8 @@ class Lookout:
             if now - when > _MISSED * self._settings.survey_interval + 60:
                 yield f"{name} was last listed {now - when:.0f} s ago"
 
-    def _place(self, site: Site, holding: Holding, server: ServerFacts | None) -> DestinationStatus:
+    def _place(self, site: Site, place: DestinationStatus) -> DestinationStatus:
         """The listing, and what was told since."""
-        place = destination_status(holding, server)
         outlets = self._uploader.outlets if self._uploader else ()
         if not place.error and any(outlet.name == place.name and outlet.down for outlet in outlets):
             why = self._refused.get(place.name, "it takes nothing")

@@ -47,6 +47,8 @@ log = structlog.get_logger()
 
 #: Longest pause in seconds between looks at the server and at the spool.
 SURROUNDINGS_EVERY = 15.0
+#: Longest pause between listings of a destination that does not answer, has a hole, or has no base backup yet.
+UNWELL_EVERY = 30.0
 #: Seconds that the server, or the spool, has for an answer; and a destination for all of its listing.
 _PATIENCE, _LISTING = 10.0, 300.0
 #: The last transaction is looked for in so many segments at most; and at every so manyth listing.
@@ -173,34 +175,40 @@ class Survey:
     async def _again(self, store: Store, *, required: bool) -> None:
         looks = 0
         while True:
-            await self._read(store, required=required, opens=looks % _EACH == 0)
+            well = await self._read(store, required=required, opens=looks % _EACH == 0)
             looks += 1
-            await self._site.clock.sleep(self._site.settings.survey_interval)
+            interval = self._site.settings.survey_interval
+            # Somebody mends it just now, and looks whether it is mended.
+            await self._site.clock.sleep(interval if well else min(interval, UNWELL_EVERY))
 
-    async def _read(self, store: Store, *, required: bool, opens: bool) -> None:
-        """``opens``: read the end of the WAL as well, if there is more than at the last time."""
-        site, readings = self._site, self._metrics.readings
+    async def _read(self, store: Store, *, required: bool, opens: bool) -> bool:
+        """``opens``: read the end of the WAL as well, if there is more than at the last time.
+
+        Returns whether all is well there: it answers, and what is stored there can be restored to its end.
+        """
+        site, readings, abandoned = self._site, self._metrics.readings, 0.0
         try:
             async with asyncio.timeout(_LISTING):
                 await site.keys.refresh(store)  # what commands have stored lies under keys of theirs
                 holding = await hold(store, site, self._known, required=required)
                 abandoned = await _abandoned(store, holding.catalog, site.clock.now())
-        except (StoreError, IntegrityError, TimeoutError):
-            readings.failed("repository", store.name)
-            return
+        except (StoreError, IntegrityError) as error:
+            holding = _nothing(store, site, error.fact, required=required)
+        except TimeoutError:
+            holding = _nothing(store, site, f"it was not listed within {_LISTING:.0f} s", required=required)
         self._listed(holding)
         if holding.error:
             readings.failed("repository", store.name)
-            return
+            return False
         reading = await asyncio.to_thread(repository_reading, holding)
         self._metrics.repository_read(store.name, replace(reading, abandoned=abandoned))
-        if not opens and readings.is_up("last_commit", store.name) == 1:
-            return
-        try:
-            async with asyncio.timeout(_LISTING):
-                await self._read_last_commit(store, holding)
-        except (StoreError, IntegrityError, RecoveryError, TimeoutError):
-            readings.failed("last_commit", store.name)
+        if opens or readings.is_up("last_commit", store.name) != 1:
+            try:
+                async with asyncio.timeout(_LISTING):
+                    await self._read_last_commit(store, holding)
+            except (StoreError, IntegrityError, RecoveryError, TimeoutError):
+                readings.failed("last_commit", store.name)
+        return holding.newest is not None and holding.reach(holding.catalog.newest_timeline).missing is None
 
     async def _read_last_commit(self, store: Store, holding: Holding) -> None:
         backup, timeline = holding.newest, holding.catalog.newest_timeline
@@ -223,6 +231,10 @@ class Survey:
                 moment = await asyncio.to_thread(_last, bytes(content), file, size, backup.stop_lsn, path.end)
         self._metrics.readings.last_commit_read(store.name, moment)
         self._ends[store.name] = path.end
+
+
+def _nothing(store: Store, site: Site, error: str, *, required: bool) -> Holding:
+    return Holding(store.name, required, Catalog(site.facts.system_id, site.facts.segment_size), error=error)
 
 
 def _last(content: bytes, file: WalFile, size: int, begin: Lsn, end: Lsn) -> float | None:

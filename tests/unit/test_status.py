@@ -17,9 +17,10 @@ from infra.holdings import hold
 from infra.postgres.control import Archiver, Role, ServerFacts
 from infra.postgres.senders import Sender, StreamFacts
 from infra.postgres.slots import Slot
+from infra.recoverable import Backup, Gap, Recoverable, Stretch
 from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
-from infra.standing import DestinationStatus
+from infra.standing import DestinationStatus, judge
 from infra.status import _late, _stream, destination_status, read_status
 from infra.storage.lease import Lease
 from infra.storage.memory import MemoryStore
@@ -305,6 +306,32 @@ async def test_a_timeline_that_has_only_tails_so_far(shelf: Shelf) -> None:
     place = DestinationStatus("memory", required=True, timeline=3, durable_lsn="0/9", tail_bytes=29800)
     status = replace(await read_status(site_of(shelf, shelf.store)), destinations=(place,))
     assert "  timeline 3: no finished segment yet, 29.1 KB in tails; behind by unknown" in status_lines(status)
+
+
+async def test_the_terminal_tells_what_can_be_restored(shelf: Shelf) -> None:
+    noon, missing = "2026-01-14 12:00:00 UTC", "000000010000000000000006"
+    stretch = Stretch(1, NOON, NOON, "0/1", "0/9", "hole", missing, 0, ("base",))
+    stored = Recoverable(
+        newest_timeline=2,
+        backups=(Backup("base_20260114_120000", "full", 1, NOON, NOON, 1 << 20, 5, ("memory",)),),
+        stretches=(stretch, replace(stretch, timeline=2, ended_by="open", missing="", ends=None)),
+        holes=(Gap(1, missing, missing, 1), Gap(1, "a", "b", 2)),
+        missing_segments=3,
+    )
+    status = replace(await read_status(site_of(shelf, shelf.store)), recoverable=stored)
+    lines = status_lines(status)
+    assert lines[0] == judge(status)[1]
+    assert lines[-7:] == [
+        f"restore  any moment from {noon} to {noon} on timeline 1 (--timeline); {missing} is missing behind it",
+        f"restore  any moment from {noon} to a time that is not known",
+        f"backups  1 base backup, the last one base_20260114_120000 of {noon} (1.0 MB)",
+        f"hole     segment {missing} is missing",
+        "hole     2 segments are missing, a to b",
+        "verified not known",
+        "drill    not known",
+    ]
+    empty = status_lines(replace(status, recoverable=Recoverable()))
+    assert "restore  nothing: there is no base backup with the WAL that it needs" in empty
 
 
 async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:

@@ -24,7 +24,7 @@ class Pace:
             self._free_at = max(self._free_at, now - _BURST) + size / self._rate
             return max(0.0, self._free_at - now)
 
-    def wait(self, size: int) -> None:
-        """Blocks the thread."""
+    def wait(self, size: int, stop: threading.Event) -> None:
+        """Blocks the thread, or until ``stop`` is set."""
         if (seconds := self.take(size)) > 0:
-            time.sleep(seconds)
+            stop.wait(seconds)

@@ -6,7 +6,9 @@ left out, what it has lost is filled with zeros, and one that is gone before it 
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,8 +46,10 @@ class Copy:
     checksums: bool
     blocks: int
     damaged: list[Damage] = field(default_factory=list)
-    #: Waits until so many bytes may be read.
-    pace: Callable[[int], None] = lambda _: None
+    #: Waits until so many bytes may be read, or it was stopped.
+    pace: Callable[[int, threading.Event], None] = lambda _size, _stop: None
+    #: Set when nobody wants more of it: a thread cannot be cancelled.
+    stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, path: str, size: int, mtime: int, crc: int) -> None:
@@ -101,17 +105,20 @@ class Stream:
         return front + data + bytes(-len(data) % BLOCK)
 
     def _all(self) -> Iterator[bytes]:
-        for found in self._files:
-            try:
-                yield from self._folder(found) if found.folder else self._file(found)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise SourceError(
-                    f"{found.source} cannot be read: {error.strerror}",
-                    hint="walship has to run as the server's user to read the data directory; the disk's log may tell"
-                    " more. WALSHIP_DATA_DIR unset takes the backup through the server instead",
-                ) from None
+        try:
+            for found in self._files:
+                if self._copy.stop.is_set():
+                    return
+                try:
+                    yield from self._folder(found) if found.folder else self._file(found)
+                except FileNotFoundError:
+                    continue
+        except OSError as error:
+            raise SourceError(
+                f"{error.filename or self.archive} cannot be read: {error.strerror}",
+                hint="walship has to run as the server's user to read the data directory; the disk's log may tell"
+                " more. WALSHIP_DATA_DIR unset takes the backup through the server instead",
+            ) from None
 
     def _folder(self, found: Found) -> Iterator[bytes]:
         yield header(
@@ -119,9 +126,12 @@ class Stream:
         )
 
     def _file(self, found: Found) -> Iterator[bytes]:
-        handle = os.open(found.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Not blocking: what was a file when it was listed may be a pipe by now, and nobody writes to that.
+        handle = os.open(found.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             seen = os.fstat(handle)
+            if not stat.S_ISREG(seen.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", str(found.source))
             size, mtime = seen.st_size, int(seen.st_mtime)
             yield header(
                 found.path, EntryKind.FILE, size=size, mode=found.mode, mtime=mtime, uid=found.uid, gid=found.gid
@@ -142,8 +152,13 @@ class Stream:
         damaged: list[int] = []
         for offset in range(0, size, _READ):
             length = min(_READ, size - offset)
-            self._copy.pace(length)
-            piece = os.pread(handle, length, offset)
+            self._copy.pace(length, self._copy.stop)
+            if self._copy.stop.is_set():
+                return
+            try:
+                piece = os.pread(handle, length, offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(found.source)) from None  # pread knows no name
             if self._copy.checksums and found.segment is not None:
                 damaged += self._check(handle, piece, offset, found.segment)
             yield piece + bytes(length - len(piece))

@@ -7,10 +7,11 @@ relations but for their init forks, and the WAL. Folders that are emptied are ke
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ _TEMPORARY_RELATION = re.compile(r"t\d+_\d+(_(fsm|vm|init))?(\.\d+)?")
 _RELATION = re.compile(r"(\d+)(?:_(fsm|vm|init))?(?:\.(\d+))?")
 #: Where relations lie: global/, base/OID/, and PG_17_202406281/OID/ of a tablespace.
 _OF_RELATIONS = re.compile(r"(?:base|PG_\d+(?:\.\d+)?_\d+|pg_tblspc/\d+/PG_\d+(?:\.\d+)?_\d+)/\d+")
+#: Where data lies that a cluster cannot be without.
+_VITAL = frozenset({"base", "global", "pg_xact", "pg_multixact", "pg_twophase", "PG_VERSION"})
 #: Written last, by whoever takes the backup.
 CONTROL = "global/pg_control"
 
@@ -54,16 +57,20 @@ class Found:
     segment: int | None = None
 
 
-def walk(root: Path, major: int, *, tablespace: bool = False) -> Iterator[Found]:
+def walk(
+    root: Path, major: int, *, tablespace: str = "", passed: Callable[[Path], None] = lambda _: None
+) -> Iterator[Found]:
     """All that belongs in the archive of the data directory ``root``, or of a tablespace's folder; folders first.
 
-    What vanishes meanwhile is left out: relations may be dropped at any time. Raises OSError for what is there and
-    cannot be read.
+    ``tablespace``: the one folder of a tablespace that is this server's: ``PG_17_202406281``. Beside it may be what
+    another version left there, or ``lost+found``. What vanishes meanwhile is left out: relations may be dropped at any
+    time. ``passed`` is told of links and special files, which are left out as BASE_BACKUP leaves them out. Raises
+    OSError for what is there and cannot be read, and for a link in the place of what a cluster cannot be without.
     """
-    yield from _below(root, "", major, tablespace=tablespace)
+    yield from _below(root, "", major, passed, tablespace=tablespace)
 
 
-def _below(root: Path, folder: str, major: int, *, tablespace: bool) -> Iterator[Found]:
+def _below(root: Path, folder: str, major: int, passed: Callable[[Path], None], *, tablespace: str) -> Iterator[Found]:
     try:
         with os.scandir(root / folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -74,6 +81,8 @@ def _below(root: Path, folder: str, major: int, *, tablespace: bool) -> Iterator
     folders = []
     for entry in listed:
         path = f"{folder}/{entry.name}" if folder else entry.name
+        if tablespace and not folder and entry.name != tablespace:
+            continue
         if _is_left_out(entry.name, folder, names, relations=relations) or path == CONTROL:
             continue
         try:
@@ -87,11 +96,19 @@ def _below(root: Path, folder: str, major: int, *, tablespace: bool) -> Iterator
                 folders.append(path)
             elif stat.S_ISREG(seen.st_mode):
                 yield _found(path, Path(entry.path), seen, _segment(entry.name, folder, relations=relations))
-            # Links and special files are none of PostgreSQL's, but for those of tablespaces: archives of their own.
+            elif folder != "pg_tblspc":  # the links to tablespaces: archives of their own
+                _refuse_vital(path, entry.path, tablespace)
+                passed(Path(entry.path))
         except FileNotFoundError:
             continue
     for path in folders:
-        yield from _below(root, path, major, tablespace=tablespace)
+        yield from _below(root, path, major, passed, tablespace=tablespace)
+
+
+def _refuse_vital(path: str, source: str, tablespace: str) -> None:
+    """PostgreSQL leaves a link out with a warning; here that would be a backup without its tables."""
+    if tablespace or path.partition("/")[0] in _VITAL:
+        raise OSError(errno.EINVAL, "it is no file and no folder but a link, or a special file", source)
 
 
 def _is_left_out(name: str, folder: str, names: set[str], *, relations: bool) -> bool:

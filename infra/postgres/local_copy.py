@@ -17,6 +17,7 @@ import re
 import struct
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,21 +50,28 @@ _END = bytes(1024)
 _SAME_START = 5
 #: How often a control file is read that the server is writing.
 _TRIES = 20
+#: Seconds between looks at whether the session that began the backup is still there.
+_LOOK = 2.0
 _MANIFEST_PIECE = 1 << 20
 
 _BEGIN = """
-select pg_backup_start(%s, %s)::text,
-       case when pg_is_in_recovery() then (select timeline_id from pg_control_checkpoint())
-            else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end,
-       (select system_identifier from pg_control_system())::text,
+select pg_backup_start(%s, %s)::text, (select system_identifier from pg_control_system())::text,
+       (select catalog_version_no from pg_control_system())::text,
        extract(epoch from pg_postmaster_start_time())::bigint,
        (select sum(pg_tablespace_size(oid))::bigint from pg_tablespace),
        current_setting('port')::int, current_setting('data_checksums') = 'on',
        (select setting::int from pg_settings where name = 'segment_size')
 """
+# In-place tablespaces, for developers, are folders of the data directory.
 _TABLESPACES = """
 select oid::bigint, pg_tablespace_location(oid) from pg_tablespace
-where spcname not in ('pg_default', 'pg_global') order by oid
+where spcname not in ('pg_default', 'pg_global') and left(pg_tablespace_location(oid), 10) <> 'pg_tblspc/'
+order by oid
+"""
+#: The timeline that the server is on, as a primary or a standby.
+_TIMELINE = """
+select case when pg_is_in_recovery() then (select min_recovery_end_timeline from pg_control_recovery())
+     else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end
 """
 
 
@@ -74,6 +82,9 @@ class _Begun:
     start: Lsn
     timeline: int
     system_id: str
+    major: int
+    #: Name of its folder in a tablespace.
+    version_folder: str
     tablespaces: tuple[Tablespace, ...]
     estimate: int
     checksums: bool
@@ -89,31 +100,42 @@ async def stream(
     workers: int = 2,
     pace: Pace | None = None,
     damaged: Callable[[Damage], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> AsyncGenerator[BackupMessage, None]:
     """Take a base backup by reading ``directory``: see ``pipeline.backup`` for the messages.
 
     Read it within ``contextlib.aclosing``: closing it ends the session, and with it the backup on the server, without a
-    trace. ``damaged`` is told of pages whose checksum is wrong. Raises SourceError.
+    trace. ``damaged`` is told of pages whose checksum is wrong, ``tell`` of links that are left out.
+
+    Raises SourceError.
     """
+
+    def passed(path: Path) -> None:
+        tell(f"{path} is left out: it is a link or a special file, and PostgreSQL makes none there")
+
     async with await connect(settings, application_name=BACKUP_NAME) as connection:
-        major = connection.info.server_version // 10000
         begun = await _begin(connection, directory, label, fast=fast)
-        copy = Copy(begun.start, ManifestMaker(begun.system_id, major), begun.checksums, begun.blocks)
+        copy = Copy(begun.start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks)
         if pace is not None:
             copy.pace = pace.wait
         yield BackupStarted(begun.start, begun.timeline, begun.tablespaces, begun.estimate)
-        for tablespace in begun.tablespaces:
-            prefix = f"pg_tblspc/{tablespace.oid}/"
-            files = Shared(walk(directory / prefix, major, tablespace=True))
-            streams = [Stream(f"{tablespace.oid}.{n}", files, copy, prefix) for n in range(1, workers + 1)]
-            async for message in _mixed(streams, end=True):
-                yield message
-        files = Shared(walk(directory, major))
-        streams = [Stream(f"base.{n}", files, copy) for n in range(1, workers + 1)]
-        async for message in _mixed(streams, end=False):
-            yield message
+        looked = time.monotonic()
+        for tablespace in (*begun.tablespaces, None):
+            prefix = f"pg_tblspc/{tablespace.oid}/" if tablespace else ""
+            version = begun.version_folder if tablespace else ""
+            files = Shared(walk(directory / prefix, begun.major, tablespace=version, passed=passed))
+            area = tablespace.oid if tablespace else "base"
+            streams = [Stream(f"{area}.{n}", files, copy, prefix) for n in range(1, workers + 1)]
+            async with aclosing(_mixed(streams, copy, end=tablespace is not None)) as messages:
+                async for message in messages:
+                    yield message
+                    if time.monotonic() - looked > _LOOK:  # or a server that is gone is noticed at the very end
+                        await rows(connection, "select 1")
+                        looked = time.monotonic()
+        # Before the end: of a standby, it says up to where the WAL has to be replayed, which must not lie behind that.
+        control = await asyncio.to_thread(_control, directory / CONTROL)
         stopped = await _stop(connection)
-        last = await asyncio.to_thread(_last, streams[0], directory, stopped)
+        last = await asyncio.to_thread(_last, streams[0], directory, stopped, control)
         yield ArchiveData(last + _END, streams[0].archive)
         for each in streams[1:]:
             yield ArchiveData(_END, each.archive)
@@ -131,9 +153,14 @@ async def _begin(connection: Connection, directory: Path, label: str, *, fast: b
     tablespaces = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
     await asyncio.to_thread(_check_places, directory, tablespaces)
     (found,) = await rows(connection, _BEGIN, (label, fast))
-    lsn, timeline, system_id, started, estimate, port, checksums, blocks = found
+    lsn, system_id, catalog, started, estimate, port, checksums, blocks = found
+    ((timeline,),) = await rows(connection, _TIMELINE)
     await asyncio.to_thread(_check_same, directory, system_id, int(started), port)
-    return _Begun(Lsn.parse(lsn), timeline, system_id, tablespaces, int(estimate or 0), checksums, blocks)
+    major = connection.info.server_version // 10000
+    size = int(estimate or 0)
+    return _Begun(
+        Lsn.parse(lsn), timeline, system_id, major, f"PG_{major}_{catalog}", tablespaces, size, checksums, blocks
+    )
 
 
 def _check_places(directory: Path, tablespaces: Sequence[Tablespace]) -> None:
@@ -202,24 +229,19 @@ class _Stopped:
 
 
 async def _stop(connection: Connection) -> _Stopped:
-    ((lsn, label, places, timeline),) = await rows(
-        connection,
-        "select lsn::text, labelfile, spcmapfile, case when pg_is_in_recovery()"
-        " then (select timeline_id from pg_control_checkpoint())"
-        " else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end"
-        " from pg_backup_stop(wait_for_archive => false)",
-    )
+    query = "select lsn::text, labelfile, spcmapfile from pg_backup_stop(wait_for_archive => false)"
+    ((lsn, label, places),) = await rows(connection, query)
+    ((timeline,),) = await rows(connection, _TIMELINE)
     return _Stopped(Lsn.parse(lsn), timeline, label, places or "")
 
 
-def _last(stream: Stream, directory: Path, stopped: _Stopped) -> bytes:
+def _last(stream: Stream, directory: Path, stopped: _Stopped, control: bytes) -> bytes:
     """What comes behind all other files: label and map as the server tells them, and the control file."""
     like = (directory / CONTROL).stat()
     now = int(time.time())
     pieces = [stream.content("backup_label", stopped.label.encode(), like, now)]
     if stopped.map:
         pieces.append(stream.content("tablespace_map", os.fsencode(stopped.map), like, now))
-    control = _control(directory / CONTROL)
     pieces.append(stream.content(CONTROL, control, like, int(like.st_mtime)))
     return b"".join(pieces)
 
@@ -235,9 +257,9 @@ def _ranges(begun: _Begun, stopped: _Stopped) -> list[WalRange]:
     return [WalRange(timeline, begun.start, stopped.lsn)]
 
 
-async def _mixed(streams: Sequence[Stream], *, end: bool) -> AsyncGenerator[BackupMessage, None]:
+async def _mixed(streams: Sequence[Stream], copy: Copy, *, end: bool) -> AsyncGenerator[BackupMessage, None]:
     """The pieces of all streams as they come. ``end``: with the end of each archive."""
-    queue: asyncio.Queue[ArchiveData | ArchiveEnded | SourceError | None] = asyncio.Queue(len(streams))
+    queue: asyncio.Queue[ArchiveData | ArchiveEnded | Exception | None] = asyncio.Queue(len(streams))
 
     async def work(stream: Stream) -> None:
         try:
@@ -246,7 +268,7 @@ async def _mixed(streams: Sequence[Stream], *, end: bool) -> AsyncGenerator[Back
             if end:
                 await queue.put(ArchiveData(_END, stream.archive))
                 await queue.put(ArchiveEnded(stream.archive))
-        except SourceError as error:
+        except Exception as error:  # noqa: BLE001 - raised by whoever reads, who would else wait for ever
             await queue.put(error)
         else:
             await queue.put(None)
@@ -258,13 +280,15 @@ async def _mixed(streams: Sequence[Stream], *, end: bool) -> AsyncGenerator[Back
         left = len(tasks)
         while left:
             message = await queue.get()
-            if isinstance(message, SourceError):
+            if isinstance(message, Exception):
                 raise message
             if message is None:
                 left -= 1
             else:
                 yield message
     finally:
+        if not all(task.done() for task in tasks):
+            copy.stop.set()  # and what they read in their threads ends too
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,37 +80,38 @@ def tablespace_of(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def past() -> Iterator[Past]:
-    folder = make_folder("walship-d-")
-    place = folder / "place"
-    place.mkdir()
-    give(place, run_as())
-    with Rig(folder, NEWEST, [f"file://{folder}/local"], server_settings={"autovacuum": "off"}) as rig:
-        # A part is 16 MiB and is fetched whole: only a cluster of many parts shows what is saved. It writes no WAL.
-        rig.server.start({"wal_level": "minimal", "archive_mode": "off", "max_wal_senders": "0"})
-        rig.sql("create database quiet")
-        rig.sql("create table u as select n, repeat('x', 900) from generate_series(1, 100000) n", dbname="quiet")
-        rig.server.stop()
-        rig.server.start()
-        rig.run("init")
-        rig.sql(f"create tablespace outside location '{place}'")
-        rig.sql("create table t as select n, md5(n::text) filler from generate_series(1, 60000) n")
-        rig.sql("create table in_tablespace tablespace outside as select n from generate_series(1, 20000) n")
-        rig.sql("create table dropped as select n from generate_series(1, 1000) n")
-        ((relation,),) = rig.sql("select pg_relation_filepath('t')")
-        rig.server.stop()
-        old = folder / "as_it_was"
-        subprocess.run(["cp", "-a", "--reflink=auto", rig.server.data_dir, old], check=True)
-        subprocess.run(["cp", "-a", "--reflink=auto", place, tablespace_of(old)], check=True)
-        rig.server.start()
-        rig.sql("create table added as select n from generate_series(1, 500) n")
-        rig.sql("drop table dropped")
-        rig.sql("insert into in_tablespace values (-1)")
-        rig.json("backup")
-        rig.sql("insert into t values (0, 'behind the backup')")
-        (content,) = rig.sql(CONTENT)
-        rig.json("switch")
-        yield Past(rig, place, old, str(relation), content)
-    shutil.rmtree(folder)
+    with ExitStack() as stack:
+        folder = make_folder("walship-d-")
+        stack.callback(shutil.rmtree, folder)
+        place = folder / "place"
+        place.mkdir()
+        give(place, run_as())
+        with Rig(folder, NEWEST, [f"file://{folder}/local"], server_settings={"autovacuum": "off"}) as rig:
+            # A part is 16 MiB and is fetched whole: only a cluster of many parts shows what is saved. It writes no WAL.
+            rig.server.start({"wal_level": "minimal", "archive_mode": "off", "max_wal_senders": "0"})
+            rig.sql("create database quiet")
+            rig.sql("create table u as select n, repeat('x', 900) from generate_series(1, 100000) n", dbname="quiet")
+            rig.server.stop()
+            rig.server.start()
+            rig.run("init")
+            rig.sql(f"create tablespace outside location '{place}'")
+            rig.sql("create table t as select n, md5(n::text) filler from generate_series(1, 60000) n")
+            rig.sql("create table in_tablespace tablespace outside as select n from generate_series(1, 20000) n")
+            rig.sql("create table dropped as select n from generate_series(1, 1000) n")
+            ((relation,),) = rig.sql("select pg_relation_filepath('t')")
+            rig.server.stop()
+            old = folder / "as_it_was"
+            subprocess.run(["cp", "-a", "--reflink=auto", rig.server.data_dir, old], check=True)
+            subprocess.run(["cp", "-a", "--reflink=auto", place, tablespace_of(old)], check=True)
+            rig.server.start()
+            rig.sql("create table added as select n from generate_series(1, 500) n")
+            rig.sql("drop table dropped")
+            rig.sql("insert into in_tablespace values (-1)")
+            rig.json("backup")
+            rig.sql("insert into t values (0, 'behind the backup')")
+            (content,) = rig.sql(CONTENT)
+            rig.json("switch")
+            yield Past(rig, place, old, str(relation), content)
 
 
 def test_an_old_data_directory_is_brought_forward(past: Past) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,22 +63,23 @@ def content(port: int) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def house() -> Iterator[House]:
-    folder = make_folder("walship-k-")
-    place = folder / "place"
-    place.mkdir()
-    give(place, run_as())
-    with Rig(folder, NEWEST, [f"file://{folder}/local"]) as rig:
-        rig.server.start()
-        rig.run("init")
-        rig.sql(f"create tablespace outside location '{place}'")
-        rig.sql("create table t (n int primary key, filler text) tablespace outside")
-        rig.json("backup")
-        for first in range(0, 40000, 5000):
-            rig.sql(f"insert into t select n, md5(n::text) from generate_series({first}, {first + 4999}) n")
-        (row,) = rig.sql(CONTENT)
-        rig.json("switch")
-        yield House(rig, place, row)
-    shutil.rmtree(folder)
+    with ExitStack() as stack:
+        folder = make_folder("walship-k-")
+        stack.callback(shutil.rmtree, folder)
+        place = folder / "place"
+        place.mkdir()
+        give(place, run_as())
+        with Rig(folder, NEWEST, [f"file://{folder}/local"]) as rig:
+            rig.server.start()
+            rig.run("init")
+            rig.sql(f"create tablespace outside location '{place}'")
+            rig.sql("create table t (n int primary key, filler text) tablespace outside")
+            rig.json("backup")
+            for first in range(0, 40000, 5000):
+                rig.sql(f"insert into t select n, md5(n::text) from generate_series({first}, {first + 4999}) n")
+            (row,) = rig.sql(CONTENT)
+            rig.json("switch")
+            yield House(rig, place, row)
 
 
 def begun(rig: Rig, *words: str) -> subprocess.Popen[str]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,14 +121,15 @@ class History:
 
 @pytest.fixture(params=SERVER_VERSIONS, ids=lambda major: f"pg{major}")
 def history(request: pytest.FixtureRequest) -> Iterator[History]:
-    folder = make_folder("walship-m-")
-    settings = {
-        "track_commit_timestamp": "on", "allow_in_place_tablespaces": "on", "autovacuum": "off",
-        "wal_keep_size": "64MB",
-    }  # fmt: skip
-    with Rig(folder, request.param, [f"file://{folder}/local"], server_settings=settings) as rig:
-        yield made(rig)
-    shutil.rmtree(folder)
+    with ExitStack() as stack:
+        folder = make_folder("walship-m-")
+        stack.callback(shutil.rmtree, folder)
+        settings = {
+            "track_commit_timestamp": "on", "allow_in_place_tablespaces": "on", "autovacuum": "off",
+            "wal_keep_size": "64MB",
+        }  # fmt: skip
+        with Rig(folder, request.param, [f"file://{folder}/local"], server_settings=settings) as rig:
+            yield made(rig)
 
 
 def made(rig: Rig) -> History:

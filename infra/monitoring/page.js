@@ -280,7 +280,8 @@ function show() {
 
 async function look() {
   try {
-    const answer = await fetch("/api/status", { cache: "no-store" });
+    // A service that hangs must not leave the page as it was.
+    const answer = await fetch("/api/status", { cache: "no-store", signal: AbortSignal.timeout(5000) });
     if (!answer.ok) throw new Error(String(answer.status));
     status = await answer.json();
     unanswered = 0;
@@ -288,6 +289,11 @@ async function look() {
     unanswered += 1;
   }
   if (status) show(); else showVerdict();
+}
+
+async function keepLooking() {
+  if (!document.hidden) await look();
+  setTimeout(keepLooking, unanswered ? 1000 : EVERY);
 }
 
 function begin() {
@@ -317,8 +323,7 @@ function begin() {
     copying = setTimeout(() => { $("copied").textContent = ""; }, 4000);
   });
   addEventListener("resize", () => { if (status) show(); });
-  look();
-  setInterval(() => { if (!document.hidden) look(); }, EVERY);
+  keepLooking();
   document.addEventListener("visibilitychange", () => { if (!document.hidden) look(); });
 }
 

@@ -55,7 +55,7 @@ class Layout:
             raise IntegrityError(f"the index lists {line.path!r} where the archive {line.archive} has nothing")
         name = prefix_of(line.archive) + line.path
         key = (line.archive, line.part)
-        if line.offset and not line.part_offset:
+        if line.length and not line.part_offset:  # also at offset 0, where its header ends the part before
             self.inside[key] = Inside(line.path, line.size, line.offset)
         header = start if line.offset else start - BLOCK
         if header > self._reached[line.archive]:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from handlers.fetch import Fetcher
 from infra.postgres.recovery_files import inherited, parse_conf, quoted
 from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.wal_script import FOLDER, SCRIPT
-from infra.restore import Repository, check_place, make_plan, restore
+from infra.restore import check_place, make_plan, restore
 from pipeline.catalog import wal_key
+from pipeline.contracts import Fetched
 from pipeline.errors import ConfigError, RecoveryError
+from pipeline.objects import MAX_PLAIN
 from pipeline.targets import Target
 from pipeline.wal import WalFile
 from tests.integration.test_recovery_rules import (
@@ -160,13 +163,18 @@ async def test_an_interrupted_start_leaves_no_server(start_server: StartServer, 
     repository = bank.repository()
     stuck = asyncio.Event()
 
-    async def never(name: str, *, backup: str | None = "", most: int = 0) -> object:
-        if backup == "" and "history" not in name:
-            stuck.set()
-            await asyncio.Event().wait()
-        return await repository.fetch(name, backup=backup, most=most)
+    class Never(Fetcher):
+        """WAL never comes."""
 
-    task = asyncio.create_task(restore(slow(repository, never), plan, place))
+        async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
+            if backup == "" and "history" not in name:
+                stuck.set()
+                await asyncio.Event().wait()
+            return await super().__call__(name, backup=backup, most=most)
+
+    assert isinstance(repository.fetch, Fetcher)
+    never = Never(repository.stores, repository.fetch._chain, repository.system_id)
+    task = asyncio.create_task(restore(replace(repository, fetch=never), plan, place))
     async with asyncio.timeout(60):
         await stuck.wait()
         while not (place.directory / "postmaster.pid").exists():
@@ -176,10 +184,6 @@ async def test_an_interrupted_start_leaves_no_server(start_server: StartServer, 
         await task
     assert not (place.directory / "postmaster.pid").exists()
     assert not list((place.directory / FOLDER / "feed" / "ready").iterdir())
-
-
-def slow(repository: Repository, fetch: object) -> Repository:
-    return replace(repository, fetch=fetch)  # type: ignore[arg-type]
 
 
 def test_settings_are_quoted_as_postgresql_reads_them(server_folder: Path) -> None:

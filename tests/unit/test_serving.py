@@ -14,6 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from infra.monitoring.http import serving
+from infra.monitoring.log import configure
 from infra.monitoring.metrics import Metrics
 from infra.postgres.throwaway import free_port
 from infra.settings import listen_address, load
@@ -113,3 +114,24 @@ def test_a_command_that_measures_nothing_loads_no_server() -> None:
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert said.stdout == "[]\n"
+
+
+async def test_a_default_port_that_is_taken_is_told_and_no_error(
+    metrics: Metrics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    configure()
+    async with serving(listen, metrics), serving(listen, metrics, chosen=False):
+        pass
+    assert '"not_listening"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "listens"), [(None, "127.0.0.1:9432"), ("off", ""), ("[::1]:80", "[::1]:80")])
+def test_it_listens_on_this_machine_unless_told_otherwise(
+    given: str | None, listens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        monkeypatch.setenv("WALSHIP_LISTEN", given)
+    settings = load()
+    assert settings.listens == listens
+    assert ("listen" in settings.model_fields_set) == (given is not None)

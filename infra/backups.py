@@ -14,7 +14,7 @@ from infra.postgres import basebackup, local_copy
 from infra.postgres.claim import claimed
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, switch_wal
-from infra.postgres.copy_stream import Damage
+from infra.postgres.damage import Damage
 from infra.postgres.problems import problems
 from infra.safety import history_shipper, wal_safe
 from infra.service import alongside
@@ -40,10 +40,12 @@ async def backup(
     report: Callable[[Progress], None],
     tell: Callable[[str], None],
     incremental: bool = False,
+    damaged: Callable[[Damage], None] = lambda _: None,
 ) -> BackupInfo:
     """Take a base backup of the server and return it once it, and all WAL it needs, is at every required destination.
 
     ``incremental``: only what changed since the newest one, if there is one; through the server in any case.
+    ``damaged`` is told of pages whose checksum was wrong already.
     Refuses before it begins if the server cannot give what a backup needs, or gives one already. A service that runs
     meanwhile keeps its priority: this process is nicer than it. Without one, this process ships the spool as well.
     """
@@ -63,7 +65,7 @@ async def backup(
         wait = wal_safe(site, tell, ship_history=ship_history)
         parent = await _newest(site, tell) if incremental else None
         since = await _manifest_of(site, parent) if parent else None
-        async with aclosing(_messages(source, label, tell, since)) as messages:
+        async with aclosing(_messages(source, label, since, damaged, tell)) as messages:
             taken = await take(
                 messages,
                 ship=shipping.command.ship,
@@ -126,19 +128,16 @@ async def _manifest_of(site: Site, backup: BackupInfo) -> bytearray:
 
 
 def _messages(
-    settings: Settings, label: str, tell: Callable[[str], None], since: Buffer | None
+    settings: Settings,
+    label: str,
+    since: Buffer | None,
+    damaged: Callable[[Damage], None],
+    tell: Callable[[str], None],
 ) -> AsyncGenerator[BackupMessage, None]:
     """From the data directory where it can be read, else through the server."""
     pace = Pace(settings.backup_rate) if settings.backup_rate else None
     if settings.data_dir is None or since is not None:
-        return basebackup.stream(settings, label=label, pace=pace, since=since)
-
-    def damaged(found: Damage) -> None:
-        tell(
-            f"{found.path}: the checksum of {len(found.blocks)} pages is wrong, the first is block {found.blocks[0]}:"
-            " they were damaged before the backup, which holds them as they are"
-        )
-
+        return basebackup.stream(settings, label=label, pace=pace, since=since, damaged=damaged, tell=tell)
     return local_copy.stream(
         settings,
         settings.data_dir,
@@ -146,6 +145,7 @@ def _messages(
         workers=settings.workers,
         pace=pace,
         damaged=damaged,
+        tell=tell,
     )
 
 

@@ -11,6 +11,7 @@ from infra.backups import backup
 from infra.cli.json_lines import JsonLines
 from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, emit, human, json_option, say, settings
+from infra.postgres.damage import Damage
 from pipeline.moments import show
 
 
@@ -29,16 +30,21 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
     An incremental backup needs all those before it up to a full one: a restore fetches and joins them. The server has
     to keep summaries of its WAL for it (summarize_wal = on).
 
+    Pages whose checksum is wrong were damaged before: they are told of, and backed up as they are.
+
     With --json, a line of progress as JSON goes to stderr every second.
 
     Example: walship backup
     """
+    damaged: list[Damage] = []
     with nullcontext(JsonLines("base backup")) if as_json else Bytes("base backup") as bar:
 
         def report(progress: Progress) -> None:
             bar(progress.done, progress.estimate, progress.current)
 
-        taken = await backup(settings(), label=label, report=report, tell=say, incremental=incremental)
+        taken = await backup(
+            settings(), label=label, report=report, tell=say, incremental=incremental, damaged=damaged.append
+        )
     seconds = (taken.stopped - taken.started).total_seconds()
     lines = [
         f"{taken.name}: {human(taken.size)} (stored {human(taken.stored_size)}) in {seconds:.0f} s",
@@ -46,6 +52,10 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
     ]
     if taken.parent:
         lines.append(f"it builds on {taken.parent}, and is of no use without that")
+    lines += [f"DAMAGED: {found}" for found in damaged]
+    if as_json:
+        for found in damaged:
+            say(f"DAMAGED: {found}")
     result = {
         "name": taken.name,
         "kind": taken.kind,
@@ -57,5 +67,6 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
         "stop_lsn": str(taken.stop_lsn),
         "started": taken.started.isoformat(),
         "stopped": taken.stopped.isoformat(),
+        "damaged": [{"path": found.path, "blocks": found.blocks} for found in damaged],
     }
     emit(result, lines, as_json=as_json)

@@ -7,11 +7,14 @@ PostgreSQL 15 and later send everything in one COPY: ``n`` begins an archive, ``
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
 
 from psycopg.pq import ExecStatus
 
 from infra.pace import Pace
+from infra.postgres.connect import RefusedError
+from infra.postgres.damage import DATA_CORRUPTED, Damage, Warnings
 from infra.postgres.replication import ReplicationConnection, Row, rows_of
 from infra.settings import Settings
 from pipeline.backup import (
@@ -31,6 +34,11 @@ from pipeline.wal import Lsn
 OLDEST = 15
 #: The first version with incremental backups.
 INCREMENTAL = 17
+_FULL = (
+    "a full backup is possible at any time, and later ones can build on it: walship backup (wal_summary_keep_time has"
+    " to be longer than the time between two backups)"
+)
+_T = TypeVar("_T")
 
 
 async def stream(
@@ -40,13 +48,16 @@ async def stream(
     fast: bool = True,
     pace: Pace | None = None,
     since: Buffer | None = None,
+    damaged: Callable[[Damage], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> AsyncGenerator[BackupMessage, None]:
     """Take a base backup: see ``pipeline.backup`` for the order of messages. Data comes in pieces of up to 32 KB.
 
     Read it within ``contextlib.aclosing``: closing the generator closes the connection, and that ends the backup on the
     server. The server sends only as fast as messages are taken, ``pace`` at most. ``fast`` asks for an immediate
     checkpoint. ``since``: the manifest of an earlier backup; what changed since that comes, in files named
-    ``INCREMENTAL.…`` (PostgreSQL 17 and later).
+    ``INCREMENTAL.…`` (PostgreSQL 17 and later). ``damaged`` is told of pages whose checksum the server found wrong,
+    ``tell`` of everything else that it warns of.
 
     Does not wait for WAL: the WAL from start to stop LSN must be safe before the backup counts. SourceError with the
     server's words if it fails at any point.
@@ -57,10 +68,12 @@ async def stream(
                 f"PostgreSQL {connection.server_version // 10000} is too old: walship backs up {OLDEST} and later",
                 hint="use another tool for this server until it is upgraded",
             )
+        warnings = Warnings()
+        connection.warned(warnings.hear)
         if since is not None:
             await _upload(connection, since)
         await connection.send(_command(label, fast=fast, incremental=since is not None))
-        yield await _started(connection)
+        yield await _told_to_take_a_full_one(_started(connection)) if since is not None else await _started(connection)
         result = await connection.result()
         if result is None or result.status != ExecStatus.COPY_OUT:
             raise SourceError("PostgreSQL did not begin to send the base backup", hint="see the server's log")
@@ -79,7 +92,12 @@ async def stream(
                 raise SourceError(
                     f"PostgreSQL sent a message {chr(kind)!r} in a base backup that walship does not know"
                 )
-        yield await _stopped(connection)
+        stopped = await _stopped(connection)
+        for words in warnings.words:
+            tell(f"PostgreSQL warns: {words}")
+        for found in warnings.damaged():
+            damaged(found)
+        yield stopped
 
 
 async def _upload(connection: ReplicationConnection, manifest: Buffer) -> None:
@@ -101,8 +119,21 @@ async def _upload(connection: ReplicationConnection, manifest: Buffer) -> None:
     if result is None or result.status != ExecStatus.COPY_IN:
         raise SourceError("PostgreSQL did not take the manifest of the earlier backup", hint="see the server's log")
     await connection.copy_in(manifest)
+    await _told_to_take_a_full_one(_end(connection))
+
+
+async def _end(connection: ReplicationConnection) -> None:
     while await connection.result() is not None:
         pass
+
+
+async def _told_to_take_a_full_one(answer: Awaitable[_T]) -> _T:
+    """Whatever the server says against an incremental backup, this helps."""
+    try:
+        return await answer
+    except RefusedError as error:
+        error.hint = f"{error.hint}; {_FULL}" if error.hint else _FULL
+        raise
 
 
 def _command(label: str, *, fast: bool, incremental: bool) -> str:
@@ -135,8 +166,13 @@ async def _started(connection: ReplicationConnection) -> BackupStarted:
 
 async def _stopped(connection: ReplicationConnection) -> BackupStopped:
     position = await _only_row(connection)
-    while await connection.result() is not None:
-        pass  # the end of the command: an error could still come
+    try:
+        while await connection.result() is not None:
+            pass  # the end of the command: an error could still come
+    except RefusedError as error:
+        # Everything has been sent. A cluster with a damaged page needs its backups more than any other.
+        if error.state != DATA_CORRUPTED:
+            raise
     return BackupStopped(Lsn.parse(position[0] or ""), int(position[1] or 0))
 
 

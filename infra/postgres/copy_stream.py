@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from crc32c import crc32c
 
 from handlers.pages import PAGE, bad_pages
+from infra.postgres.damage import Damage
 from infra.postgres.datadir import Found
 from pipeline.errors import SourceError
 from pipeline.make_manifest import ManifestMaker
@@ -24,15 +25,6 @@ from pipeline.wal import Lsn
 
 #: Bytes read at a time, whole pages; and of a piece, about.
 _READ, _PIECE = 1 << 20, 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Pages of one file whose checksum is wrong."""
-
-    path: str
-    #: Numbers of the blocks in the relation's fork.
-    blocks: tuple[int, ...]
 
 
 @dataclass(slots=True)

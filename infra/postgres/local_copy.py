@@ -26,7 +26,8 @@ from crc32c import crc32c
 from infra.pace import Pace
 from infra.postgres.connect import BACKUP_NAME, Connection, connect
 from infra.postgres.control import rows
-from infra.postgres.copy_stream import Copy, Damage, Shared, Stream
+from infra.postgres.copy_stream import Copy, Shared, Stream
+from infra.postgres.damage import Damage
 from infra.postgres.datadir import CONTROL, walk
 from infra.settings import Settings
 from pipeline.backup import (

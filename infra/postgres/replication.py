@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -78,6 +78,12 @@ class ReplicationConnection:
     def server_version(self) -> int:
         """As ``server_version_num`` says it: 170011."""
         return self._conn.server_version
+
+    def warned(self, hear: Callable[[str], None]) -> None:
+        """``hear`` is told of what the server warns of, in its words."""
+        self._connection.add_notice_handler(
+            lambda said: hear(said.message_primary or "") if said.severity_nonlocalized == "WARNING" else None
+        )
 
     async def identify_system(self) -> SystemIdentity:
         """Ask who the server is."""

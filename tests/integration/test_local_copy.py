@@ -18,7 +18,7 @@ import pytest
 from infra.pace import Pace
 from infra.postgres import basebackup, local_copy
 from infra.postgres.claim import claimed
-from infra.postgres.copy_stream import Damage
+from infra.postgres.damage import Damage
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer
 from infra.settings import Settings

@@ -10,6 +10,7 @@ import base64
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -116,6 +117,7 @@ async def browsing(program: str, folder: Path) -> AsyncIterator[Page]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
     try:
         port = await _port(folder / "DevToolsActivePort", browser)
@@ -125,7 +127,7 @@ async def browsing(program: str, folder: Path) -> AsyncIterator[Page]:
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 yield Page(socket)
     finally:
-        browser.kill()
+        os.killpg(browser.pid, signal.SIGKILL)  # Debian's command is a script around the program
         await browser.wait()
 
 

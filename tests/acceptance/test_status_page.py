@@ -70,14 +70,16 @@ class Live(Rig):
 def live() -> Iterator[Live]:
     """A service that ships, a base backup, and rows that know when they were written."""
     folder = make_folder("walship-p-")
-    with Live(folder) as made:
-        made.server.start()
-        made.run("init")
-        made.serve()
-        made.json("backup")
-        made.sql("create table t (at timestamptz)")
-        yield made
-    shutil.rmtree(folder)
+    try:
+        with Live(folder) as made:
+            made.server.start()
+            made.run("init")
+            made.serve()
+            made.json("backup")
+            made.sql("create table t (at timestamptz)")
+            yield made
+    finally:
+        shutil.rmtree(folder)
 
 
 def write(live: Live) -> datetime:

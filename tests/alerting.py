@@ -31,6 +31,8 @@ RUNBOOK = _HOME / "docs" / "runbook.md"
 _PACKAGES = ("prometheus", "prometheus-alertmanager")
 _SERIES = re.compile(r"\b((?:walship_\w+|up))\b(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
+#: Where Debian keeps the Alertmanager's templates.
+_TEMPLATES = Path("/usr/share/prometheus/alertmanager")
 #: Labels that Prometheus adds by itself.
 _ADDED = {"job", "instance"}
 
@@ -54,8 +56,20 @@ def programs() -> Path:
             if fetched.returncode:
                 shutil.rmtree(scratch, ignore_errors=True)
                 pytest.skip(f"Debian's prometheus cannot be fetched: {fetched.stderr[-300:]}")
+            _move_templates(scratch)
             scratch.rename(home)  # whole, or not there
     return home / "usr" / "bin"
+
+
+def _move_templates(home: Path) -> None:
+    """Debian's Alertmanager wants its templates below /usr/share, where only an installation could put them.
+
+    In its program, that folder becomes one of the same length that is relative to where it runs: ``Watch`` puts the
+    templates there.
+    """
+    folder = str(_TEMPLATES).encode()
+    program = home / "usr" / "bin" / "prometheus-alertmanager"
+    program.write_bytes(program.read_bytes().replace(folder, b"." + b"/" * (len(folder) - 1)))
 
 
 def rules() -> list[dict[str, Any]]:
@@ -87,12 +101,12 @@ def scrape(listen: str) -> list[Sample]:
 def unknown_series(expressions: Iterable[str], live: Iterable[Sample]) -> list[str]:
     """Selectors (``name{label="value"}``) that select nothing of what a running service shows, by name and labels.
 
-    Values of ``destination`` are anybody's; those of other labels have to be there.
+    Values of ``destination`` and ``version`` are anybody's; those of other labels have to be there.
     """
     shown = list(live)
     wrong = []
     for expression in expressions:
-        for match in _SERIES.finditer(re.sub(r'"[^"{}]*"(?!\s*[,}])', '""', expression)):
+        for match in _SERIES.finditer(expression):
             name, matchers = match[1], _MATCHER.findall(match[2] or "")
             if name != "up" and not any(sample.name == name and _fits(sample, matchers) for sample in shown):
                 wrong.append(match[0])
@@ -105,7 +119,7 @@ def _fits(sample: Sample, matchers: Iterable[tuple[str, str, str]]) -> bool:
             continue
         if label not in sample.labels:
             return False
-        if label == "destination":
+        if label in ("destination", "version"):
             continue
         equal = bool(re.fullmatch(value, sample.labels[label])) if "~" in operator else sample.labels[label] == value
         if equal == operator.startswith("!"):
@@ -130,6 +144,9 @@ class Watch:
 
     def __enter__(self) -> Self:
         programs_folder = programs()
+        unpacked = programs_folder.parents[1] / _TEMPLATES.relative_to("/")
+        for template in unpacked.glob("*.tmpl"):
+            shutil.copy2(template, self._folder)
         self._start(
             programs_folder / "prometheus-alertmanager", f"--config.file={DEPLOY / 'alertmanager.yml'}",
             f"--storage.path={self._folder / 'alerts'}", f"--web.listen-address={self._alertmanager}",
@@ -141,7 +158,11 @@ class Watch:
             "--rules.alert.resend-delay=1s",
         )  # fmt: skip
         addresses = (self._alertmanager, self._prometheus)
-        _until(lambda: all(_answers(f"http://{address}/-/ready") for address in addresses), "both answer", 30, self.log)
+        try:
+            _until(lambda: all(_answers(f"http://{each}/-/ready") for each in addresses), "both answer", 30, self.log)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -56,7 +56,9 @@ def rig(seaweed: Seaweed, s3_prefix: str, proxy: Proxy, listen: str) -> Iterator
         "WALSHIP_SYNC_TIMEOUT": "1",
     }
     # Room for one slot: whoever takes it keeps walship from making its own anew.
-    slots = {"max_replication_slots": "1", "max_slot_wal_keep_size": "200MB"}
+    slots = {
+        "max_replication_slots": "1", "max_slot_wal_keep_size": "200MB", "synchronous_standby_names": "walship",
+    }  # fmt: skip
     made = Rig(
         folder, NEWEST, [f"file://{folder}/local", remote], settings=settings, sources="watch,stream",
         server_settings=slots,
@@ -123,7 +125,6 @@ def test_what_is_broken_is_told_and_what_is_mended_is_told_no_more(
         tested = [selector for case in (*CASES, STALLED) for selector in case.series]
         assert unknown_series([*(rule["expr"] for rule in rules()), *tested, *WELL], live) == []
 
-        rig.synchronous()
         rig.sql("select pg_switch_wal()")
         rig.wait(lambda: watch.query("walship_wal_lag_seconds == 0") != [], "something is known, and nothing lags")
         # (Before its first look, Prometheus knew no service at all.)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from handlers.checksum import check_stored  # a leaf: plain bytes in, verdict out
 from handlers.verify_tails import check_tails  # verification in two files: this one, and what is peculiar to tails
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog, data_key_name, index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.chain import Chain, Expected
+from pipeline.chains import chain_of
 from pipeline.contracts import Body, Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
 from pipeline.lineage import Lineage, WalPath
@@ -52,10 +53,12 @@ class BackupVerdict:
     #: The first missing segment on the way from it to the end of its timeline, or to that of the newest timeline that
     #: descends from it, which ``latest`` follows; by name, empty if there is none.
     hole: str
+    #: The backup that it builds on and that cannot be used; empty if there is none.
+    broken: str = ""
 
     @property
     def usable(self) -> bool:
-        return self.objects == self.good and not self.needs
+        return self.objects == self.good and not self.needs and not self.broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class Report:
             "backups": [
                 {
                     "name": b.name, "usable": b.usable, "objects": b.objects, "good": b.good,
-                    "missing_to_start": b.needs, "missing_behind": b.hole,
+                    "missing_to_start": b.needs, "missing_behind": b.hole, "broken_parent": b.broken,
                 }
                 for b in self.backups
             ],
@@ -134,12 +137,13 @@ async def verify(
     backup: str | None = None,
     progress: Callable[[int, int], None] = lambda _objects, _size: None,
 ) -> Report:
-    """Verify the repository, or one backup with the WAL from its start on.
+    """Verify the repository, or one backup with those that it builds on and the WAL from its start on.
 
     ``chain`` decodes each object as well; None checks trailers only. ``progress`` is told (objects, bytes) read.
     What is wrong is in the report, never an error; RecoveryError only for a backup that does not exist.
     """
-    backups = (catalog.backup(backup),) if backup else catalog.backups
+    known = {info.name: info for info in catalog.backups}
+    backups = chain_of(catalog.backup(backup), known) if backup else catalog.backups
     ways = {b.name: [_Way.of(catalog, b, lineage) for lineage in catalog.heirs(b)] for b in backups}
     tally = _Tally()
     gate = asyncio.Semaphore(_WIDTH)
@@ -151,7 +155,7 @@ async def verify(
                 task.add_done_callback(lambda _: gate.release())
         await _tails(store, catalog, backups if backup else (), chain, tally, progress)
     _check_keys(destinations, tally)
-    verdicts = tuple(_verdict(b, ways[b.name], tally.good) for b in backups)
+    verdicts = _with_chains({b.name: _verdict(b, ways[b.name], tally.good) for b in backups}, known)
     holes = sorted({hole for found in ways.values() for way in found for hole in way.holes}, key=lambda h: h.first)
     astray = [
         f"backup {b.name} cannot be used: the history of timeline {b.timeline} does not lead to it"
@@ -161,6 +165,16 @@ async def verify(
     problems = (*catalog.problems, *catalog.tail_notices, *astray)
     faults = tuple(sorted(tally.faults, key=lambda f: (f.destination, f.name)))
     return Report(tally.objects, tally.size, faults, verdicts, tuple(holes), problems, tuple(tally.warnings))
+
+
+def _with_chains(found: dict[str, BackupVerdict], known: dict[str, BackupInfo]) -> tuple[BackupVerdict, ...]:
+    """An incremental backup is no better than each of those that it builds on: its own WAL is enough for them all."""
+    verdicts = []
+    for verdict in found.values():
+        before = chain_of(known[verdict.name], known)[:-1]
+        broken = next((info.name for info in before if found[info.name].objects > found[info.name].good), "")
+        verdicts.append(replace(verdict, broken=broken))
+    return tuple(verdicts)
 
 
 @dataclass(frozen=True, slots=True)

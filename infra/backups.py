@@ -51,6 +51,8 @@ async def backup(
     """
     server = await look_at_server(settings)
     refuse_unable(server, settings)
+    if incremental:
+        basebackup.refuse_too_old(server.major)
     source = settings.for_backups()
     if settings.backup_host:
         refuse_stranger(await look_at_server(source), server, settings.backup_host)

@@ -13,10 +13,13 @@ from typing import Literal
 from dotenv import dotenv_values
 
 from handlers.body import joined
+from infra.backups import refuse_stranger
 from infra.clock import SystemClock
 from infra.keys import Policy, open_keyring
+from infra.postgres.basebackup import INCREMENTAL
 from infra.postgres.connect import connect
-from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.control import ServerFacts, read_facts, rows
+from infra.postgres.local_copy import look
 from infra.postgres.problems import problems
 from infra.postgres.senders import StreamFacts, read_stream_facts
 from infra.postgres.stream_problems import stream_problems, stream_words
@@ -36,7 +39,7 @@ from pipeline.objects import MemoryBody
 class Finding:
     """One thing that was tried."""
 
-    #: ``server``, ``spool``, ``settings``, ``repository``, ``destinations``, or the name of a destination.
+    #: ``server``, ``backups``, ``spool``, ``settings``, ``repository``, ``destinations``, or the name of a destination.
     subject: str
     severity: Literal["ok", "warning", "error"]
     fact: str
@@ -65,6 +68,8 @@ async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _
         yield _wrong("server", error)
     if server is not None:
         async for finding in _server(server, stream, settings):
+            yield finding
+        async for finding in _backups(server, settings):
             yield finding
     async for finding in _spool(settings):
         yield finding
@@ -107,6 +112,27 @@ async def _server(server: ServerFacts, stream: StreamFacts | None, settings: Set
             yield Finding("server", "ok", "accepts replication connections")
     except SourceError as error:
         yield _wrong("server", error)
+
+
+async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Finding]:
+    """Where base backups are taken, and how."""
+    source = settings.for_backups()
+    try:
+        async with await connect(source) as connection:
+            if settings.backup_host:
+                refuse_stranger(await read_facts(connection), server, settings.backup_host)
+                async with await connect(source, replication=True):
+                    yield Finding("backups", "ok", f"base backups are taken from the standby {settings.backup_host}")
+            if settings.data_dir is not None:
+                await look(connection, settings.data_dir)
+                yield Finding("backups", "ok", f"{settings.data_dir} is the server's: base backups read it directly")
+            if server.major >= INCREMENTAL:
+                ((summaries,),) = await rows(connection, "show summarize_wal")
+                able = "is on: incremental backups are possible"
+                unable = "is off: `walship backup --incremental` needs it, full backups do not"
+                yield Finding("backups", "ok", f"summarize_wal {able if summaries == 'on' else unable}")
+    except SourceError as error:
+        yield _wrong("backups", error)
 
 
 async def _spool(settings: Settings) -> AsyncIterator[Finding]:

@@ -13,7 +13,8 @@ class Pace:
     """``wait`` before so many bytes are moved; ``rate`` bytes a second in all."""
 
     def __init__(self, rate: int) -> None:
-        self._rate = rate
+        #: Bytes a second.
+        self.rate = rate
         self._free_at = time.monotonic()
         self._lock = threading.Lock()
 
@@ -21,7 +22,7 @@ class Pace:
         """Seconds to wait until ``size`` more bytes may be moved; they count from now on."""
         with self._lock:
             now = time.monotonic()
-            self._free_at = max(self._free_at, now - _BURST) + size / self._rate
+            self._free_at = max(self._free_at, now - _BURST) + size / self.rate
             return max(0.0, self._free_at - now)
 
     def wait(self, size: int, stop: threading.Event) -> None:

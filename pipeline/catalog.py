@@ -114,7 +114,10 @@ class Catalog:
             if backup.name == name:
                 return backup
         known = ", ".join(b.name for b in self.backups[-5:]) or "none"
-        raise RecoveryError(f"there is no backup {name} in the repository", hint=f"complete backups: {known}")
+        hint = f"complete backups: {known}"
+        if fact := next((problem for problem in self.problems if problem.startswith(f"backup {name} ")), ""):
+            raise RecoveryError(fact, hint=hint)  # it is there, and of no use
+        raise RecoveryError(f"there is no backup {name} in the repository", hint=hint)
 
     @property
     def newest_timeline(self) -> int:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -44,9 +44,18 @@ _lock = threading.Lock()
 
 
 def run(
-    words: Sequence[str], environment: Mapping[str, str], folder: Path, *, timeout: float, as_installed: bool = False
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    *,
+    timeout: float,
+    as_installed: bool = False,
+    started: Callable[[int], None] = lambda _: None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command and wait for it. Raises subprocess.TimeoutExpired, and has killed it then."""
+    """Run the command and wait for it. Raises subprocess.TimeoutExpired, and has killed it then.
+
+    ``started`` is told its process id, unless it runs as installed.
+    """
     command = [sys.executable, "-m", "infra.cli", *words]
     if as_installed:
         return subprocess.run(
@@ -63,6 +72,7 @@ def run(
             )
             process.start()
         try:
+            started(process.pid or 0)
             in_time = connection.wait([process.sentinel], max(0.0, deadline - time.monotonic()))
         except BaseException:
             process.kill()

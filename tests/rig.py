@@ -278,8 +278,10 @@ def stop_started(target: Path) -> None:
 class Load:
     """Clients that commit numbered rows until they are stopped, and remember what was acknowledged."""
 
-    def __init__(self, server: ThrowawayServer) -> None:
+    def __init__(self, server: ThrowawayServer, *, pause: float = 0.0) -> None:
+        """``pause``: seconds between commits."""
         self._server = server
+        self._pause = pause
         self._stop = threading.Event()
         self.acknowledged: list[int] = []
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -300,7 +302,7 @@ class Load:
             with psycopg.connect(self._server.dsn(), autocommit=True) as connection:
                 number = connection.execute("select coalesce(max(n), 0) from load").fetchone()
                 n = int(number[0]) if number else 0
-                while not self._stop.is_set():
+                while not self._stop.wait(self._pause):
                     n += 1
                     connection.execute("insert into load values (%s, repeat(md5(%s::text), 20))", (n, n))
                     self.acknowledged.append(n)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import click
 
 from handlers.base_backup import Progress
@@ -37,7 +35,7 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
     Example: walship backup
     """
     damaged: list[Damage] = []
-    with nullcontext(JsonLines("base backup")) if as_json else Bytes("base backup") as bar:
+    with JsonLines("base backup") if as_json else Bytes("base backup") as bar:
 
         def report(progress: Progress) -> None:
             bar(progress.done, progress.estimate, progress.current)

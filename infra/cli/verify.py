@@ -25,8 +25,8 @@ from pipeline.errors import IntegrityError
 async def command(context: click.Context, backup: str | None, stored_only: bool, cluster: str, as_json: bool) -> None:
     """Read everything back at every destination: stored bytes, keys, completeness of backups, holes in the WAL.
 
-    A destination is good only if it could be read without the others. With a BACKUP, that one and the WAL from its
-    start on. Exits with 12 if anything is damaged or missing.
+    A destination is good only if it could be read without the others. With a BACKUP, that one, those that it builds
+    on, and the WAL from its start on. Exits with 12 if anything is damaged or missing.
 
     Example: walship verify base_20260114_120000
     """
@@ -67,6 +67,8 @@ def _lines(report: Report) -> list[str]:
     for backup in report.backups:
         state = "usable" if backup.usable else "NOT USABLE"
         lines.append(f"{backup.name}: {state}, {backup.good} of {backup.objects} objects are good")
+        if backup.broken:
+            lines.append(f"  it builds on {backup.broken}, which is not whole")
         if backup.needs:
             lines.append(f"  segment {backup.needs} is missing: it cannot become consistent")
         elif backup.hole:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from psycopg.pq import ExecStatus
@@ -73,7 +74,7 @@ async def stream(
         if since is not None:
             await _upload(connection, since)
         await connection.send(_command(label, fast=fast, incremental=since is not None))
-        yield await _told_to_take_a_full_one(_started(connection)) if since is not None else await _started(connection)
+        yield await (_started(connection) if since is None else _started_since(connection))
         result = await connection.result()
         if result is None or result.status != ExecStatus.COPY_OUT:
             raise SourceError("PostgreSQL did not begin to send the base backup", hint="see the server's log")
@@ -100,14 +101,18 @@ async def stream(
         yield stopped
 
 
-async def _upload(connection: ReplicationConnection, manifest: Buffer) -> None:
-    """The manifest that the server compares its WAL summaries with."""
-    major = connection.server_version // 10000
+def refuse_too_old(major: int) -> None:
+    """Raises SourceError for versions without incremental backups."""
     if major < INCREMENTAL:
         raise SourceError(
             f"PostgreSQL {major} makes no incremental backups: that begins with {INCREMENTAL}",
             hint="take full ones less often, for WAL bridges the time between them; or upgrade the server",
         )
+
+
+async def _upload(connection: ReplicationConnection, manifest: Buffer) -> None:
+    """The manifest that the server compares its WAL summaries with."""
+    refuse_too_old(connection.server_version // 10000)
     if await connection.show("summarize_wal") != "on":
         raise SourceError(
             "summarize_wal is off: without summaries of its WAL the server does not know what has changed",
@@ -162,6 +167,11 @@ async def _started(connection: ReplicationConnection) -> BackupStarted:
     tablespaces = tuple(Tablespace(int(row[0]), row[1] or "") for row in rows if row[0] is not None)
     estimate = sum(int(row[2] or 0) for row in rows) * 1024
     return BackupStarted(Lsn.parse(position[0] or ""), int(position[1] or 0), tablespaces, estimate)
+
+
+async def _started_since(connection: ReplicationConnection) -> BackupStarted:
+    """Of an incremental backup. The server's estimate is that of a full one."""
+    return replace(await _told_to_take_a_full_one(_started(connection)), estimate=0)
 
 
 async def _stopped(connection: ReplicationConnection) -> BackupStopped:

@@ -23,8 +23,8 @@ from pipeline.make_manifest import ManifestMaker
 from pipeline.tar import BLOCK, EntryKind, header
 from pipeline.wal import Lsn
 
-#: Bytes read at a time, whole pages; and of a piece, about.
-_READ, _PIECE = 1 << 20, 4 << 20
+#: Most bytes that are read at a time, whole pages.
+_READ = 1 << 20
 
 
 @dataclass(slots=True)
@@ -40,6 +40,8 @@ class Copy:
     damaged: list[Damage] = field(default_factory=list)
     #: Waits until so many bytes may be read, or it was stopped.
     pace: Callable[[int, threading.Event], None] = lambda _size, _stop: None
+    #: Bytes of a piece, about; whole pages.
+    piece: int = 4 << 20
     #: Set when nobody wants more of it: a thread cannot be cancelled.
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,7 +88,7 @@ class Stream:
         for piece in self._pieces:
             gathered.append(piece)
             size += len(piece)
-            if size >= _PIECE:
+            if size >= self._copy.piece:
                 break
         return b"".join(gathered)
 
@@ -142,8 +144,9 @@ class Stream:
 
     def _content(self, handle: int, size: int, found: Found) -> Iterator[bytes]:
         damaged: list[int] = []
-        for offset in range(0, size, _READ):
-            length = min(_READ, size - offset)
+        most = min(_READ, self._copy.piece)
+        for offset in range(0, size, most):
+            length = min(most, size - offset)
             self._copy.pace(length, self._copy.stop)
             if self._copy.stop.is_set():
                 return

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from crc32c import crc32c
 
+from handlers.pages import PAGE
 from infra.pace import Pace
-from infra.postgres.connect import BACKUP_NAME, Connection, connect
+from infra.postgres.connect import BACKUP_NAME, Connection, connect, place
 from infra.postgres.control import rows
 from infra.postgres.copy_stream import Copy, Shared, Stream
 from infra.postgres.damage import Damage
@@ -55,13 +56,14 @@ _TRIES = 20
 _LOOK = 2.0
 _MANIFEST_PIECE = 1 << 20
 
-_BEGIN = """
-select pg_backup_start(%s, %s)::text, (select system_identifier from pg_control_system())::text,
+_FACTS = """
+select (select system_identifier from pg_control_system())::text,
        (select catalog_version_no from pg_control_system())::text,
        extract(epoch from pg_postmaster_start_time())::bigint,
        (select sum(pg_tablespace_size(oid))::bigint from pg_tablespace),
        current_setting('port')::int, current_setting('data_checksums') = 'on',
-       (select setting::int from pg_settings where name = 'segment_size')
+       (select setting::int from pg_settings where name = 'segment_size'),
+       pg_is_in_recovery()
 """
 # In-place tablespaces, for developers, are folders of the data directory.
 _TABLESPACES = """
@@ -77,19 +79,20 @@ select case when pg_is_in_recovery() then (select min_recovery_end_timeline from
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
-    """What is known when the backup has begun."""
+class DataDirectory:
+    """What has to be known of a server before its files are read."""
 
-    start: Lsn
-    timeline: int
     system_id: str
     major: int
     #: Name of its folder in a tablespace.
     version_folder: str
     tablespaces: tuple[Tablespace, ...]
+    #: Bytes of all tablespaces.
     estimate: int
+    #: Whether pages have checksums, and how many make a segment file of a relation.
     checksums: bool
     blocks: int
+    standby: bool
 
 
 async def stream(
@@ -115,11 +118,16 @@ async def stream(
         tell(f"{path} is left out: it is a link or a special file, and PostgreSQL makes none there")
 
     async with await connect(settings, application_name=BACKUP_NAME) as connection:
-        begun = await _begin(connection, directory, label, fast=fast)
-        copy = Copy(begun.start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks)
+        begun = await look(connection, directory)
+        ((lsn,),) = await rows(connection, "select pg_backup_start(%s, %s)::text", (label, fast))
+        ((timeline,),) = await rows(connection, _TIMELINE)
+        start = Lsn.parse(lsn)
+        copy = Copy(start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks)
         if pace is not None:
             copy.pace = pace.wait
-        yield BackupStarted(begun.start, begun.timeline, begun.tablespaces, begun.estimate)
+            # With a low limit, pieces so small that there is something to tell several times a second.
+            copy.piece = min(copy.piece, max(64 << 10, pace.rate // 4 // PAGE * PAGE))
+        yield BackupStarted(start, timeline, begun.tablespaces, begun.estimate)
         looked = time.monotonic()
         for tablespace in (*begun.tablespaces, None):
             prefix = f"pg_tblspc/{tablespace.oid}/" if tablespace else ""
@@ -131,7 +139,7 @@ async def stream(
                 async for message in messages:
                     yield message
                     if time.monotonic() - looked > _LOOK:  # or a server that is gone is noticed at the very end
-                        await rows(connection, "select 1")
+                        await _look_again(connection, standby=begun.standby)
                         looked = time.monotonic()
         # Before the end: of a standby, it says up to where the WAL has to be replayed, which must not lie behind that.
         control = await asyncio.to_thread(_control, directory / CONTROL)
@@ -144,29 +152,38 @@ async def stream(
             yield ArchiveEnded(each.archive)
         for found in copy.damaged:
             damaged(found)
-        manifest = copy.manifest.finish(_ranges(begun, stopped))
+        manifest = copy.manifest.finish(_ranges(start, timeline, stopped))
         for at in range(0, len(manifest), _MANIFEST_PIECE):
             yield ManifestData(bytes(manifest[at : at + _MANIFEST_PIECE]))
         yield BackupStopped(stopped.lsn, stopped.timeline)
 
 
-async def _begin(connection: Connection, directory: Path, label: str, *, fast: bool) -> _Begun:
+async def _look_again(connection: Connection, *, standby: bool) -> None:
+    """An hour is not spent on a backup that cannot be ended any more."""
+    ((still,),) = await rows(connection, "select pg_is_in_recovery()")
+    if still != standby:
+        raise SourceError(
+            f"the standby at {place(connection)} was promoted during the backup",
+            hint="take it again: from a standby that is one still, or from the new primary",
+        )
+
+
+async def look(connection: Connection, directory: Path) -> DataDirectory:
+    """Whether the server can be backed up by reading ``directory``. Begins nothing. Raises SourceError."""
     tablespaces = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
+    (found,) = await rows(connection, _FACTS)
+    system_id, catalog, started, estimate, port, checksums, blocks, standby = found
     await asyncio.to_thread(_check_places, directory, tablespaces)
-    (found,) = await rows(connection, _BEGIN, (label, fast))
-    lsn, system_id, catalog, started, estimate, port, checksums, blocks = found
-    ((timeline,),) = await rows(connection, _TIMELINE)
     await asyncio.to_thread(_check_same, directory, system_id, int(started), port)
     major = connection.info.server_version // 10000
-    size = int(estimate or 0)
-    return _Begun(
-        Lsn.parse(lsn), timeline, system_id, major, f"PG_{major}_{catalog}", tablespaces, size, checksums, blocks
+    return DataDirectory(
+        system_id, major, f"PG_{major}_{catalog}", tablespaces, int(estimate or 0), checksums, blocks, standby
     )
 
 
 def _check_places(directory: Path, tablespaces: Sequence[Tablespace]) -> None:
-    """What can be told before the server is asked to begin."""
     try:
+        (directory / CONTROL).read_bytes()
         os.listdir(directory / "global")  # noqa: PTH208  the shortest way to see that it may be read
         for tablespace in tablespaces:
             place = directory / "pg_tblspc" / str(tablespace.oid)
@@ -247,15 +264,15 @@ def _last(stream: Stream, directory: Path, stopped: _Stopped, control: bytes) ->
     return b"".join(pieces)
 
 
-def _ranges(begun: _Begun, stopped: _Stopped) -> list[WalRange]:
+def _ranges(start: Lsn, timeline: int, stopped: _Stopped) -> list[WalRange]:
     match = re.search(r"^START TIMELINE: (\d+)$", stopped.label, re.MULTILINE)
-    timeline = int(match[1]) if match else begun.timeline
+    timeline = int(match[1]) if match else timeline
     if timeline != stopped.timeline:
         raise SourceError(
             f"the server changed from timeline {timeline} to {stopped.timeline} during the backup",
             hint="take the backup again",
         )
-    return [WalRange(timeline, begun.start, stopped.lsn)]
+    return [WalRange(timeline, start, stopped.lsn)]
 
 
 async def _mixed(streams: Sequence[Stream], copy: Copy, *, end: bool) -> AsyncGenerator[BackupMessage, None]:

@@ -1,0 +1,388 @@
+"""What goes wrong during a base backup: told in words, nothing is left on the server, and what is stored stays good."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from infra.postgres.processes import give, run_as
+from infra.postgres.throwaway import ThrowawayServer, make_folder
+from tests import commands
+from tests.proxy import Proxy
+from tests.rig import Rig
+from tests.servers import NEWEST
+
+_OURS = "select count(*) from pg_stat_activity where application_name = 'walship_backup'"
+_PROGRESS = "select count(*) from pg_stat_progress_basebackup where phase = 'streaming database files'"
+#: A session that sits between pg_backup_start and pg_backup_stop has seen to the first of them.
+_READING = (
+    "select count(*) from pg_stat_activity where application_name = 'walship_backup' and state = 'idle'"
+    " and query like '%min_recovery_end_timeline%'"
+)
+#: Bytes a second: whatever is to happen in the middle has time to.
+_SLOW = {"WALSHIP_BACKUP_RATE": "3000000"}
+
+
+class Running:
+    """A command under way."""
+
+    def __init__(self, rig: Rig, *words: str, **changed: str) -> None:
+        self._rig = rig
+        self._environment = rig.environment(**changed)
+        self._words = words
+        self._pid = 0
+        self._begun = threading.Event()
+        self.done: subprocess.CompletedProcess[str] | None = None
+        rig.next_second()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._begun.wait(30)
+
+    def _run(self) -> None:
+        def started(pid: int) -> None:
+            self._pid = pid
+            self._begun.set()
+
+        self.done = commands.run(self._words, self._environment, self._rig.folder, timeout=60, started=started)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it, as long as the command runs."""
+        while not condition():
+            if not self._thread.is_alive():
+                raise AssertionError(f"it ended before: {self.done}")
+            time.sleep(0.001)
+
+    def signal(self, number: int) -> None:
+        os.kill(self._pid, number)
+
+    def end(self, expect: int) -> subprocess.CompletedProcess[str]:
+        self._thread.join(60)
+        assert self.done is not None, "it hangs"
+        assert self.done.returncode == expect, self.done
+        return self.done
+
+
+def nothing_left(server: ThrowawayServer) -> None:
+    """No session of ours, and no backup in progress."""
+    deadline = time.monotonic() + 10
+    queries = (_OURS, "select count(*) from pg_stat_progress_basebackup")
+    while any(server.query(query) != [(0,)] for query in queries):
+        assert time.monotonic() < deadline, server.query("select pid, state, query from pg_stat_activity")
+        time.sleep(0.02)
+
+
+def names(rig: Rig) -> list[str]:
+    return [backup["name"] for backup in rig.json("list")["backups"]]
+
+
+def said(rig: Rig, *words: str, expect: int = 10, **changed: str) -> str:
+    """Everything that a backup that fails prints."""
+    done = rig.run("backup", *words, expect=expect, environment=rig.environment(**changed))
+    nothing_left(rig.server)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """One server with a backup; what a test does to it, it undoes."""
+    folder = make_folder("walship-b-")
+    settings = {"summarize_wal": "on", "autovacuum": "off", "max_wal_senders": "8"}
+    try:
+        with Rig(folder, NEWEST, [f"file://{folder}/store"], server_settings=settings) as made:
+            made.server.start()
+            made.run("init")
+            made.sql("create table t as select n, md5(n::text) filler from generate_series(1, 60000) n")
+            made.run("backup")
+            yield made
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def first(rig: Rig) -> Iterator[list[str]]:
+    """The backups before a test, which are those after it: it fails to make one."""
+    before = names(rig)
+    yield before
+    assert names(rig) == before
+
+
+def local(server: ThrowawayServer) -> dict[str, str]:
+    return {"WALSHIP_DATA_DIR": str(server.data_dir)}
+
+
+def under_way(server: ThrowawayServer, query: str) -> Callable[[], bool]:
+    return lambda: server.query(query) != [(0,)]
+
+
+_MODES: dict[str, tuple[tuple[str, ...], bool, str]] = {
+    "through the server": ((), False, _PROGRESS),
+    "local": ((), True, _READING),
+    "incremental": (("--incremental",), False, _PROGRESS),
+}
+
+
+def begin(rig: Rig, mode: str, server: ThrowawayServer | None = None, **changed: str) -> Running:
+    """A slow backup that is in the middle of it."""
+    words, reads, query = _MODES[mode]
+    where = server or rig.server
+    running = Running(rig, "backup", *words, **_SLOW, **(local(where) if reads else {}), **changed)
+    running.until(under_way(where, query))
+    return running
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_stopped_it_leaves_no_trace(rig: Rig, first: list[str], mode: str) -> None:
+    rig.sql("update t set filler = md5(filler)")  # an increment of more than what fits between server and client
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        running = begin(rig, mode)
+        began = time.monotonic()
+        running.signal(number)
+        running.end(code)
+        assert time.monotonic() - began < 5
+        nothing_left(rig.server)
+    assert names(rig) == first
+
+
+@pytest.mark.parametrize("mode", ["through the server", "local"])
+def test_the_connection_is_lost(rig: Rig, first: list[str], mode: str) -> None:
+    assert rig.server.port
+    with Proxy(rig.server.port) as proxy:
+        running = begin(rig, mode, POSTGRES_PORT=str(proxy.port))
+        proxy.cut()
+        words = running.end(10).stderr
+    assert "connection" in words
+    assert "no backup was made" in words
+    nothing_left(rig.server)
+    assert names(rig) == first
+
+
+def test_the_server_is_killed_and_comes_back(rig: Rig, first: list[str]) -> None:
+    running = begin(rig, "local")
+    rig.server.kill9()
+    rig.server.start()
+    words = running.end(10).stderr
+    assert "PostgreSQL" in words
+    assert "no backup was made" in words
+    nothing_left(rig.server)
+    assert names(rig) == first
+
+
+@pytest.mark.parametrize("mode", ["through the server", "local"])
+def test_the_standby_is_promoted(rig: Rig, first: list[str], mode: str) -> None:
+    standby = ThrowawayServer(rig.bin_dir, rig.folder / f"standby {mode}".replace(" ", "_"))
+    rig.server.run("pg_basebackup", "-D", str(standby.data_dir), "-d", rig.server.dsn(), "-R", "-c", "fast")
+    with standby:
+        standby.start({"archive_mode": "off"})
+        host = f"127.0.0.1:{standby.port}"
+        running = begin(rig, mode, standby, WALSHIP_BACKUP_HOST=host)
+        standby.query("select pg_promote()")
+        words = running.end(10).stderr
+        assert "promoted" in words or "timeline" in words, words
+        nothing_left(standby)
+        # And from then on it is refused before anything begins.
+        assert "is no standby any more, but a primary" in said(rig, WALSHIP_BACKUP_HOST=host)
+    assert names(rig) == first
+
+
+def test_a_link_in_the_place_of_a_table(rig: Rig) -> None:
+    ((database,),) = rig.sql("select oid from pg_database where datname = 'postgres'")
+    stray = rig.server.data_dir / "base" / str(database) / "99999"
+    stray.symlink_to("/nowhere")
+    try:
+        before = names(rig)
+        words = said(rig, WALSHIP_DATA_DIR=str(rig.server.data_dir))
+        assert f"{stray} cannot be read: it is no file and no folder but a link" in words
+        assert names(rig) == before
+        # The server leaves it out, and says so: that is not kept from people.
+        done = rig.run("backup")
+        assert "PostgreSQL warns: skipping special file" in done.stderr
+    finally:
+        stray.unlink()
+
+
+def test_a_tablespace_outside_the_mounted_paths(rig: Rig, first: list[str]) -> None:
+    place, mounted = rig.folder / "space", rig.folder / "mounted"
+    for folder in (place, mounted):
+        folder.mkdir()
+        give(folder, run_as())
+    rig.sql(f"create tablespace space location '{place}'")
+    try:
+        for entry in rig.server.data_dir.iterdir():
+            if entry.name != "pg_tblspc":
+                (mounted / entry.name).symlink_to(entry)
+        words = said(rig, WALSHIP_DATA_DIR=str(mounted))
+        assert f"is at {place} on the server, and {mounted}/pg_tblspc/" in words
+        assert f"mount {place} here under the same path" in words
+        check = rig.run("check", expect=10, environment=rig.environment(WALSHIP_DATA_DIR=str(mounted)))
+        assert f"is at {place} on the server" in check.stdout + check.stderr
+    finally:
+        rig.sql("drop tablespace space")
+    assert names(rig) == first
+
+
+def test_check_tells_how_backups_are_taken(rig: Rig) -> None:
+    words = rig.run("check", environment=rig.environment(**local(rig.server))).stdout
+    assert f"{rig.server.data_dir} is the server's: base backups read it directly" in words
+    assert "summarize_wal is on: incremental backups are possible" in words
+    words = said_by_check(rig, WALSHIP_BACKUP_HOST=f"127.0.0.1:{rig.server.port}")
+    assert "is no standby any more, but a primary" in words
+
+
+def said_by_check(rig: Rig, **changed: str) -> str:
+    done = rig.run("check", expect=10, environment=rig.environment(**changed))
+    return done.stdout + done.stderr
+
+
+def test_summarize_wal_is_off(rig: Rig, first: list[str]) -> None:
+    try:
+        rig.sql("alter system set summarize_wal = off")
+        rig.server.reload()
+        rig.wait(lambda: rig.sql("show summarize_wal") == [("off",)], "it is off")
+        words = said(rig, "--incremental")
+        assert "summarize_wal is off" in words
+        assert "ALTER SYSTEM SET summarize_wal = on" in words
+        # What ran meanwhile is not summarized, and that is told too.
+        assert "summarize_wal is off: `walship backup --incremental` needs it" in rig.run("check").stdout
+    finally:
+        rig.sql("alter system reset summarize_wal")
+        rig.server.reload()
+        rig.wait(lambda: rig.sql("show summarize_wal") == [("on",)], "it is on")
+    assert names(rig) == first
+
+
+def test_the_summaries_are_gone(rig: Rig, first: list[str]) -> None:
+    rig.sql("insert into t select n, 'more' from generate_series(1, 20000) n")
+    rig.sql("checkpoint")
+    summaries = rig.server.data_dir / "pg_wal/summaries"
+    rig.wait(lambda: len(list(summaries.glob("*.summary"))) > 0, "there are summaries")
+    for path in summaries.glob("*.summary"):
+        path.unlink()
+    words = said(rig, "--incremental")
+    assert "WAL summaries are required" in words
+    assert "a full backup is possible at any time" in words
+    assert names(rig) == first
+
+
+def test_an_older_server_is_told_what_to_do_instead() -> None:
+    folder = make_folder("walship-o-")
+    try:
+        with Rig(folder, 16, [f"file://{folder}/store"]) as old:
+            old.server.start()
+            old.run("init")
+            words = said(old, "--incremental")
+            assert "PostgreSQL 16 makes no incremental backups: that begins with 17" in words
+            assert "take full ones less often" in words
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("where", ["through the server", "local"])
+def test_a_damaged_page_is_told_and_the_backup_made(rig: Rig, where: str) -> None:
+    rig.sql("drop table if exists broken")
+    rig.sql("create table broken as select n, repeat('x', 500) from generate_series(1, 500) n")
+    rig.sql("checkpoint")
+    ((path,),) = rig.sql("select pg_relation_filepath('broken')")
+    with (rig.server.data_dir / path).open("r+b") as file:
+        for block in (3, 9):
+            file.seek(block * 8192 + 5000)
+            file.write(b"\xff\xfe")
+    changed: Mapping[str, str] = local(rig.server) if where == "local" else {}
+    done = rig.run("backup", "--json", environment=rig.environment(**changed))
+    result = json.loads(done.stdout)
+    assert result["damaged"] == [{"path": path, "blocks": [3, 9]}]
+    assert f"DAMAGED: {path}: the checksum of blocks 3, 9 is wrong" in done.stderr
+    assert result["name"] in names(rig)
+
+
+def test_two_at_the_same_time(rig: Rig, first: list[str]) -> None:
+    running = begin(rig, "local")
+    other = rig.run("backup", expect=10)
+    assert f"a base backup of 127.0.0.1:{rig.server.port} is being taken already: from 127.0.0.1, since" in other.stderr
+    assert "pg_terminate_backend(" in other.stderr
+    running.signal(signal.SIGTERM)
+    running.end(143)
+    assert names(rig) == first
+
+
+def test_progress_for_programs(rig: Rig) -> None:
+    ((size,),) = rig.sql("select sum(pg_tablespace_size(oid))::bigint from pg_tablespace")
+    changed = rig.environment(WALSHIP_BACKUP_RATE=str(size // 3), **local(rig.server))
+    done = rig.run("backup", "--json", environment=changed)
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert len(lines) >= 2
+    assert all(line["progress"] == "base backup" and line["current"].startswith("base") for line in lines)
+    assert 0 < lines[0]["bytes"] < lines[-1]["bytes"] <= lines[-1]["of_bytes"]
+    assert lines[0]["bytes_per_second"] > 0
+    assert lines[0]["seconds_left"] is not None
+
+
+def chain(rig: Rig) -> list[str]:
+    """A full backup and two incremental ones, with something to lay over."""
+    taken: list[str] = [rig.json("backup")["name"]]
+    for number in (1, 2):
+        rig.sql(f"update t set filler = md5(filler) where n % 3 = {number}")
+        result: dict[str, Any] = rig.json("backup", "--incremental")
+        assert result["parent"] == taken[-1]
+        taken.append(result["name"])
+    return taken
+
+
+def test_a_restore_of_a_chain_is_killed_and_run_again(rig: Rig) -> None:
+    last = chain(rig)[-1]
+    target = rig.target()
+    words = ("restore", "--backup", last, "--target-dir", str(target))
+    for stage in ("pgsql_tmp.walship/increment/base", "pgsql_tmp.walship/increment/global"):
+        running = Running(rig, *words)
+        running.until((target / stage).exists)
+        running.signal(signal.SIGKILL)
+        running.end(-9)
+        assert not (target / "global/pg_control").exists(), "no server can start on it"
+    rig.run(*words)
+    assert (target / "global/pg_control").exists()
+    rig.server.run("pg_verifybackup", "-n", "-i", "pgsql_tmp.walship", str(target))
+    assert not list(target.rglob("INCREMENTAL.*"))
+
+
+def test_a_backup_of_the_chain_is_deleted(rig: Rig) -> None:
+    older = names(rig)[-1]
+    full, middle, last = chain(rig)
+    (folder,) = (rig.folder / "store").glob(f"*/base/{full}")
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    try:
+        report = rig.run("verify", expect=12)
+        assert f"backup {middle} cannot be used: it builds on {full}, which is missing" in report.stdout
+        assert names(rig)[-1] == older
+        refused = rig.run("restore", "--backup", last, "--target-dir", str(rig.target()), expect=13)
+        assert f"backup {last} cannot be used: it builds on {full}, which is missing" in refused.stderr
+        assert older in refused.stderr
+        target = rig.target()
+        assert rig.json("restore", "--target-dir", str(target))["backup"] == older
+        rig.server.run("pg_verifybackup", "-n", "-i", "pgsql_tmp.walship", str(target))
+        # The next one builds on what there is.
+        assert rig.json("backup", "--incremental")["parent"] == older
+    finally:
+        aside.rename(folder)
+
+
+def test_a_damaged_backup_of_the_chain_spoils_those_behind_it(rig: Rig) -> None:
+    full, middle, last = chain(rig)
+    (part,) = (rig.folder / "store").glob(f"*/base/{middle}/data/base/00000001")
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        done = rig.run("verify", last, "--json", expect=12)
+        verdicts = {backup["name"]: backup for backup in json.loads(done.stdout)["backups"]}
+        assert [verdicts[name]["usable"] for name in (full, middle, last)] == [True, False, False]
+        assert verdicts[last]["broken_parent"] == middle
+    finally:
+        part.write_bytes(content)

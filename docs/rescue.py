@@ -9,6 +9,10 @@ in it: any tool that copies files or a bucket makes one. What is read is checked
     rescue.py FOLDER archive BACKUP ARCHIVE FILE     join the parts of an archive (base, or a tablespace's oid) to a tar
     rescue.py FOLDER wal DIR                         decode all WAL into DIR, for restore_command = 'cp DIR/%f %p'
 
+What several workers have stored is several archives (base.1, base.2 …): unpack them all into one folder. An incremental
+backup is not put together here: unpack it, and all that it builds on (`list` names them), into a folder each, `get`
+base/BACKUP/backup_manifest into each, and run PostgreSQL's own: pg_combinebackup FULL INCREMENT … -o RESULT.
+
 `wal` also joins the tails of segments that are not stored finished, and pads them with zeros, as PostgreSQL wants
 them. If several destinations are left, copy them into one FOLDER first: each may have tails that the others lack.
 
@@ -242,6 +246,8 @@ def list_all(repository):
             print(
                 f"{'':>12}  ^ {info['kind']} backup from {info['start_lsn']} to {info['stop_lsn']}, {info['stopped']}"
             )
+            if info.get("parent"):
+                print(f"{'':>12}    builds on {info['parent']}, and is of no use without it")
             for archive in info["archives"]:
                 print(f"{'':>12}    archive {archive['name']}: {archive['size']} bytes of tar")
 

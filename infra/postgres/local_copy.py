@@ -63,7 +63,9 @@ select (select system_identifier from pg_control_system())::text,
        (select sum(pg_tablespace_size(oid))::bigint from pg_tablespace),
        current_setting('port')::int, current_setting('data_checksums') = 'on',
        (select setting::int from pg_settings where name = 'segment_size'),
-       pg_is_in_recovery()
+       pg_is_in_recovery(),
+       has_function_privilege('pg_backup_start(text, boolean)', 'execute')
+           and has_function_privilege('pg_backup_stop(boolean)', 'execute')
 """
 # In-place tablespaces, for developers, are folders of the data directory.
 _TABLESPACES = """
@@ -172,7 +174,14 @@ async def look(connection: Connection, directory: Path) -> DataDirectory:
     """Whether the server can be backed up by reading ``directory``. Begins nothing. Raises SourceError."""
     tablespaces = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
     (found,) = await rows(connection, _FACTS)
-    system_id, catalog, started, estimate, port, checksums, blocks, standby = found
+    system_id, catalog, started, estimate, port, checksums, blocks, standby, allowed = found
+    if not allowed:
+        user = connection.info.user
+        raise SourceError(
+            f"the role {user} of PostgreSQL at {place(connection)} may not begin and end a backup by itself",
+            hint="WALSHIP_DATA_DIR needs that: GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean),"
+            f' pg_backup_stop(boolean) TO "{user}";',
+        )
     await asyncio.to_thread(_check_places, directory, tablespaces)
     await asyncio.to_thread(_check_same, directory, system_id, int(started), port)
     major = connection.info.server_version // 10000

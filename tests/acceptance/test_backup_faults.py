@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +245,20 @@ def said_by_check(rig: Rig, **changed: str) -> str:
     return done.stdout + done.stderr
 
 
+def test_a_role_of_its_own_is_enough(rig: Rig) -> None:
+    rig.sql("create role walship login replication")
+    rig.sql("grant pg_monitor to walship")
+    rig.sql("grant execute on function pg_switch_wal(), pg_create_restore_point(text) to walship")
+    changed = {"POSTGRES_USERNAME": "walship", "WALSHIP_DATA_DIR": str(rig.server.data_dir)}
+    words = said_by_check(rig, **changed)
+    assert "the role walship" in words
+    grant = re.search(r"GRANT EXECUTE ON FUNCTION pg_backup_start.*;", words)
+    assert grant is not None, words
+    rig.sql(grant[0])
+    rig.run("check", environment=rig.environment(**changed))
+    rig.run("backup", environment=rig.environment(**changed))
+
+
 def test_summarize_wal_is_off(rig: Rig, first: list[str]) -> None:
     try:
         rig.sql("alter system set summarize_wal = off")
@@ -386,3 +403,33 @@ def test_a_damaged_backup_of_the_chain_spoils_those_behind_it(rig: Rig) -> None:
         assert verdicts[last]["broken_parent"] == middle
     finally:
         part.write_bytes(content)
+
+
+def test_a_chain_is_rescued_without_walship(rig: Rig) -> None:
+    """What docs/format.md says of it, with docs/rescue.py, tar and PostgreSQL's own program."""
+    environment = rig.environment(**local(rig.server))
+    taken = [json.loads(rig.run("backup", "--json", environment=environment).stdout)["name"]]
+    rig.sql("update t set filler = 'rescued' where n % 700 = 0")
+    taken.append(rig.json("backup", "--incremental")["name"])
+    listed = {backup["name"]: backup for backup in rig.json("list")["backups"]}
+    (root,) = (path.parent for path in (rig.folder / "store").glob("*/repository.json"))
+    result = rig.folder / "rescued"
+    folders = []
+    for name in taken:
+        folder = rig.target("unpacked")
+        folders.append(str(folder))
+        archives = sorted(path.name for path in (root / "base" / name / "data").iterdir())
+        assert archives == (["base.1", "base.2"] if listed[name]["kind"] == "full" else ["base"])
+        for archive in archives:
+            tar = f"{folder}.{archive}.tar"
+            rescue(rig, root, "archive", name, archive, tar)
+            subprocess.run(["tar", "-xf", tar, "-C", folder, "--same-owner"], check=True)
+        rescue(rig, root, "get", f"base/{name}/backup_manifest", str(folder / "backup_manifest"))
+        give(folder, run_as())
+    rig.server.run("pg_combinebackup", *folders, "-o", str(result), "--no-sync")
+    rig.server.run("pg_verifybackup", "-n", str(result))
+
+
+def rescue(rig: Rig, root: Path, *words: str) -> None:
+    script = Path(__file__).resolve().parents[2] / "docs/rescue.py"
+    subprocess.run([sys.executable, script, root, *words], env=rig.environment(), check=True, stdin=subprocess.DEVNULL)

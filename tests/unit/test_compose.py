@@ -81,3 +81,12 @@ def test_one_user_owns_the_spool_everywhere(services: dict[str, Any]) -> None:
     """basic_archive writes files that only their owner may read."""
     owner = services["volumes"]["entrypoint"][3]
     assert f"--uid {owner} " in (_HOME / "Dockerfile").read_text("utf-8")
+
+
+def test_base_backups_read_the_very_files_of_the_server(services: dict[str, Any]) -> None:
+    """The image of a major version keeps its data in a folder of that number, below the volume."""
+    major = services["postgres"]["image"].partition(":")[2].partition("-")[0]
+    (volume,) = (v for v in services["postgres"]["volumes"] if v.startswith("postgres-data:"))
+    place = volume.partition(":")[2]
+    assert services["walship"]["environment"]["WALSHIP_DATA_DIR"] == f"{place}/{major}/docker"
+    assert f"{volume}:ro" in services["walship"]["volumes"]

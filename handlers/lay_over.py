@@ -50,6 +50,12 @@ class LayOver:
             archive.name: places.get(archive.name, dropped(targets, archive.name)) for archive in backup.archives
         }
         self._places["base"] = targets.directory
+        #: Names in the data directory below which tablespaces lie: what is there is not the base archive's to remove.
+        self._inside = {
+            path.relative_to(targets.directory).parts[0]
+            for path in places.values()
+            if path.is_relative_to(targets.directory)
+        }
         #: Area of the backup → the folder that its archive is unpacked into.
         self.stages = {area: self._stage(place / _STAGE) for area, place in self._places.items()}
         self._patched: set[str] = set()
@@ -65,7 +71,7 @@ class LayOver:
         """Lay it over what is there. Blocking. Raises IntegrityError and OSError."""
         for area, stage in self.stages.items():
             place = self._places[area]
-            spare = {_OURS, "lost+found"} | ({"pg_tblspc"} if area == "base" else set())
+            spare = {_OURS, "lost+found"} | (self._inside | {"pg_tblspc"} if area == "base" else set())
             patched = apply(stage, place, self._targets.owner, spare=frozenset(spare))
             self._patched |= {prefix_of(area) + path for path in patched}
             if place != self._targets.directory:

@@ -153,9 +153,10 @@ class Settings(BaseSettings):
         if not self.backup_host:
             return self
         host, colon, port = self.backup_host.rpartition(":")
-        if not colon or not port.isdecimal():
+        bare = ":" in host and not host.startswith("[")  # an IPv6 address has a port behind brackets only
+        if not colon or not port.isdecimal() or bare:
             host, port = self.backup_host, "5432"
-        return self.at((host, int(port)))
+        return self.at((host.strip("[]"), int(port)))
 
     @property
     def wal_encrypted(self) -> bool:

@@ -58,19 +58,42 @@ class Found:
 
 
 def walk(
-    root: Path, major: int, *, tablespace: str = "", passed: Callable[[Path], None] = lambda _: None
+    root: Path,
+    major: int,
+    *,
+    tablespace: str = "",
+    inside: frozenset[str] = frozenset(),
+    passed: Callable[[Path], None] = lambda _: None,
 ) -> Iterator[Found]:
     """All that belongs in the archive of the data directory ``root``, or of a tablespace's folder; folders first.
 
     ``tablespace``: the one folder of a tablespace that is this server's: ``PG_17_202406281``. Beside it may be what
-    another version left there, or ``lost+found``. What vanishes meanwhile is left out: relations may be dropped at any
-    time. ``passed`` is told of links and special files, which are left out as BASE_BACKUP leaves them out. Raises
-    OSError for what is there and cannot be read, and for a link in the place of what a cluster cannot be without.
+    another version left there, or ``lost+found``. ``inside``: folders of the data directory that are tablespaces, and
+    archives of their own. ``passed`` is told of links and special files, which are left out as BASE_BACKUP leaves them
+    out. What vanishes meanwhile is left out: relations may be dropped at any time.
+
+    Raises OSError for what is there and cannot be read, and for a link in the place of what a cluster cannot be
+    without.
     """
-    yield from _below(root, "", major, passed, tablespace=tablespace)
+    yield from _below(root, "", _Rules(major, tablespace, frozenset() if tablespace else inside, passed))
 
 
-def _below(root: Path, folder: str, major: int, passed: Callable[[Path], None], *, tablespace: str) -> Iterator[Found]:
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """As ``walk`` was told."""
+
+    major: int
+    tablespace: str
+    inside: frozenset[str]
+    passed: Callable[[Path], None]
+
+    def leave_out(self, folder: str, path: str) -> bool:
+        if self.tablespace:
+            return not folder and path != self.tablespace
+        return path == CONTROL or (folder == "pg_tblspc" and path in self.inside)
+
+
+def _below(root: Path, folder: str, rules: _Rules) -> Iterator[Found]:
     try:
         with os.scandir(root / folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -81,28 +104,27 @@ def _below(root: Path, folder: str, major: int, passed: Callable[[Path], None], 
     folders = []
     for entry in listed:
         path = f"{folder}/{entry.name}" if folder else entry.name
-        if tablespace and not folder and entry.name != tablespace:
-            continue
-        if _is_left_out(entry.name, folder, names, relations=relations) or path == CONTROL:
+        if rules.leave_out(folder, path) or _is_left_out(entry.name, folder, names, relations=relations):
             continue
         try:
             seen = entry.stat(follow_symlinks=False)
-            if not tablespace and path in _EMPTIED:
+            if not rules.tablespace and path in _EMPTIED:
                 yield _found(path, Path(entry.path), entry.stat())  # a link, to a disk in memory, becomes a folder
-            elif not tablespace and path == "pg_wal":
-                yield from _wal(Path(entry.path), major)
+            elif not rules.tablespace and path == "pg_wal":
+                yield from _wal(Path(entry.path), rules.major)
             elif stat.S_ISDIR(seen.st_mode):
                 yield _found(path, Path(entry.path), seen)
                 folders.append(path)
             elif stat.S_ISREG(seen.st_mode):
                 yield _found(path, Path(entry.path), seen, _segment(entry.name, folder, relations=relations))
             elif folder != "pg_tblspc":  # the links to tablespaces: archives of their own
-                _refuse_vital(path, entry.path, tablespace)
-                passed(Path(entry.path))
+                _refuse_vital(path, entry.path, rules.tablespace)
+                rules.passed(Path(entry.path))
         except FileNotFoundError:
             continue
     for path in folders:
-        yield from _below(root, path, major, passed, tablespace=tablespace)
+        if path not in rules.inside:
+            yield from _below(root, path, rules)
 
 
 def _refuse_vital(path: str, source: str, tablespace: str) -> None:

@@ -65,13 +65,12 @@ select (select system_identifier from pg_control_system())::text,
        (select setting::int from pg_settings where name = 'segment_size'),
        pg_is_in_recovery(),
        has_function_privilege('pg_backup_start(text, boolean)', 'execute')
-           and has_function_privilege('pg_backup_stop(boolean)', 'execute')
+           and has_function_privilege('pg_backup_stop(boolean)', 'execute'),
+       current_setting('data_directory')
 """
-# In-place tablespaces, for developers, are folders of the data directory.
 _TABLESPACES = """
 select oid::bigint, pg_tablespace_location(oid) from pg_tablespace
-where spcname not in ('pg_default', 'pg_global') and left(pg_tablespace_location(oid), 10) <> 'pg_tblspc/'
-order by oid
+where spcname not in ('pg_default', 'pg_global') order by oid
 """
 #: The timeline that the server is on, as a primary or a standby.
 _TIMELINE = """
@@ -89,6 +88,8 @@ class DataDirectory:
     #: Name of its folder in a tablespace.
     version_folder: str
     tablespaces: tuple[Tablespace, ...]
+    #: Folders of the data directory that are tablespaces: archives of their own.
+    inside: frozenset[str]
     #: Bytes of all tablespaces.
     estimate: int
     #: Whether pages have checksums, and how many make a segment file of a relation.
@@ -134,7 +135,9 @@ async def stream(
         for tablespace in (*begun.tablespaces, None):
             prefix = f"pg_tblspc/{tablespace.oid}/" if tablespace else ""
             version = begun.version_folder if tablespace else ""
-            files = Shared(walk(directory / prefix, begun.major, tablespace=version, passed=passed))
+            files = Shared(
+                walk(directory / prefix, begun.major, tablespace=version, inside=begun.inside, passed=passed)
+            )
             area = tablespace.oid if tablespace else "base"
             streams = [Stream(f"{area}.{n}", files, copy, prefix) for n in range(1, workers + 1)]
             async with aclosing(_mixed(streams, copy, end=tablespace is not None)) as messages:
@@ -174,7 +177,7 @@ async def look(connection: Connection, directory: Path) -> DataDirectory:
     """Whether the server can be backed up by reading ``directory``. Begins nothing. Raises SourceError."""
     tablespaces = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
     (found,) = await rows(connection, _FACTS)
-    system_id, catalog, started, estimate, port, checksums, blocks, standby, allowed = found
+    system_id, catalog, started, estimate, port, checksums, blocks, standby, allowed, root = found
     if not allowed:
         user = connection.info.user
         raise SourceError(
@@ -185,8 +188,14 @@ async def look(connection: Connection, directory: Path) -> DataDirectory:
     await asyncio.to_thread(_check_places, directory, tablespaces)
     await asyncio.to_thread(_check_same, directory, system_id, int(started), port)
     major = connection.info.server_version // 10000
+    # Within the data directory, where nobody should have put it, and of developers' in-place tablespaces.
+    inside = frozenset(
+        found.location.removeprefix(f"{root}/")
+        for found in tablespaces
+        if found.location.startswith((f"{root}/", "pg_tblspc/"))
+    )
     return DataDirectory(
-        system_id, major, f"PG_{major}_{catalog}", tablespaces, int(estimate or 0), checksums, blocks, standby
+        system_id, major, f"PG_{major}_{catalog}", tablespaces, inside, int(estimate or 0), checksums, blocks, standby
     )
 
 

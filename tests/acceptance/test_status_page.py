@@ -75,8 +75,8 @@ def live() -> Iterator[Live]:
             made.server.start()
             made.run("init")
             made.serve()
+            made.sql("create table t (at timestamptz)")  # first: any moment that can be restored has it
             made.json("backup")
-            made.sql("create table t (at timestamptz)")
             yield made
     finally:
         shutil.rmtree(folder)

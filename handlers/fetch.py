@@ -14,10 +14,11 @@ from typing import TypeVar
 
 from handlers.checksum import check_stored
 from handlers.stitch import read_tail  # fetch in two files: one object, and all tails of a segment
-from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
+from pipeline.catalog import Catalog, backup_of, checked_info, info_key, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Buffer, Fetch, Fetched, Store
 from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, StoreError
+from pipeline.listing import Listing
 from pipeline.objects import MAX_PLAIN, TRAILER_SIZE, Header
 from pipeline.tail import Stitched
 from pipeline.wal import SEGMENT_SIZES, WalFile, parse_history

@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 from handlers.serve_wal import WalServer  # a leaf: it only answers for one file
 from pipeline.backup import BackupInfo
+from pipeline.backup_chain import chain_of
 from pipeline.catalog import Catalog
-from pipeline.chains import chain_of
 from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, RecoveryError, WalshipError
 from pipeline.lineage import Lineage, WalPath

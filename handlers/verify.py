@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from handlers.checksum import check_stored  # a leaf: plain bytes in, verdict out
 from handlers.verify_tails import check_tails  # verification in two files: this one, and what is peculiar to tails
 from pipeline.backup import BackupInfo
+from pipeline.backup_chain import chain_of
 from pipeline.catalog import Catalog, data_key_name, index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.chain import Chain, Expected
-from pipeline.chains import chain_of
 from pipeline.contracts import Body, Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
 from pipeline.lineage import Lineage, WalPath

@@ -10,9 +10,10 @@ from handlers.fetch import Fetcher
 from infra.reach import Reach, leads_to, unbroken, with_claimed_tails
 from infra.wiring import Site
 from pipeline.backup import BackupInfo
-from pipeline.catalog import Catalog, Listing, backup_of, checked_info, info_key, wal_key
+from pipeline.catalog import Catalog, backup_of, checked_info, info_key, wal_key
 from pipeline.contracts import Fetch, Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
+from pipeline.listing import Listing
 from pipeline.runs import Runs
 from pipeline.tail import TailName
 from pipeline.wal import parse_history

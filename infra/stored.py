@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from handlers.fetch import Fetcher
 from infra.wiring import Site
 from pipeline.backup import BackupInfo
-from pipeline.catalog import Listing, backup_of, checked_info, info_key
+from pipeline.catalog import backup_of, checked_info, info_key
 from pipeline.contracts import Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
 from pipeline.lineage import Lineage
+from pipeline.listing import Listing
 from pipeline.resume import go_on
 from pipeline.runs import Runs
 from pipeline.tail import TailName

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.backup import BackupInfo
-from pipeline.chains import whole_ones
 from pipeline.errors import IntegrityError, RecoveryError
 from pipeline.lineage import Leg, Lineage, WalPath
 from pipeline.runs import Hole, Runs, Window
-from pipeline.tail import Stitched, TailName
-from pipeline.wal import Fork, Lsn, WalFile, WalKind, segments_per_log
+from pipeline.wal import Fork, Lsn, WalFile, WalKind
 
 #: For people and a first look; not a walship object.
 REPOSITORY = "repository.json"
@@ -265,134 +263,6 @@ class Catalog:
 
 
 _EMPTY = Runs()
-
-
-class Listing:
-    """Collects the keys of one or several destinations, then makes a catalog of what any of them has."""
-
-    def __init__(self, system_id: str) -> None:
-        self._system_id = system_id
-        self._segments: dict[int, set[tuple[int, int]]] = {}
-        self._partials: dict[int, set[tuple[int, int]]] = {}
-        self._tails: dict[int, dict[int, int]] = {}
-        self._tail_notices: list[str] = []
-        self._labels: set[str] = set()
-        self._unknown: set[str] = set()
-        self._backups: dict[str, BackupInfo] = {}
-        self._histories: dict[int, tuple[Fork, ...]] = {}
-        self._unreadable: dict[int, str] = {}
-        self._problems: list[str] = []
-        #: Timelines whose history file was listed.
-        self.history_files: set[WalFile] = set()
-        #: Segments of which tails were listed.
-        self.tail_files: set[WalFile] = set()
-
-    def add(self, key: str) -> None:
-        """A key below ``wal/`` or ``tail/``; folders (they end in ``/``) say nothing."""
-        if key.endswith("/"):
-            return
-        if tail := TailName.parse(key):
-            self.tail_files.add(tail.file)
-            return
-        file = parse_wal_key(key)
-        if file is None:
-            self._unknown.add(key)
-        elif file.kind is WalKind.SEGMENT:
-            self._segments.setdefault(file.timeline, set()).add((file.log, file.seg))
-        elif file.kind is WalKind.PARTIAL:
-            self._partials.setdefault(file.timeline, set()).add((file.log, file.seg))
-        elif file.kind is WalKind.HISTORY:
-            self.history_files.add(file)
-        else:
-            self._labels.add(file.name)
-
-    def add_backup(self, backup: BackupInfo) -> None:
-        if backup.system_id != self._system_id:
-            self.problem(f"backup {backup.name} belongs to the cluster {backup.system_id}, not to {self._system_id}")
-        else:
-            self._backups[backup.name] = backup
-
-    def unfinished(self, segment_size: int) -> list[WalFile]:
-        """Segments of which tails were listed and nothing finished, and that some backup may need: to be joined."""
-        done = {(timeline, *member) for timeline, members in self._segments.items() for member in members}
-        per_log = segments_per_log(segment_size)
-        first = min((backup.start_lsn for backup in self._backups.values()), default=Lsn(0))
-        return sorted(
-            file
-            for file in self.tail_files
-            if file.seg < per_log and file.end(segment_size) > first and (file.timeline, file.log, file.seg) not in done
-        )
-
-    def add_tail(self, made: Stitched) -> None:
-        """What the tails of an open segment make; its content is not kept."""
-        number = made.file.start(len(made.content)) // len(made.content)
-        self._tails.setdefault(made.file.timeline, {})[number] = made.usable
-        if made.notices:
-            end = Lsn(number * len(made.content) + made.reach)
-            self._tail_notices.append(
-                f"the tails of segment {made.file} reach LSN {end} and no further: {'; '.join(made.notices)}"
-            )
-
-    def add_history(self, timeline: int, forks: tuple[Fork, ...]) -> None:
-        self._histories[timeline] = forks
-
-    def unreadable_history(self, timeline: int, reason: str) -> None:
-        self._unreadable[timeline] = reason
-        self.problem(f"the history of timeline {timeline} cannot be read: {reason}")
-
-    def problem(self, fact: str) -> None:
-        """Something that people have to know, and that the rest of the repository does not suffer from."""
-        self._problems.append(fact)
-
-    @property
-    def any_segment(self) -> WalFile | None:
-        """Some finished segment, by which the segment size can be found out."""
-        for timeline, members in self._segments.items():
-            log, seg = min(members)
-            return WalFile.parse(f"{timeline:08X}{log:08X}{seg:08X}")
-        return None
-
-    @property
-    def segment_size(self) -> int | None:
-        """As the newest backup says; None if there is no backup."""
-        newest = max(self._backups.values(), key=lambda b: b.stopped, default=None)
-        return newest.segment_size if newest else None
-
-    def catalog(self, segment_size: int) -> Catalog:
-        """What has been added. Names that cannot exist with that segment size count as unknown."""
-        unknown, backups = set(self._unknown), whole_ones(self._backups.values(), self.problem)
-        return Catalog(
-            system_id=self._system_id,
-            segment_size=segment_size,
-            backups=tuple(sorted(backups, key=lambda b: (b.stopped, b.stop_lsn, b.name))),
-            segments=self._runs(self._segments, segment_size, unknown, ""),
-            partials=self._runs(self._partials, segment_size, unknown, ".partial"),
-            tails={timeline: dict(reaches) for timeline, reaches in self._tails.items()},
-            histories=dict(self._histories),
-            unreadable=dict(self._unreadable),
-            labels=len(self._labels),
-            unknown=len(unknown),
-            examples=tuple(sorted(unknown)[:5]),
-            problems=tuple(self._problems),
-            tail_notices=tuple(self._tail_notices),
-        )
-
-    @staticmethod
-    def _runs(
-        found: dict[int, set[tuple[int, int]]], segment_size: int, unknown: set[str], suffix: str
-    ) -> dict[int, Runs]:
-        per_log = segments_per_log(segment_size)
-        runs: dict[int, Runs] = {}
-        for timeline, members in found.items():
-            numbers = []
-            for log, seg in members:
-                if seg < per_log:
-                    numbers.append(log * per_log + seg)
-                else:
-                    unknown.add(f"wal/{timeline:08X}{log:08X}/{timeline:08X}{log:08X}{seg:08X}{suffix}")
-            if numbers:
-                runs[timeline] = Runs.of(numbers)
-        return runs
 
 
 def checked_info(key: str, name: str, content: bytes | bytearray) -> BackupInfo:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.catalog import Catalog, Listing, wal_key
+from pipeline.catalog import Catalog, wal_key
 from pipeline.errors import RecoveryError
 from pipeline.lineage import Leg, Lineage
+from pipeline.listing import Listing
 from pipeline.runs import Runs
 from pipeline.wal import Fork, Lsn, WalFile, history_name
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.reach import claimed, unbroken, with_claimed_tails
-from pipeline.catalog import Catalog, Listing, wal_key
+from pipeline.catalog import Catalog, wal_key
+from pipeline.listing import Listing
 from pipeline.tail import TailName
 from pipeline.wal import Fork, Lsn, WalFile
 from tests.keys import SYSTEM_ID

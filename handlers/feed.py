@@ -5,7 +5,7 @@ key: the sh script behind restore_command finds the next segments in ``ready/`` 
 not there it asks for with an empty file in ``want/``, and waits for the answer:
 
     pid              process id and start time of the feed; the script asks nobody who is dead
-    want/NAME        made by the script
+    want/NAME        made by the script; removed by it before it takes the file, or by the feed before it answers
     ready/NAME       the whole file, renamed in from stage/; the script renames it to where PostgreSQL wants it
     absent/NAME      it is stored nowhere, or the server has it in its pg_wal already
     failed/NAME      a store or the data failed: recovery has to stop
@@ -163,6 +163,9 @@ class Feed:
         """The server asks for ``name``: what it took in front of that is in its pg_wal by now."""
         done = {before for before in self._taken if _place(before) < _place(name)}
         self._taken -= done
+        for again in self._given & done:  # given twice, to a script that was killed: nobody comes for it now
+            self._given.discard(again)
+            _remove(again, self._folders["ready"])
         self._kept |= dict.fromkeys(sorted(done, key=_place))
         while len(self._kept) > _KEPT:
             del self._kept[next(iter(self._kept))]
@@ -199,8 +202,9 @@ class Feed:
             if file is not None and file.kind is WalKind.SEGMENT:
                 self._skip_to(name)
                 self._came_to(name)
-            if name in self._listed("ready"):
-                _remove(name, want)
+            # It was read ahead meanwhile, and the script sees it, or has taken it already: then it took back its
+            # request before. In this order; and a request that is removed here could be the next one.
+            if name in self._listed("ready") or name not in self._listed("want"):
                 return
             content = None if name in self._kept else await self._read_whole(name)
             # Before the answer can be seen: what is asked for behind it is a new request, and not ours to remove.

@@ -65,7 +65,11 @@ if alive; then
     rm -f "$$feed/absent/$$file" "$$feed/failed/$$file" || exit 200
     : >"$$feed/want/$$file" || exit 200
     while alive; do
-        [ ! -s "$$feed/ready/$$file" ] || exec mv -f "$$feed/ready/$$file" "$$path"
+        if [ -s "$$feed/ready/$$file" ]; then
+            # In this order: whoever sees that the file was taken finds no request for it either.
+            rm -f "$$feed/want/$$file"
+            exec mv -f "$$feed/ready/$$file" "$$path"
+        fi
         if [ -f "$$feed/absent/$$file" ]; then
             rm -f "$$feed/absent/$$file"
             exit $absent

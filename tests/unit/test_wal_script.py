@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -197,6 +198,46 @@ async def test_reading_ahead_is_bounded_and_needs_no_asking(data: Path) -> None:
     assert not list(ready.iterdir())
 
 
+async def test_a_store_that_is_slower_than_the_server_is_read_once_for_each_segment(data: Path) -> None:
+    """The server asks for what is being fetched ahead, takes it at once, and no request for it is left behind."""
+    lay(data, "exit 126")
+    reads: list[str] = []
+
+    async def read(name: str) -> Buffer | None:
+        reads.append(name)
+        await asyncio.sleep(0.04)
+        return bytes(SIZE)
+
+    order = [segment(number) for number in range(3, 63)]
+    home = data / FOLDER / FEED
+    async with running(Feed(home, read, order, SIZE)):
+        for file in order:
+            assert await ask_feed(data, file.name) == 0
+            assert len(list((home / "ready").iterdir())) <= 16
+        assert await ask_feed(data, segment(63).name) == 0
+        assert reads == [file.name for file in (*order, segment(63))]
+        assert not list((home / "ready").iterdir())
+        assert not list((home / "want").iterdir())
+
+
+async def test_what_was_fetched_for_a_script_that_was_killed_does_not_stay(data: Path) -> None:
+    """It had asked; the server asks anew, finds the file in ready/, and the old request brings the file once more."""
+    lay(data, "exit 126")
+    shelf, home = Shelf(), data / FOLDER / FEED
+    async with feeding(data, shelf, [segment(n) for n in range(3, 7)], []):
+        async with asyncio.timeout(20):
+            while not (home / "ready" / segment(3).name).exists():
+                await asyncio.sleep(0.01)
+            assert await ask_feed(data, segment(3).name) == 0
+            (home / "want" / segment(3).name).touch()
+            while not (home / "ready" / segment(3).name).exists():
+                await asyncio.sleep(0.01)
+            for number in (4, 5, 6, 7):
+                assert await ask_feed(data, segment(number).name) == 0
+            while list((home / "ready").iterdir()):
+                await asyncio.sleep(0.01)
+
+
 async def test_a_failing_store_stops_recovery_and_says_why(data: Path) -> None:
     lay(data, "exit 44")
     said: list[str] = []
@@ -286,7 +327,13 @@ async def test_a_full_disk_gives_up_what_was_fetched_ahead(data: Path) -> None:
     room = 4
 
     class Small(Feed):
-        """A disk with room for four segments."""
+        """A disk with room for four segments. One writer at a time, or what another is renaming would count twice."""
+
+        turn = threading.Lock()
+
+        def _lay(self, folder: str, name: str, content: Buffer, sync: bool) -> None:
+            with self.turn:
+                super()._lay(folder, name, content, sync)
 
         def _write(self, name: str, content: Buffer, *, sync: bool = False) -> None:
             there = [path for folder in ("stage", "ready") for path in (data / FOLDER / FEED / folder).iterdir()]

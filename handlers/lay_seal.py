@@ -54,7 +54,7 @@ def _link(targets: Targets) -> None:
         give(link, targets.owner)
         escaped = "".join(f"\\{c}" if c in "\\\n\r" else c for c in str(path))
         lines.append(f"{tablespace.oid} {escaped}\n")
-    if targets.moved and lines:
+    if lines:
         _create(targets.directory / MAP, os.fsencode("".join(lines)), 0o600, targets)
 
 

@@ -35,6 +35,8 @@ from pipeline.layout import Layout, prefix_of
 from pipeline.manifest import FileLine, files_of, read_manifest
 from pipeline.objects import MAX_PLAIN
 
+#: The server makes links of it, to folders that may be a running server's: ``seal`` writes one of what was restored.
+_NOT_LAID = frozenset({MAP})
 #: Told (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
 
@@ -139,14 +141,13 @@ class _LayDown:
         """Lay down the archives of one backup; ``folders``: where each area of it goes."""
         targets = self._targets
         links = frozenset(f"pg_tblspc/{tablespace.oid}" for tablespace in backup.tablespaces)
-        skip = frozenset({MAP}) if targets.moved else frozenset[str]()
         async with AsyncExitStack() as stack:
             unpackers = {}
             for archive in backup.archives:
                 area = area_of(archive.name)
                 unpacker = Unpacker(
                     archive.name, folders[area], kept=kept, prefix=prefix_of(area), owner=targets.owner,
-                    links=links if area == "base" else frozenset(), skip=skip if area == "base" else frozenset(),
+                    links=links if area == "base" else frozenset(), skip=_NOT_LAID if area == "base" else frozenset(),
                 )  # fmt: skip
                 unpackers[archive.name] = unpacker
                 stack.callback(unpacker.abandon)

@@ -1,8 +1,8 @@
 """A base backup read from the data directory itself, by several workers, each making tar streams of its own.
 
-    pg_backup_start ── tablespaces, then the data directory ── pg_backup_stop ── label, map, pg_control
-                        worker 1 → base.1 ┐
-                        worker 2 → base.2 ┴→ messages, mixed
+    pg_backup_start ── list of tablespaces; these, then the data directory ── pg_backup_stop ── label, map, pg_control
+                       worker 1 → base.1 ┐
+                       worker 2 → base.2 ┴→ messages, mixed
 
 The rules are those of PostgreSQL's documentation, "Making a Base Backup Using the Low Level API": the session that
 began the backup stays until it ends; files may change, grow, shrink and vanish while they are read, for the WAL repairs
@@ -68,6 +68,7 @@ select (select system_identifier from pg_control_system())::text,
            and has_function_privilege('pg_backup_stop(boolean)', 'execute'),
        current_setting('data_directory')
 """
+#: What is looked at before a backup begins. Its own list is made as the server makes it: see ``linked_tablespaces``.
 _TABLESPACES = """
 select oid::bigint, pg_tablespace_location(oid) from pg_tablespace
 where spcname not in ('pg_default', 'pg_global') order by oid
@@ -88,8 +89,8 @@ class DataDirectory:
     #: Name of its folder in a tablespace.
     version_folder: str
     tablespaces: tuple[Tablespace, ...]
-    #: Folders of the data directory that are tablespaces: archives of their own.
-    inside: frozenset[str]
+    #: As the server calls itself.
+    root: str
     #: Bytes of all tablespaces.
     estimate: int
     #: Whether pages have checksums, and how many make a segment file of a relation.
@@ -125,19 +126,21 @@ async def stream(
         ((lsn,),) = await rows(connection, "select pg_backup_start(%s, %s)::text", (label, fast))
         ((timeline,),) = await rows(connection, _TIMELINE)
         start = Lsn.parse(lsn)
+        # Not before: one that was created since, and before the start, is not made by replay, and its files would be
+        # missing from the backup.
+        tablespaces = await asyncio.to_thread(linked_tablespaces, directory)
+        inside = _within(tablespaces, begun.root)
         copy = Copy(start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks)
         if pace is not None:
             copy.pace = pace.wait
             # With a low limit, pieces so small that there is something to tell several times a second.
             copy.piece = min(copy.piece, max(64 << 10, pace.rate // 4 // PAGE * PAGE))
-        yield BackupStarted(start, timeline, begun.tablespaces, begun.estimate)
+        yield BackupStarted(start, timeline, tablespaces, begun.estimate)
         looked = time.monotonic()
-        for tablespace in (*begun.tablespaces, None):
+        for tablespace in (*tablespaces, None):
             prefix = f"pg_tblspc/{tablespace.oid}/" if tablespace else ""
             version = begun.version_folder if tablespace else ""
-            files = Shared(
-                walk(directory / prefix, begun.major, tablespace=version, inside=begun.inside, passed=passed)
-            )
+            files = Shared(walk(directory / prefix, begun.major, tablespace=version, inside=inside, passed=passed))
             area = tablespace.oid if tablespace else "base"
             streams = [Stream(f"{area}.{n}", files, copy, prefix) for n in range(1, workers + 1)]
             async with aclosing(_mixed(streams, copy, end=tablespace is not None)) as messages:
@@ -149,6 +152,7 @@ async def stream(
         # Before the end: of a standby, it says up to where the WAL has to be replayed, which must not lie behind that.
         control = await asyncio.to_thread(_control, directory / CONTROL)
         stopped = await _stop(connection)
+        _check_all_copied(tablespaces, stopped.map)
         last = await asyncio.to_thread(_last, streams[0], directory, stopped, control)
         yield ArchiveData(last + _END, streams[0].archive)
         for each in streams[1:]:
@@ -188,15 +192,55 @@ async def look(connection: Connection, directory: Path) -> DataDirectory:
     await asyncio.to_thread(_check_places, directory, tablespaces)
     await asyncio.to_thread(_check_same, directory, system_id, int(started), port)
     major = connection.info.server_version // 10000
-    # Within the data directory, where nobody should have put it, and of developers' in-place tablespaces.
-    inside = frozenset(
+    return DataDirectory(
+        system_id, major, f"PG_{major}_{catalog}", tablespaces, root, int(estimate or 0), checksums, blocks, standby
+    )
+
+
+def linked_tablespaces(directory: Path) -> tuple[Tablespace, ...]:
+    """All that pg_tblspc leads to, as pg_backup_start makes its own list (``do_pg_backup_start``): of the folder, and
+    not of pg_tablespace, which does not show one whose CREATE TABLESPACE is about to commit. Raises SourceError.
+
+    One that is created later is not copied: replay of its WAL makes it.
+    """
+    found = []
+    try:
+        with os.scandir(directory / "pg_tblspc") as entries:
+            for entry in entries:
+                if re.fullmatch("[1-9][0-9]*", entry.name):
+                    # No link: in place, with allow_in_place_tablespaces.
+                    place = str(Path(entry).readlink()) if entry.is_symlink() else f"pg_tblspc/{entry.name}"
+                    found.append(Tablespace(int(entry.name), place))
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename} cannot be read: {error.strerror}", hint="was a tablespace dropped just now? try again"
+        ) from None
+    _check_places(directory, found)
+    return tuple(found)
+
+
+def _within(tablespaces: Sequence[Tablespace], root: str) -> frozenset[str]:
+    """Folders of the data directory that are tablespaces, and archives of their own: where nobody should have put
+    them, and developers' in-place tablespaces.
+    """
+    return frozenset(
         found.location.removeprefix(f"{root}/")
         for found in tablespaces
         if found.location.startswith((f"{root}/", "pg_tblspc/"))
     )
-    return DataDirectory(
-        system_id, major, f"PG_{major}_{catalog}", tablespaces, inside, int(estimate or 0), checksums, blocks, standby
-    )
+
+
+def _check_all_copied(tablespaces: Sequence[Tablespace], places: str) -> None:
+    """What the server says was there at the start is what was copied. ``places``: its tablespace_map."""
+    copied = {str(found.oid) for found in tablespaces if not found.location.startswith("pg_tblspc/")}
+    # The end of a line within a path is escaped by a backslash, and is no end of an entry.
+    there = set(re.findall(r"^(\d+) (?:[^\\\n]|\\.)*$", places, re.MULTILINE | re.DOTALL))
+    if copied != there:
+        oids = ", ".join(sorted(copied ^ there, key=int))
+        raise SourceError(
+            f"tablespace {oids} was created or dropped in the very moment in which the backup began",
+            hint="take the backup again",
+        )
 
 
 def _check_places(directory: Path, tablespaces: Sequence[Tablespace]) -> None:

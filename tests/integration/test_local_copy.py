@@ -22,7 +22,7 @@ from infra.postgres.damage import Damage
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer
 from infra.settings import Settings
-from pipeline.backup import ArchiveBegan, ArchiveData, BackupMessage, ManifestData, area_of
+from pipeline.backup import ArchiveBegan, ArchiveData, BackupMessage, BackupStarted, ManifestData, Tablespace, area_of
 from pipeline.errors import SourceError
 from pipeline.manifest import read_manifest
 from tests.servers import NEWEST, SERVER_VERSIONS, StartServer, server_folder, start_server
@@ -48,6 +48,7 @@ class Taken:
     def __init__(self) -> None:
         self.archives: dict[str, bytearray] = {}
         self.manifest = bytearray()
+        self.tablespaces: tuple[Tablespace, ...] = ()
 
     async def take(self, messages: AsyncGenerator[BackupMessage, None]) -> Taken:
         last = ""
@@ -59,6 +60,8 @@ class Taken:
                 self.archives[message.archive or last] += message.data
             elif isinstance(message, ManifestData):
                 self.manifest += message.data
+            elif isinstance(message, BackupStarted):
+                self.tablespaces = message.tablespaces
         return self
 
     def entries(self) -> dict[tuple[str, str], tuple[object, ...]]:
@@ -178,6 +181,61 @@ async def test_the_directory_of_another_server_is_refused(start_server: StartSer
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
         query = "select count(*) from pg_stat_activity where application_name = 'walship_backup'"
         assert connection.execute(query).fetchone() == (0,)
+
+
+def create_tablespace(server: ThrowawayServer, place: Path) -> int:
+    """Its oid; a table in it has a row."""
+    place.mkdir()
+    give(place, run_as())
+    server.query(f"create tablespace {place.name} location '{place}'")
+    server.query(f"create table in_{place.name} tablespace {place.name} as select 1 n")
+    ((oid,),) = server.query(f"select oid::bigint from pg_tablespace where spcname = '{place.name}'")
+    return int(oid)
+
+
+async def test_tablespaces_that_are_created_meanwhile(
+    start_server: StartServer, server_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the start: copied, for replay does not make them. Behind it: replay does, and they are in no map."""
+    server = start_server(NEWEST)
+    oids: list[int] = []
+    looked, listed = local_copy.look, local_copy.linked_tablespaces
+
+    async def look(*arguments: Any) -> Any:
+        found = await looked(*arguments)
+        oids.append(await asyncio.to_thread(create_tablespace, server, server_folder / "before"))
+        return found
+
+    monkeypatch.setattr(local_copy, "look", look)
+    messages = local_copy.stream(settings_for(server), server.data_dir)
+    taken = Taken()
+
+    async def meddled() -> AsyncGenerator[BackupMessage, None]:
+        async for message in messages:
+            yield message
+            if isinstance(message, BackupStarted):
+                oids.append(await asyncio.to_thread(create_tablespace, server, server_folder / "behind"))
+
+    await taken.take(meddled())
+    before, behind = oids
+    assert [found.oid for found in taken.tablespaces] == [before]
+    assert any(area == str(before) and kind == tarfile.REGTYPE for (area, _), (kind, *_) in taken.entries().items())
+    assert not any(str(behind) in name for _, name in taken.entries())
+    with tarfile.open(fileobj=io.BytesIO(bytes(taken.archives["base.1"]))) as tar:
+        content = tar.extractfile("tablespace_map")
+        assert content is not None
+        assert content.read().decode() == f"{before} {server_folder}/before\n"
+
+    # Between the server's list and ours: rare, and no backup.
+    def list_late(directory: Path) -> tuple[Tablespace, ...]:
+        oids.append(create_tablespace(server, server_folder / "between"))
+        return listed(directory)
+
+    monkeypatch.setattr(local_copy, "look", looked)
+    monkeypatch.setattr(local_copy, "linked_tablespaces", list_late)
+    with pytest.raises(SourceError, match="was created or dropped in the very moment") as caught:
+        await Taken().take(local_copy.stream(settings_for(server), server.data_dir))
+    assert f"tablespace {oids[-1]} was" in caught.value.fact
 
 
 async def test_a_file_that_cannot_be_read_ends_the_backup(start_server: StartServer) -> None:

@@ -216,7 +216,7 @@ async def test_what_an_interrupted_restore_left_is_replaced_without_force(tmp_pa
     await lay(shelf, info, see(info, directory))
     assert (directory / "global/pg_control").read_bytes() == CONTROL
     assert (directory / "pg_tblspc/17").readlink() == tmp_path / "space"
-    assert not (directory / "tablespace_map").exists()
+    assert (directory / "tablespace_map").read_text() == f"17 {tmp_path}/space\n"
 
 
 async def test_tablespaces_move(tmp_path: Path) -> None:
@@ -238,6 +238,21 @@ async def test_tablespaces_move(tmp_path: Path) -> None:
     assert (tmp_path / "data/pg_tblspc/18/PG_17_202406281/1").read_bytes() == b"data"
     escaped = str(new).replace("\n", "\\\n")
     assert (tmp_path / "data/tablespace_map").read_text() == f"17 {escaped}\n"
+
+
+async def test_the_map_of_an_archive_is_never_laid_down(tmp_path: Path) -> None:
+    """A server makes links of it at its start: to a folder that may be a running server's."""
+    shelf = Shelf()
+    mapped = (*CLUSTER, member("tablespace_map", b"99 /var/lib/postgresql/live\n"))
+    info = await store(shelf, {"base": tar(mapped)})
+    await lay(shelf, info, see(info, tmp_path / "none"))
+    assert not (tmp_path / "none/tablespace_map").exists()
+    inner = tar((member("PG_17_202406281", kind=tarfile.DIRTYPE),))
+    spaces = (Tablespace(17, str(tmp_path / "space")),)
+    other = Shelf()
+    info = await store(other, {"17": inner, "base": tar(mapped)}, spaces=spaces)
+    await lay(other, info, see(info, tmp_path / "one"))
+    assert (tmp_path / "one/tablespace_map").read_text() == f"17 {tmp_path}/space\n"
 
 
 @pytest.mark.parametrize(

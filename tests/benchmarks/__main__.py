@@ -12,12 +12,12 @@ import signal
 import sys
 from typing import NoReturn
 
-from tests.benchmarks import bench, pgbackrest, replay, report
+from tests.benchmarks import backups, bench, pgbackrest, replay, report
 from tests.benchmarks.ground import MAJOR, Ground
 from tests.benchmarks.pgbackrest import PgBackRest
 from tests.benchmarks.walship import Walship
 
-_TASKS = ("drain", "base", "service", "replay")
+_TASKS = ("drain", "base", "service", "replay", "backups")
 
 
 def main() -> None:
@@ -27,6 +27,22 @@ def main() -> None:
     about = {"postgresql": MAJOR, "pgbackrest": pgbackrest.version() if peer else None, "rounds": options.rounds}
     if not peer:
         _say("pgBackRest is not installed or not wanted: walship runs alone")
+    rows: list[bench.Row] = []
+    if options.tasks - {"backups"}:
+        rows += _with_pgbench(options, peer=peer)
+    if "backups" in options.tasks:
+        rows += backups.backups(
+            megabytes=options.size_mb, major=options.major, rounds=options.rounds, peer=peer, say=_say
+        )
+    goals = backups.goals(rows)
+    if options.json:
+        print(json.dumps(report.result(rows, goals, about), indent=2))
+    else:
+        print("\n".join([*report.table(rows), *map(str, goals)]))
+
+
+def _with_pgbench(options: argparse.Namespace, *, peer: bool) -> list[bench.Row]:
+    """The tasks that share one server."""
     rows: list[bench.Row] = []
     with Ground(_say) as ground:
         ground.build(scale=options.scale, segment_mb=options.segment_mb)
@@ -46,10 +62,7 @@ def main() -> None:
                 ground, walship, rival, segments=options.segments, segment_mb=options.segment_mb, rounds=options.rounds,
                 say=_say,
             )  # fmt: skip
-    if options.json:
-        print(json.dumps(report.result(rows, about), indent=2))
-    else:
-        print("\n".join(report.table(rows)))
+    return rows
 
 
 def _options() -> argparse.Namespace:
@@ -59,6 +72,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=64, help="backlog (default 64)")
     parser.add_argument("--segment-mb", type=int, default=16, help="size of a segment (default 16)")
     parser.add_argument("--scale", type=int, default=65, help="pgbench's, about 15 MB each (default 65)")
+    parser.add_argument("--size-mb", type=int, default=2000, help="database of the task backups (default 2000)")
+    parser.add_argument(
+        "--major", type=int, default=backups.MAJOR, help=f"its PostgreSQL (default {backups.MAJOR})", metavar="N"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool, in turn (default 3)")
     parser.add_argument(
         "--levels", type=_numbers, default=(3, 1), help="of zstd, for the backlog (default 3,1)", metavar="N,N"

@@ -55,6 +55,11 @@ class Row:
         """Bytes of the largest process in any run."""
         return max(cost.rss for cost in self.costs)
 
+    @property
+    def together(self) -> int:
+        """Bytes of all processes in any run; 0 if that is not known."""
+        return max(cost.together for cost in self.costs)
+
     def ratios(self, peer: Row) -> list[float]:
         """How many times as fast as the peer, pair by pair."""
         return [mine / theirs for mine, theirs in zip(self.speeds, peer.speeds, strict=True)]
@@ -72,7 +77,7 @@ def drain(
             ground.warm(segments)
             row.costs.append(tool.drain(segments, level))
             row.stored = tool.stored()
-        _tell(rows, number, say)
+        tell(rows, number, say)
     return rows
 
 
@@ -88,8 +93,8 @@ def base(ground: Ground, tools: Sequence[Tool], *, rounds: int, say: Callable[[s
             backup.server_cpu.append(ground.server_cpu - before)
             backup.stored = tool.stored()
             restore.costs.append(tool.restore())
-        _tell(backups, number, say)
-        _tell(restores, number, say)
+        tell(backups, number, say)
+        tell(restores, number, say)
     return [*backups, *restores]
 
 
@@ -102,11 +107,12 @@ def service(
     for number in range(rounds):
         ground.warm(segments)
         row.costs.append(serve(segments))
-        _tell([row], number, say)
+        tell([row], number, say)
     return [row]
 
 
-def _tell(rows: Sequence[Row], number: int, say: Callable[[str], None]) -> None:
+def tell(rows: Sequence[Row], number: int, say: Callable[[str], None]) -> None:
+    """How the last run of each went."""
     speeds = ", ".join(f"{row.tool} {row.speeds[-1]:.0f} MB/s" for row in rows)
     ratio = f" (ratio {rows[0].speeds[-1] / rows[1].speeds[-1]:.2f})" if len(rows) == 2 else ""
     say(f"{rows[0].task}, run {number + 1}: {speeds}{ratio}")

@@ -25,13 +25,18 @@ _SETTINGS = {
     "checkpoint_timeout": "30s",
 }  # fmt: skip
 
+#: Tables of ``fill``, and bytes of one row with its share of the page, and of the index.
+_TABLES = 4
+_ROW = 200
+
 
 class Ground:
     """A folder of its own with a server on it; ``close`` ends and removes everything."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], major: int = MAJOR) -> None:
+        self.major = major
         self._say = say
-        self.bin_dir = programs(MAJOR)
+        self.bin_dir = programs(major)
         self.folder = make_folder("walship-b-")
         #: Where the server archives to: walship's spool while base backups are taken.
         self.archive = self.folder / "archive"
@@ -47,6 +52,57 @@ class Ground:
         self._pgbench("--initialize", "--quiet", f"--scale={scale}")
         self.server.query("checkpoint")
         self._say(f"a cluster of {self.size >> 20} MB, in {time.monotonic() - began:.0f} s")
+
+    def fill(self, megabytes: int) -> None:
+        """A cluster with tables of about that size together, that compress about four times, and room in each page."""
+        began = time.monotonic()
+        # Vacuum would change pages that nobody asked for.
+        settings = {**_SETTINGS, "basic_archive.archive_directory": str(self.archive), "autovacuum": "off"}
+        if self.major >= 17:
+            settings |= {"summarize_wal": "on"}
+        self.server.init(settings)
+        self.server.start()
+        each = megabytes * 1_000_000 // _TABLES // _ROW
+        for number in range(_TABLES):
+            self.server.query(
+                f"create table ledger_{number} with (fillfactor = 90) as select n::bigint as id,"
+                " (n::bigint * 7919 % 100003)::int as amount, timestamptz '2026-01-01' + n * interval '1.7 s' as at, md5(n::text) || md5((-n)::text)"
+                " || ' paid by standing order' as note"
+                f" from generate_series({number * each + 1}, {(number + 1) * each}) n"
+            )
+            self.server.query(f"alter table ledger_{number} add primary key (id)")
+        self.server.query("checkpoint")
+        self.settled()
+        self.empty_archive()
+        self._say(f"a cluster of {self.size >> 20} MB, in {time.monotonic() - began:.0f} s")
+
+    def change(self, number: int) -> int:
+        """Change a row in every hundredth page of the tables, other ones for each ``number``; the pages changed."""
+        changed = 0
+        for table in range(_TABLES):
+            # Rows are of one size, so pages hold the same number of them.
+            ((rows, first),) = self.server.query(
+                f"select count(*), min(id) from ledger_{table} where ctid < '(1,0)'::tid"
+            )
+            ((count,),) = self.server.query(
+                f"with changed as (update ledger_{table} set amount = amount + 1"
+                f" where (id - {first}) % ({rows} * 100) = {rows} * {number % 100} returning 1)"
+                " select count(*) from changed"
+            )
+            changed += count
+        self.server.query("checkpoint")
+        return changed
+
+    def warm_files(self) -> None:
+        """Have the data directory in the page cache: whoever reads it drops it from there, or does not."""
+        self.settled()
+        self.empty_archive()
+        os.sync()
+        for path in (self.server.data_dir / "base").rglob("*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.read(1 << 20):
+                        pass
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ smaller than it: this program, without site-packages, has about 10 MB. It also a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -54,6 +55,10 @@ class Cost:
     cpu: float
     #: Bytes of the largest process at its largest.
     rss: int
+    #: Bytes of all processes together at their largest, seen twenty times a second; 0 if nobody looked.
+    together: int = 0
+    #: CPU seconds of the whole machine meanwhile: what is more than the command's and the server's is the neighbours'.
+    machine: float = 0.0
 
 
 class CommandFailedError(Exception):
@@ -93,8 +98,8 @@ def _main() -> None:
     log = os.open(job.log, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 2)
     silent = os.open(os.devnull, os.O_RDONLY)
-    began = time.monotonic()
-    watcher = _Watcher(job)
+    began, busy = time.monotonic(), _busy()
+    watcher, memory = _Watcher(job), _Memory()
     for number, command in enumerate(job.commands):
         actions = [(os.POSIX_SPAWN_DUP2, silent, 0), (os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
         pid = os.posix_spawn(command[0], command, job.environment, file_actions=actions)
@@ -106,12 +111,13 @@ def _main() -> None:
             sys.exit(1)
         if job.renames:
             Path(job.renames[number][0]).rename(job.renames[number][1])
-    wall = time.monotonic() - began
+    wall, busy = time.monotonic() - began, _busy() - busy
     _adopted()
     stored = watcher.end() - began if job.count else wall
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     scale = 1 if sys.platform == "darwin" else 1024
-    cost = Cost(wall, stored, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale)
+    largest = usage.ru_maxrss * scale
+    cost = Cost(wall, stored, usage.ru_utime + usage.ru_stime, largest, max(largest, memory.end()), busy)
     print(json.dumps(asdict(cost)))
 
 
@@ -143,6 +149,54 @@ class _Watcher:
             elif last:
                 return
             self._over.wait(0.01)
+
+
+class _Memory:
+    """Adds up twenty times a second what all processes below this one hold. What they share counts for each."""
+
+    def __init__(self) -> None:
+        self._most = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        if sys.platform == "linux":
+            self._thread.start()
+
+    def end(self) -> int:
+        """Bytes."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._most
+
+    def _look(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        while not self._over.wait(0.05):
+            self._most = max(self._most, page * sum(map(_pages, _below(os.getpid()))))
+
+
+def _below(pid: int) -> list[int]:
+    """All processes that it has started, and those that these have started."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text("ascii").split():
+                found += [int(child), *_below(int(child))]
+    return found
+
+
+def _pages(pid: int) -> int:
+    """Pages in memory."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
+    return 0
+
+
+def _busy() -> float:
+    """CPU seconds of all processors since the machine was started."""
+    if sys.platform != "linux":
+        return 0.0
+    user, nice, system, _idle, _wait, interrupts, soft = map(int, Path("/proc/stat").read_text("ascii").split()[1:8])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def _drained(folder: Path, pid: int) -> None:

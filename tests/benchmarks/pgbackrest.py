@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from infra.postgres.processes import give, run_as
@@ -21,6 +22,17 @@ def installed() -> str | None:
     return shutil.which("pgbackrest")
 
 
+def knows(major: int) -> bool:
+    """Whether the one that is installed can back up that version of PostgreSQL."""
+    since = {16: (2, 48), 17: (2, 54), 18: (2, 57)}
+    return installed() is not None and numbers() >= since.get(major, (0, 0))
+
+
+def numbers() -> tuple[int, ...]:
+    """The version, to be compared."""
+    return tuple(int(part) for part in re.findall(r"\d+", version())[:2])
+
+
 def version() -> str:
     done = subprocess.run(["pgbackrest", "version"], capture_output=True, text=True, check=True)
     return done.stdout.removeprefix("pgBackRest").strip()
@@ -31,9 +43,11 @@ class PgBackRest:
 
     name = "pgBackRest"
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: Ground, more: Mapping[str, str] | None = None) -> None:
+        """``more``: lines of its configuration."""
         command = installed()
         assert command is not None
+        self._more = dict(more or {})
         self._command = command
         self._ground = ground
         self._folder = ground.folder / "pgbackrest"
@@ -55,7 +69,7 @@ class PgBackRest:
             "repo1-path": self._repository, "repo1-cipher-type": "aes-256-cbc", "repo1-cipher-pass": "correct horse",
             "spool-path": self._folder / "spool", "lock-path": self._folder / "lock", "log-path": self._folder / "log",
             "log-level-console": "warn", "log-level-file": "off", "compress-type": "zst", "process-max": 2,
-            "archive-async": "y", "start-fast": "y",
+            "archive-async": "y", "start-fast": "y", **self._more,
         }  # fmt: skip
         of_server = {
             "pg1-path": server.data_dir, "pg1-socket-path": server.socket_dir, "pg1-port": server.port,
@@ -82,6 +96,12 @@ class PgBackRest:
         """A full backup. It does not wait for its WAL (walship's does): the server archives elsewhere."""
         self._renew()
         words = self._words("backup", "--type=full", "--no-archive-check")
+        return measure([words], self._environment(), self._log)
+
+    def increment(self) -> Cost:
+        """What has changed since the last backup, into the same repository."""
+        os.sync()
+        words = self._words("backup", "--type=incr", "--no-archive-check")
         return measure([words], self._environment(), self._log)
 
     def restore(self) -> Cost:

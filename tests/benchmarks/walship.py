@@ -46,11 +46,18 @@ class Walship:
         self._fill(segments)
         return measure([[*_COMMAND, "run"]], self.environment(), self._log, empties=self._spool)
 
-    def backup(self) -> Cost:
+    def backup(self, **changed: str) -> Cost:
+        """``changed``: settings."""
         self._renew()
         self._ground.empty_archive()
-        environment = self.environment(WALSHIP_SPOOL_DIR=str(self._ground.archive))
+        environment = self.environment(WALSHIP_SPOOL_DIR=str(self._ground.archive), **changed)
         return measure([[*_COMMAND, "backup"]], environment, self._log)
+
+    def increment(self, **changed: str) -> Cost:
+        """What has changed since the last backup, into the same repository."""
+        os.sync()
+        environment = self.environment(WALSHIP_SPOOL_DIR=str(self._ground.archive), **changed)
+        return measure([[*_COMMAND, "backup", "--incremental"]], environment, self._log)
 
     def restore(self) -> Cost:
         """The base backup that was just taken, into an empty folder, which is removed."""
@@ -84,6 +91,10 @@ class Walship:
     def stored(self) -> int:
         """Bytes in the repository."""
         return sum(path.stat().st_size for path in self._repository.rglob("*") if path.is_file())
+
+    def stored_backups(self) -> int:
+        """Bytes in the repository without WAL and keys."""
+        return sum(path.stat().st_size for path in self._repository.glob("*/base/**/*") if path.is_file())
 
     def _renew(self) -> None:
         shutil.rmtree(self._repository)

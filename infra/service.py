@@ -13,6 +13,7 @@ import structlog
 
 from handlers.base_backup import Cluster, take
 from handlers.ship import Shipper
+from infra import systemd
 from infra.monitored import Monitor, monitored, monitoring
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
@@ -29,6 +30,7 @@ from infra.sources.watcher import SpoolWatcher
 from infra.storage.lease import Lease, LeaseHeldError
 from infra.storage.retry import SERVICE
 from infra.streaming import Streaming, keep_clean
+from infra.systemd import supervised
 from infra.wiring import Shipping, Site, open_destinations, open_shipping, open_site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Source
@@ -68,7 +70,7 @@ async def serve(settings: Settings, *, cluster: str = "") -> None:
     spool = spool_to_watch(settings)
     async with open_destinations(settings) as destinations:
         names = {destination.name: destination.required for destination in destinations}
-    async with monitoring(settings, names) as monitor:
+    async with monitoring(settings, names) as monitor, supervised():
         await _serve(settings, cluster, spool, monitor)
 
 
@@ -92,6 +94,7 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, monitor: 
             if error is None or not _can_pass(error, spool):
                 raise
             log.warning("waiting", error=error.fact, hint=error.hint, retry_in=pause)
+            systemd.tell(STATUS=f"waiting: {error.fact}")
             if monitor is not None:
                 monitor.waits(error)
         if time.monotonic() - began > LONGEST_PAUSE:
@@ -169,6 +172,7 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
     if stream is not None:
         handle = stream.around(handle)
     dispatcher = Dispatcher(handle, clock=site.clock, notify=site.notify, patience=endless)
+    systemd.tell(STATUS=f"shipping cluster {site.facts.system_id}")
     log.info(
         "started",
         cluster=site.facts.system_id,

@@ -232,6 +232,21 @@ class RepositoryKeys:
             keys._opened[key_id] = DataKey(key_id, bytes.fromhex(secret))
         return keys
 
+    def write_under_known(self, now: datetime) -> None:
+        """Let ``current`` answer also where the keys were opened to read: for a record of what a reader did.
+
+        Under a data key that is stored already, since each new one is kept for ever and read at every start; under a
+        fresh one (``key_object``) where there is none of the ring in force. Nothing to do without a ring.
+        """
+        ring = self._ring
+        if ring is None or self._current is not None:
+            return
+        for key_id, sealed in sorted(self._sealed.items()):
+            if isinstance(sealed, SealedKey) and sealed.private_key == ring.private_key:
+                self._current = self.find(key_id)
+                return
+        self._begin_writing(ring, now)
+
     def _begin_writing(self, ring: Ring, now: datetime) -> None:
         key, content = make_data_key(ring, now)
         self._current = self._opened[key.id] = key

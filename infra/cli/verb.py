@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec
 
 import click
+from click.core import ParameterSource
 
 from infra.monitoring import log
 from infra.settings import Settings, load
@@ -28,7 +30,7 @@ cluster_option = click.option(
 
 
 def asynchronous(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run the verb in an event loop. SIGTERM and SIGINT cancel it, so that it stops cleanly, whatever it does.
+    """Run the verb in an event loop. SIGTERM or SIGINT cancels it, so that it stops cleanly, whatever it does.
 
     A verb that was stopped has not done its work: SystemExit 143 (or KeyboardInterrupt), as a shell reports it.
     """
@@ -44,14 +46,24 @@ def asynchronous(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P
 
 
 async def until_signalled(work: Coroutine[Any, Any, None]) -> bool:
-    """Do the work, or as much of it as there is time for. True if SIGTERM ended it, KeyboardInterrupt for SIGINT."""
+    """Do the work, or as much of it as there is time for. True if SIGTERM ended it, KeyboardInterrupt for SIGINT.
+
+    Only the first signal cancels it: a second one would end the cleaning up that the first one has begun. Whoever sends
+    three means it, and gets what the signal does to any program.
+    """
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     received: list[int] = []
 
     def stop(number: int) -> None:
         received.append(number)
-        task.cancel()
+        if len(received) == 1:
+            task.cancel()
+        elif len(received) == 2:
+            say("walship: it is ending already, and cleans up first; once more ends it at once, and leaves things behind")
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
@@ -72,6 +84,24 @@ async def until_signalled(work: Coroutine[Any, Any, None]) -> bool:
 def settings() -> Settings:
     """Settings of the environment and ``.env``, or a ConfigError."""
     return load()
+
+
+def typed() -> tuple[str, ...]:
+    """What was typed behind the verb that is running, for the record of it; of a URL what may be shown."""
+    from infra.storage import display_name
+
+    context = click.get_current_context()
+    words: list[str] = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params.get(name)
+        option = max(parameter.opts, key=len) if isinstance(parameter, click.Option) else ""
+        for each in value if isinstance(value, tuple | list) else (value,):
+            shown = display_name(str(each)) if "://" in str(each) else str(each)
+            words.append(option if each is True else f"{option} {shown}".strip())
+    return tuple(words)
 
 
 def emit(result: Any, lines: list[str], *, as_json: bool) -> None:

@@ -10,10 +10,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from handlers.checksum import check_stored
 from handlers.stitch import read_tail  # fetch in two files: one object, and all tails of a segment
+from handlers.to_the_end import in_thread
 from pipeline.catalog import Catalog, backup_of, checked_info, info_key, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Buffer, Fetch, Fetched, Store
@@ -78,13 +80,9 @@ class Fetcher:
         """See ``pipeline.contracts.Fetch``."""
         expected = Expected(name, self._system_id, backup, most)
         body = await self._first(name, lambda store: _whole(store, name, digest))
-        work = asyncio.ensure_future(asyncio.to_thread(self._hand_over, expected, body, use))
         try:
-            await asyncio.shield(work)
+            await in_thread(partial(self._hand_over, expected, body, use))
         finally:
-            if not work.done():  # we are cancelled, and the thread goes on: it may be writing
-                await asyncio.wait([work])
-                work.exception()  # whatever it was
             body.close()
 
     def _hand_over(self, expected: Expected, body: Body, use: Callable[[Iterator[Buffer]], None]) -> None:
@@ -143,7 +141,7 @@ class Fetcher:
     async def _read(self, store: Store, expected: Expected) -> Fetched:
         body = await store.get(expected.name)
         try:
-            header, plain, digest = await asyncio.to_thread(self._decode, expected, body)
+            header, plain, digest = await in_thread(partial(self._decode, expected, body))
         except IntegrityError as error:
             raise IntegrityError(f"{store.name}: {error.fact}", hint=error.hint) from None
         finally:
@@ -181,7 +179,7 @@ async def _whole(store: Store, name: str, digest: str) -> Body:
     """The object at one destination, compared with its own checksum and with the digest that was asked for."""
     body = await store.get(name)
     try:
-        _, found = await asyncio.to_thread(check_stored, name, body.chunks())
+        _, found = await in_thread(partial(check_stored, name, body.chunks()))
         if found != digest:
             raise IntegrityError(
                 f"{name} is not the one that is listed: its digest is {found[:16]}…, not {digest[:16]}…",

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from handlers.to_the_end import ended
 from handlers.unpack import Unpacker
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import part_key
@@ -72,8 +73,10 @@ class Parts:
         finally:
             for worker in workers:
                 worker.cancel()
-            # Whatever they end with: the error that brought us here is the one to tell.
-            await asyncio.gather(*workers, return_exceptions=True)
+            await ended(workers)
+            for worker in workers:  # whatever they ended with: the error that brought us here is the one to tell
+                if not worker.cancelled():
+                    worker.exception()
         for archive in self._backup.archives:
             self._check(archive)
             self._unpackers[archive.name].finish()

@@ -25,6 +25,7 @@ from handlers.lay_over import LayOver, dropped, forget_dropped
 from handlers.lay_parts import Parts
 from handlers.lay_seal import seal
 from handlers.target_dir import CONTROL, MAP, Targets, clear, disarm, give, prepare
+from handlers.to_the_end import in_thread
 from handlers.unpack import Unpacker
 from pipeline.backup import BackupInfo, area_of
 from pipeline.catalog import PART_SIZE, index_key, manifest_key
@@ -111,14 +112,14 @@ class _LayDown:
     async def run(self) -> Laid:
         (full, *later), targets = self._chain, self._targets
         manifest = await self._manifest(full)  # before anything is touched: the store answers
-        await _to_the_end(partial(prepare, targets, self._chain[-1]))
-        await _to_the_end(partial(disarm, targets))
+        await in_thread(partial(prepare, targets, self._chain[-1]))
+        await in_thread(partial(disarm, targets))
         present = Present()
         if targets.delta:
             present = await self._compare(manifest)
         layout = await self._layout(full, present)
         remove = partial(remove_others, targets, present.kept) if targets.delta else partial(clear, targets)
-        await _to_the_end(remove)
+        await in_thread(remove)
         for (name, _), size in layout.kept.items():
             self._left[full.name, name] -= size
         folders = {area_of(archive.name): self._folder(area_of(archive.name), full) for archive in full.archives}
@@ -126,13 +127,13 @@ class _LayDown:
         control, mode = _control_of(full, unpackers)
         files = sum(unpacker.files for unpacker in unpackers) + len(present.kept) + 1
         if present.kept:
-            await _to_the_end(partial(repair, targets, present.kept, mode))
+            await in_thread(partial(repair, targets, present.kept, mode))
         for backup in later:
             manifest, control, mode = await self._lay_over(backup)
         if later:
-            await _to_the_end(partial(forget_dropped, targets))
+            await in_thread(partial(forget_dropped, targets))
             files = manifest.count(b'"Path"') + manifest.count(b'"Encoded-Path"')
-        await _to_the_end(partial(seal, targets, manifest, self._complete, control, mode))
+        await in_thread(partial(seal, targets, manifest, self._complete, control, mode))
         return Laid(files, self._all, self._fetched, sum(present.kept.values()), len(layout.others))
 
     async def _unpack(
@@ -164,16 +165,10 @@ class _LayDown:
         over = LayOver(self._targets, backup)
         unpackers = await self._unpack(backup, over.stages, layout, {})
         control, mode = _control_of(backup, unpackers)
-        await _to_the_end(over.apply)
+        await in_thread(over.apply)
         if backup is not self._chain[-1]:
             return manifest, control, mode
-        joined = bytearray()
-
-        def join() -> None:
-            joined.extend(over.manifest(manifest, control))
-
-        await _to_the_end(join)
-        return joined, control, mode
+        return await in_thread(partial(over.manifest, manifest, control)), control, mode
 
     def _folder(self, area: str, backup: BackupInfo) -> Path:
         """Where an area of the full backup goes, made if it is not there."""
@@ -201,7 +196,7 @@ class _LayDown:
                 loop.call_soon_threadsafe(self._add, size)
 
         comparison = Comparison(self._targets, wanted, kept)
-        await _to_the_end(comparison.run, comparison.stop.set)
+        await in_thread(comparison.run, stop=comparison.stop.set)
         return comparison.found
 
     async def _layout(self, backup: BackupInfo, present: Present) -> Layout:
@@ -269,18 +264,3 @@ def _lines(manifest: bytearray) -> dict[str, FileLine]:
 def _read_index(name: str, content: bytearray, layout: Layout) -> None:
     for line in content.splitlines():
         layout.add(Slice.decode(name, line))
-
-
-async def _to_the_end(work: Callable[[], None], stop: Callable[[], object] = lambda: None) -> None:
-    """Run it in a thread. When we are cancelled the thread goes on: wait for it, because it writes to open files.
-
-    ``stop`` asks it to end sooner.
-    """
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(task)
-    finally:
-        if not task.done():
-            stop()
-            await asyncio.wait([task])
-            task.exception()  # whatever it was, we are cancelled

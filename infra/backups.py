@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from handlers.base_backup import Cluster, Progress, WalSafe, take
@@ -16,6 +16,7 @@ from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, switch_wal
 from infra.postgres.damage import Damage
 from infra.postgres.problems import problems
+from infra.records import recording
 from infra.safety import history_shipper, wal_safe
 from infra.service import alongside
 from infra.settings import Settings
@@ -41,11 +42,12 @@ async def backup(
     tell: Callable[[str], None],
     incremental: bool = False,
     damaged: Callable[[Damage], None] = lambda _: None,
+    arguments: Sequence[str] = (),
 ) -> BackupInfo:
     """Take a base backup of the server and return it once it, and all WAL it needs, is at every required destination.
 
     ``incremental``: only what changed since the newest one, if there is one; through the server in any case.
-    ``damaged`` is told of pages whose checksum was wrong already.
+    ``damaged`` is told of pages whose checksum was wrong already; ``arguments`` are for the record of it.
     Refuses before it begins if the server cannot give what a backup needs, or gives one already. A service that runs
     meanwhile keeps its priority: this process is nicer than it. Without one, this process ships the spool as well.
     """
@@ -61,6 +63,7 @@ async def backup(
         open_shipping(site) as shipping,
         claimed(source),
         alongside(site, shipping, tell),
+        recording(site, "backup", arguments, tell=tell) as entry,
     ):
         os.nice(5)
         ship_history = history_shipper(settings, shipping.command.ship)
@@ -78,6 +81,16 @@ async def backup(
                 report=report,
                 parent=parent,
             )
+        entry.summary |= {
+            "name": taken.name,
+            "kind": taken.kind,
+            "parent": taken.parent or None,
+            "size": taken.size,
+            "stored_size": taken.stored_size,
+            "timeline": taken.timeline,
+            "start_lsn": str(taken.start_lsn),
+            "stop_lsn": str(taken.stop_lsn),
+        }
         await clean_unfinished(site.stores, now=site.clock.now(), tell=tell)
         return taken
 

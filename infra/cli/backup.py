@@ -8,7 +8,7 @@ from handlers.base_backup import Progress
 from infra.backups import backup
 from infra.cli.json_lines import JsonLines
 from infra.cli.progress import Bytes
-from infra.cli.verb import asynchronous, emit, human, json_option, say, settings
+from infra.cli.verb import asynchronous, emit, human, json_option, say, settings, typed
 from infra.postgres.damage import Damage
 from pipeline.moments import show
 
@@ -41,7 +41,13 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
             bar(progress.done, progress.estimate, progress.current)
 
         taken = await backup(
-            settings(), label=label, report=report, tell=say, incremental=incremental, damaged=damaged.append
+            settings(),
+            label=label,
+            report=report,
+            tell=say,
+            incremental=incremental,
+            damaged=damaged.append,
+            arguments=typed(),
         )
     seconds = (taken.stopped - taken.started).total_seconds()
     lines = [

@@ -21,9 +21,10 @@ from handlers.drill import Reading, Report, State
 from infra.cli.answering import answering, narrowed, repository_of
 from infra.cli.exits import exit_code
 from infra.cli.progress import EVERY, Bytes
-from infra.cli.verb import asynchronous, cluster_option, emit, json_option, say, settings
+from infra.cli.verb import asynchronous, cluster_option, emit, json_option, say, settings, typed
 from infra.drill import Order, drill, judge
 from infra.postgres.restored import Replay
+from infra.records import recording
 from infra.restore import Watch
 from infra.storage.counting import Counting
 from infra.wiring import open_site
@@ -124,8 +125,19 @@ async def _rehearse(order: Order, report: Report, options: dict[str, Any]) -> No
         counted = (Counting(store, r.served) for store, r in zip(site.stores, report.readings, strict=True))
         site = replace(site, stores=tuple(counted))
         repository = repository_of(site, allow_unencrypted=allowed)
+        entry = await stack.enter_async_context(recording(site, "drill", typed(), tell=say))
         with Bytes("base backup") as bar:
             await drill(repository, order, report, Watch(files=bar, replay=_replayed(), say=say))
+        entry.summary |= {
+            "backup": report.plan.backup.name if report.plan else None,
+            "rto_seconds": report.rto,
+            "rpo_seconds": report.rpo,
+            "verdict": report.verdict,
+            "checks": len(report.outcomes),
+            "failed": [outcome.name for outcome in report.of(State.FAILED)],
+        }
+        if (verdict := judge(report)) is not None:
+            entry.fail(verdict.fact, hint=verdict.hint)
 
 
 def _checks(path: Path | None) -> tuple[Check, ...]:

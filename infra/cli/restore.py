@@ -18,8 +18,9 @@ from handlers.target_dir import Targets
 from infra.cli.answering import answering, narrowed, repository_of
 from infra.cli.planned import plan_facts, plan_lines
 from infra.cli.progress import EVERY, Bytes
-from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
+from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
 from infra.postgres.restored import Replay, Started
+from infra.records import recording
 from infra.restore import Place, Restored, Watch, check_place, make_plan, restore
 from infra.settings import Settings
 from infra.wiring import open_site
@@ -106,16 +107,19 @@ async def command(target_dir: Path, **options: Any) -> None:
         planned = time.monotonic()
         if asked and not await _agreed(targets, delta=place.delta):
             raise click.Abort
-        with Bytes("base backup") as bar:
+        async with recording(site, "restore", typed(), tell=say) as entry:
+            entry.summary |= {"backup": plan.backup.name, "target": str(plan.target), "directory": str(place.directory)}
+            with Bytes("base backup") as bar:
 
-            def finish(restored: Restored) -> None:
-                bar.close()
-                _finish(plan, restored, planned - began, standby=place.standby, as_json=as_json)
+                def finish(restored: Restored) -> None:
+                    bar.close()
+                    _finish(plan, restored, planned - began, standby=place.standby, as_json=as_json)
 
-            watch = Watch(bar, _replayed(plan, bar), lambda line: say(f"note: {line}"), finish)
-            restored = await restore(repository, plan, place, watch=watch)
-            if not (place.standby and place.start):  # else that was told when it had caught up
-                finish(restored)
+                watch = Watch(bar, _replayed(plan, bar), lambda line: say(f"note: {line}"), finish)
+                restored = await restore(repository, plan, place, watch=watch)
+                if not (place.standby and place.start):  # else that was told when it had caught up
+                    finish(restored)
+            entry.summary |= {"bytes_fetched": restored.laid.fetched, "started": restored.server is not None}
 
 
 def _target(options: dict[str, Any]) -> tuple[Target, str]:

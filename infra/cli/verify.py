@@ -10,7 +10,8 @@ from handlers.fetch import read_catalog
 from handlers.verify import Report, verify
 from infra.cli import exits
 from infra.cli.progress import EVERY
-from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
+from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.records import recording
 from infra.wiring import open_site
 from pipeline.errors import IntegrityError
 
@@ -38,12 +39,15 @@ async def command(context: click.Context, backup: str | None, stored_only: bool,
             said = time.monotonic()
             say(f"verified {objects} objects, {human(size)}")
 
-    async with open_site(settings(), cluster=cluster) as site:
+    async with open_site(settings(), cluster=cluster) as site, recording(site, "verify", typed(), tell=say) as entry:
         catalog = await read_catalog(
             site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size
         )
         chain = None if stored_only else site.chain
         report = await verify(catalog, site.stores, chain=chain, backup=backup, progress=progress)
+        entry.summary |= _recorded(report)
+        if not report.ok:
+            entry.fail(_verdict(report))
     emit(report.summary(), _lines(report), as_json=as_json)
     if not report.ok:
         hint = "what is good elsewhere can still be restored: see the list"
@@ -51,6 +55,20 @@ async def command(context: click.Context, backup: str | None, stored_only: bool,
             hint += "; `walship run` copies what another destination has at its next start"
         # The report is the result even so, and the only thing on stdout: the error is words, and the exit code.
         context.exit(exits.report(IntegrityError(_verdict(report), hint=hint), as_json=False))
+
+
+def _recorded(report: Report) -> dict[str, object]:
+    """For the record of it, which holds figures and not each object."""
+    faults = [f"{fault.kind}: {fault.name} at {fault.destination}" for fault in report.faults[:20]]
+    return {
+        "objects": report.objects,
+        "bytes": report.size,
+        "faults": len(report.faults),
+        "examples": faults,
+        "holes": len(report.holes),
+        "backups": len(report.backups),
+        "usable": sum(backup.usable for backup in report.backups),
+    }
 
 
 def _verdict(report: Report) -> str:

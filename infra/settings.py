@@ -47,6 +47,10 @@ class Settings(BaseSettings):
     backup_encryption_enabled: bool = _env("BACKUP_ENCRYPTION_ENABLED", default=False)
     backup_encryption_algorithm: Cipher = _env("BACKUP_ENCRYPTION_ALGORITHM", default="aes-256-gcm")
     backup_encryption_password: SecretStr = _env("BACKUP_ENCRYPTION_PASSWORD", default=SecretStr(""))
+    #: File with a recipient's private key, which opens the key ring as a passphrase does.
+    identity_file: Path | None = _env("WALSHIP_IDENTITY_FILE", default=None)
+    #: File with what a host needs that writes and does not read; counts only where nothing is set that reads.
+    writer_file: Path | None = _env("WALSHIP_WRITER_FILE", default=None)
     #: None follows ``backup_encryption_enabled``.
     wal_encryption_enabled: bool | None = _env("WAL_ENCRYPTION_ENABLED", default=None)
 
@@ -128,8 +132,12 @@ class Settings(BaseSettings):
             from handlers.compress import Compress  # what most commands need not load
 
             Compress(self.compression, self.compression_level)  # knows the levels of each codec; ConfigError
-        if (self.backup_encryption_enabled or self.wal_encrypted) and not self.passphrase:
-            raise ValueError("encryption is on, and BACKUP_ENCRYPTION_PASSWORD (or its _FILE) is empty")
+        keys = self.passphrase or self.identity_file or self.writer_file
+        if (self.backup_encryption_enabled or self.wal_encrypted) and not keys:
+            raise ValueError(
+                "encryption is on, and BACKUP_ENCRYPTION_PASSWORD (or its _FILE) is empty, as are WALSHIP_IDENTITY_FILE"
+                " and WALSHIP_WRITER_FILE"
+            )
         return self
 
     @property

@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-import infra.ring
+import infra.sealing
 from infra.ring import (
-    SCRYPT_N,
     Former,
     Policy,
     Ring,
-    derive,
     fresh_ring,
     make_data_key,
     open_data_key,
@@ -27,6 +25,8 @@ from infra.ring import (
     ring_name,
     seal_ring,
 )
+from infra.sealing import derive
+from infra.wraps import SCRYPT_N
 from pipeline.catalog import data_key_name
 from pipeline.errors import ConfigError, IntegrityError
 from tests.keys import NOW, SYSTEM_ID
@@ -91,7 +91,7 @@ def test_a_passphrase_that_is_no_text() -> None:
 
 def test_somebody_elses_policy_sealed_to_our_public_key_is_noticed() -> None:
     inner = {"policy": asdict(Policy(wal=False, base=False)), "writer_secret": "00" * 32, "former": []}
-    sealed = infra.ring._seal(json.dumps(inner).encode(), RING.public_key, infra.ring._context("ring", SYSTEM_ID))
+    sealed = infra.sealing.seal(json.dumps(inner).encode(), RING.public_key, infra.sealing.context("ring", SYSTEM_ID))
     for key in (None, os.urandom(32), derive(RING.writer_secret, "ring")):
         with pytest.raises(IntegrityError, match=f"{NAME} was changed by somebody who cannot open it"):
             by_recipient(signed({**members(), "sealed": sealed.hex()}, key))

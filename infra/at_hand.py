@@ -1,0 +1,58 @@
+"""What a command has at hand to open a key ring with: a passphrase, a recipient's private key, or neither of them.
+
+With a writer file alone it can write and not read. Where more than one is set, any of them will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from infra.recipients import parse_identity, read_secret
+from infra.ring import Writer
+from infra.settings import Settings
+from infra.writer_file import decode_writer
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class AtHand:
+    """Secrets; never shown."""
+
+    passphrase: str = field(default="", repr=False)
+    #: X25519 private key of a recipient; empty if there is none.
+    identity: bytes = field(default=b"", repr=False)
+    writer: Writer | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether there is anything that could open a ring."""
+        return bool(self.passphrase or self.identity)
+
+    @property
+    def names(self) -> str:
+        """The settings of what could open a ring, as a subject with its verb: ``X does not open`` a ring."""
+        if self.passphrase and self.identity:
+            return "neither BACKUP_ENCRYPTION_PASSWORD nor WALSHIP_IDENTITY_FILE opens"
+        return f"{'WALSHIP_IDENTITY_FILE' if self.identity else 'BACKUP_ENCRYPTION_PASSWORD'} does not open"
+
+
+def look_at_hand(settings: Settings, tell: Callable[[str, str], None] | None = None) -> AtHand:
+    """Read the files that the settings name. ``tell`` is told of one that others may read, and what to do about it.
+
+    The writer file is read only where nothing else is at hand. Raises ConfigError.
+    """
+    tell = tell or _warn
+    identity, writer = b"", None
+    if (path := settings.identity_file) is not None:
+        identity = parse_identity(read_secret(path, "WALSHIP_IDENTITY_FILE", tell), str(path))
+    if (path := settings.writer_file) is not None and not identity and not settings.passphrase:
+        writer = decode_writer(read_secret(path, "WALSHIP_WRITER_FILE", tell), str(path))
+    return AtHand(settings.passphrase, identity, writer)
+
+
+def _warn(fact: str, hint: str) -> None:
+    log.warning("keys", error=fact, hint=hint)

@@ -31,7 +31,7 @@ def seal(
     directory = targets.directory
     if manifest:
         _create(directory / "backup_manifest", manifest, 0o600, targets)
-    _link(targets)
+    _link(targets, mapped=b'"tablespace_map"' in manifest)
     complete(directory)
     # Everything that was there before pg_control, too: what an interrupted restore has left may never have been synced.
     _sync_all([directory, *(path for _, path in targets.tablespaces if not path.is_relative_to(directory))])
@@ -43,8 +43,11 @@ def seal(
     sync((directory / MARKER).parent)
 
 
-def _link(targets: Targets) -> None:
-    """pg_tblspc/OID → its folder, and a tablespace_map that agrees: the server makes its links from that."""
+def _link(targets: Targets, *, mapped: bool) -> None:
+    """pg_tblspc/OID → its folder, and a tablespace_map that agrees: the server makes its links from that.
+
+    ``mapped``: the manifest lists a map, as BASE_BACKUP sends one where there are no tablespaces either.
+    """
     lines = []
     for tablespace, path in targets.tablespaces:
         if path.is_relative_to(targets.directory):
@@ -54,7 +57,7 @@ def _link(targets: Targets) -> None:
         give(link, targets.owner)
         escaped = "".join(f"\\{c}" if c in "\\\n\r" else c for c in str(path))
         lines.append(f"{tablespace.oid} {escaped}\n")
-    if lines:
+    if lines or mapped:
         _create(targets.directory / MAP, os.fsencode("".join(lines)), 0o600, targets)
 
 

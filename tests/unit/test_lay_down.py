@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from handlers.fetch import Fetcher
 from handlers.restore import Laid, lay_down
 from handlers.target_dir import MARKER, Targets, look
 from pipeline.backup import ArchiveInfo, BackupInfo, Tablespace
-from pipeline.catalog import part_key
+from pipeline.catalog import manifest_key, part_key
 from pipeline.errors import ConfigError, IntegrityError, RecoveryError
 from pipeline.wal import Lsn
 from tests.parts import Shelf
@@ -247,6 +248,14 @@ async def test_the_map_of_an_archive_is_never_laid_down(tmp_path: Path) -> None:
     info = await store(shelf, {"base": tar(mapped)})
     await lay(shelf, info, see(info, tmp_path / "none"))
     assert not (tmp_path / "none/tablespace_map").exists()
+    listed = Shelf()
+    info = replace(
+        info, manifest=(await listed(manifest_key("b"), b'{ "Path": "tablespace_map" }', backup=info.id)).digest
+    )
+    for number, _ in enumerate(info.archives[0].parts, 1):
+        await listed.store.put(part_key("b", "base", number), await shelf.store.get(part_key("b", "base", number)))
+    await lay(listed, info, see(info, tmp_path / "empty"))
+    assert (tmp_path / "empty/tablespace_map").read_text() == "", "pg_verifybackup wants the file"
     inner = tar((member("PG_17_202406281", kind=tarfile.DIRTYPE),))
     spaces = (Tablespace(17, str(tmp_path / "space")),)
     other = Shelf()

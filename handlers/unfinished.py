@@ -14,18 +14,24 @@ from pipeline.errors import ObjectMissing, StoreError
 SETTLED = timedelta(hours=24)
 
 
-async def clean_unfinished(stores: Sequence[Store], *, now: datetime, tell: Callable[[str], None]) -> int:
+async def clean_unfinished(stores: Sequence[Store], *, finished: str, tell: Callable[[str], None]) -> int:
     """Delete them at every destination; how many objects went. What cannot be told for sure stays.
+
+    ``finished``: the backup that has just been finished. The time of its backup_info at a destination is what time it
+    is there: our own clock may be hours ahead of the store's. A destination that does not have it is left alone.
 
     A backup that any destination has a backup_info of is one, wherever else its parts lie.
     """
     gone = 0
     for store in stores:
         try:
+            now = (await store.head(info_key(finished))).modified
             names = [info.key.removeprefix("base/").rstrip("/") async for info in store.list("base/", shallow=True)]
             for name in names:
-                if backup_of(info_key(name)) and await _is_nowhere(stores, info_key(name)):
+                if now and backup_of(info_key(name)) and await _is_nowhere(stores, info_key(name)):
                     gone += await _clean(store, name, now, tell)
+        except ObjectMissing:
+            continue
         except StoreError as error:
             tell(f"{store.name} was not searched for the parts of unfinished backups: {error.fact}")
     return gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -22,9 +23,10 @@ from infra.service import alongside
 from infra.settings import Settings
 from infra.wiring import Site, open_shipping, open_site
 from pipeline.backup import BackupInfo, BackupMessage
+from pipeline.backup_chain import LONGEST, chain_of
 from pipeline.catalog import manifest_key
 from pipeline.contracts import Buffer
-from pipeline.errors import IntegrityError, SourceError
+from pipeline.errors import IntegrityError, ObjectMissing, SourceError, WalshipError, foreseen
 from pipeline.wal import Lsn
 
 
@@ -48,8 +50,12 @@ async def backup(
 
     ``incremental``: only what changed since the newest one, if there is one; through the server in any case.
     ``damaged`` is told of pages whose checksum was wrong already; ``arguments`` are for the record of it.
+
     Refuses before it begins if the server cannot give what a backup needs, or gives one already. A service that runs
     meanwhile keeps its priority: this process is nicer than it. Without one, this process ships the spool as well.
+
+    From the moment in which backup_info is stored it is a backup: what fails behind that, or is stopped, is told, and
+    is no reason to call it failed.
     """
     server = await look_at_server(settings)
     refuse_unable(server, settings)
@@ -58,41 +64,66 @@ async def backup(
     source = settings.for_backups()
     if settings.backup_host:
         refuse_stranger(await look_at_server(source), server, settings.backup_host)
-    async with (
-        open_site(settings, cluster=server.system_identifier, writer=True) as site,
-        open_shipping(site) as shipping,
-        claimed(source),
-        alongside(site, shipping, tell),
-        recording(site, "backup", arguments, tell=tell) as entry,
-    ):
-        os.nice(5)
-        ship_history = history_shipper(settings, shipping.command.ship)
-        wait = wal_safe(site, tell, ship_history=ship_history)
-        parent = await _newest(site, tell) if incremental else None
-        since = await _manifest_of(site, parent) if parent else None
-        async with aclosing(_messages(source, label, since, damaged, tell)) as messages:
-            taken = await take(
-                messages,
-                ship=shipping.command.ship,
-                cluster=Cluster(server.system_identifier, server.version_num, server.segment_size),
-                wal_safe=_behind_a_switch(settings, server, wait) if settings.backup_host else wait,
-                clock=site.clock,
-                label=label,
-                report=report,
-                parent=parent,
-            )
-        entry.summary |= {
-            "name": taken.name,
-            "kind": taken.kind,
-            "parent": taken.parent or None,
-            "size": taken.size,
-            "stored_size": taken.stored_size,
-            "timeline": taken.timeline,
-            "start_lsn": str(taken.start_lsn),
-            "stop_lsn": str(taken.stop_lsn),
-        }
-        await clean_unfinished(site.stores, now=site.clock.now(), tell=tell)
-        return taken
+    taken: BackupInfo | None = None
+    try:
+        async with (
+            open_site(settings, cluster=server.system_identifier, writer=True) as site,
+            open_shipping(site) as shipping,
+            claimed(source),
+            alongside(site, shipping, tell),
+            recording(site, "backup", arguments, tell=tell) as entry,
+        ):
+            os.nice(5)
+            ship_history = history_shipper(settings, shipping.command.ship)
+            wait = wal_safe(site, tell, ship_history=ship_history)
+            parent = await _newest(site, tell) if incremental else None
+            since = await _manifest_of(site, parent) if parent else None
+            async with aclosing(_messages(source, label, since, damaged, tell)) as messages:
+                taken = await take(
+                    messages,
+                    ship=shipping.command.ship,
+                    cluster=Cluster(server.system_identifier, server.version_num, server.segment_size),
+                    wal_safe=_behind_a_switch(settings, server, wait) if settings.backup_host else wait,
+                    clock=site.clock,
+                    label=label,
+                    report=report,
+                    parent=parent,
+                )
+            entry.summary |= {
+                "name": taken.name,
+                "kind": taken.kind,
+                "parent": taken.parent or None,
+                "size": taken.size,
+                "stored_size": taken.stored_size,
+                "timeline": taken.timeline,
+                "start_lsn": str(taken.start_lsn),
+                "stop_lsn": str(taken.stop_lsn),
+            }
+            await _clear_up(site, taken, tell)
+    except (WalshipError, BaseExceptionGroup, asyncio.CancelledError) as caught:
+        if taken is None or not _told(taken, caught, tell):
+            raise
+    return taken
+
+
+async def _clear_up(site: Site, taken: BackupInfo, tell: Callable[[str], None]) -> None:
+    try:
+        await clean_unfinished(site.stores, finished=taken.name, tell=tell)
+    except (WalshipError, asyncio.CancelledError) as caught:
+        if not _told(taken, caught, tell):
+            raise
+
+
+def _told(taken: BackupInfo, caught: BaseException, tell: Callable[[str], None]) -> bool:
+    """What came up behind a backup that is complete; False for a defect, which is not to be passed over."""
+    if isinstance(caught, asyncio.CancelledError):
+        if task := asyncio.current_task():
+            task.uncancel()
+        tell(f"{taken.name} is complete; the clearing up behind it was stopped")
+        return True
+    if error := foreseen(caught):
+        tell(f"{taken.name} is complete; the clearing up behind it failed: {error.fact}")
+    return error is not None
 
 
 def _behind_a_switch(settings: Settings, server: ServerFacts, wait: WalSafe) -> WalSafe:
@@ -124,20 +155,37 @@ def refuse_stranger(standby: ServerFacts, primary: ServerFacts, host: str) -> No
 async def _newest(site: Site, tell: Callable[[str], None]) -> BackupInfo | None:
     """What an incremental backup builds on."""
     catalog = await read_catalog(site.stores, site.fetch, site.facts.system_id, notify=tell)
-    able = [backup for backup in catalog.backups if backup.manifest]
+    return parent_of(catalog.backups, tell)
+
+
+def parent_of(backups: Sequence[BackupInfo], tell: Callable[[str], None]) -> BackupInfo | None:
+    """The newest of the complete ``backups``, oldest first, or None where a full one has to be taken: ``tell`` why."""
+    able = [backup for backup in backups if backup.manifest]
     if not able:
         tell("there is no backup yet that an incremental one could build on: a full one is taken")
         return None
-    tell(f"what has changed since {able[-1].name} is backed up")
-    return able[-1]
+    newest = able[-1]
+    before = len(chain_of(newest, {backup.name: backup for backup in backups})) - 1
+    if before + 1 >= LONGEST:
+        tell(
+            f"a full backup is taken: {newest.name} builds on {before} others already, and a restore lays down each of"
+            " them. Take a full one now and then: walship backup"
+        )
+        return None
+    tell(f"what has changed since {newest.name} is backed up")
+    return newest
 
 
 async def _manifest_of(site: Site, backup: BackupInfo) -> bytearray:
-    fetched = await site.fetch(manifest_key(backup.name), backup=backup.id)
+    hint = "nothing can build on that backup; take a full one: walship backup"
+    try:
+        fetched = await site.fetch(manifest_key(backup.name), backup=backup.id)
+    except (ObjectMissing, IntegrityError) as error:
+        raise IntegrityError(f"{error.fact}: {backup.name} is not complete", hint=hint) from None
     if fetched.digest != backup.manifest:
         raise IntegrityError(
             f"{fetched.destination}: the backup_manifest of {backup.name} is not the one that its backup_info lists",
-            hint="it was exchanged; take a full backup: walship backup",
+            hint=f"it was exchanged: {hint}",
         )
     return fetched.plain
 

@@ -14,7 +14,8 @@ from typing import TypeVar
 from psycopg.pq import ExecStatus
 
 from infra.pace import Pace
-from infra.postgres.connect import RefusedError
+from infra.postgres.connect import RefusedError, connect
+from infra.postgres.control import rows
 from infra.postgres.damage import DATA_CORRUPTED, Damage, Warnings
 from infra.postgres.replication import ReplicationConnection, Row, rows_of
 from infra.settings import Settings
@@ -33,6 +34,8 @@ from pipeline.wal import Lsn
 
 #: The first version with this form of the stream.
 OLDEST = 15
+#: The first version whose BASE_BACKUP sends tablespaces that were made with allow_in_place_tablespaces.
+IN_PLACE = 16
 #: The first version with incremental backups.
 INCREMENTAL = 17
 _FULL = (
@@ -64,11 +67,7 @@ async def stream(
     server's words if it fails at any point.
     """
     async with await ReplicationConnection.open(settings) as connection:
-        if connection.server_version < OLDEST * 10000:
-            raise SourceError(
-                f"PostgreSQL {connection.server_version // 10000} is too old: walship backs up {OLDEST} and later",
-                hint="use another tool for this server until it is upgraded",
-            )
+        await _refuse_unable(connection.server_version // 10000, settings)
         warnings = Warnings()
         connection.warned(warnings.hear)
         if since is not None:
@@ -108,6 +107,27 @@ def refuse_too_old(major: int) -> None:
             f"PostgreSQL {major} makes no incremental backups: that begins with {INCREMENTAL}",
             hint="take full ones less often, for WAL bridges the time between them; or upgrade the server",
         )
+
+
+async def _refuse_unable(major: int, settings: Settings) -> None:
+    """Raises SourceError for a server that sends no backup, or one that lacks tables."""
+    if major < OLDEST:
+        raise SourceError(
+            f"PostgreSQL {major} is too old: walship backs up {OLDEST} and later",
+            hint="use another tool for this server until it is upgraded",
+        )
+    if major >= IN_PLACE:
+        return
+    async with await connect(settings) as connection:  # the other one speaks no SQL
+        query = (
+            "select spcname::text from pg_tablespace where pg_tablespace_location(oid) like 'pg_tblspc/%' order by 1"
+        )
+        if names := [name for (name,) in await rows(connection, query)]:
+            raise SourceError(
+                f"the tablespace {names[0]} lies within the data directory (allow_in_place_tablespaces), and PostgreSQL"
+                f" {OLDEST} sends no such tablespace in a base backup",
+                hint="set WALSHIP_DATA_DIR, so that walship reads the files itself; or move its tables to another one",
+            )
 
 
 async def _upload(connection: ReplicationConnection, manifest: Buffer) -> None:

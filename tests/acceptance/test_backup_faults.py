@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer, make_folder
-from tests import commands
+from tests.backups import Running, local, names, nothing_left, rig, said
 from tests.proxy import Proxy
 from tests.rig import Rig
-from tests.servers import NEWEST
 
-_OURS = "select count(*) from pg_stat_activity where application_name = 'walship_backup'"
+__all__ = ["rig"]  # a fixture
+
 _PROGRESS = "select count(*) from pg_stat_progress_basebackup where phase = 'streaming database files'"
 #: A session that sits between pg_backup_start and pg_backup_stop has seen to the first of them.
 _READING = (
@@ -35,91 +29,12 @@ _READING = (
 _SLOW = {"WALSHIP_BACKUP_RATE": "3000000"}
 
 
-class Running:
-    """A command under way."""
-
-    def __init__(self, rig: Rig, *words: str, **changed: str) -> None:
-        self._rig = rig
-        self._environment = rig.environment(**changed)
-        self._words = words
-        self._pid = 0
-        self._begun = threading.Event()
-        self.done: subprocess.CompletedProcess[str] | None = None
-        rig.next_second()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        assert self._begun.wait(30)
-
-    def _run(self) -> None:
-        def started(pid: int) -> None:
-            self._pid = pid
-            self._begun.set()
-
-        self.done = commands.run(self._words, self._environment, self._rig.folder, timeout=60, started=started)
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for it, as long as the command runs."""
-        while not condition():
-            if not self._thread.is_alive():
-                raise AssertionError(f"it ended before: {self.done}")
-            time.sleep(0.001)
-
-    def signal(self, number: int) -> None:
-        os.kill(self._pid, number)
-
-    def end(self, expect: int) -> subprocess.CompletedProcess[str]:
-        self._thread.join(60)
-        assert self.done is not None, "it hangs"
-        assert self.done.returncode == expect, self.done
-        return self.done
-
-
-def nothing_left(server: ThrowawayServer) -> None:
-    """No session of ours, and no backup in progress."""
-    deadline = time.monotonic() + 10
-    queries = (_OURS, "select count(*) from pg_stat_progress_basebackup")
-    while any(server.query(query) != [(0,)] for query in queries):
-        assert time.monotonic() < deadline, server.query("select pid, state, query from pg_stat_activity")
-        time.sleep(0.02)
-
-
-def names(rig: Rig) -> list[str]:
-    return [backup["name"] for backup in rig.json("list")["backups"]]
-
-
-def said(rig: Rig, *words: str, expect: int = 10, **changed: str) -> str:
-    """Everything that a backup that fails prints."""
-    done = rig.run("backup", *words, expect=expect, environment=rig.environment(**changed))
-    nothing_left(rig.server)
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
-    """One server with a backup; what a test does to it, it undoes."""
-    folder = make_folder("walship-b-")
-    settings = {"summarize_wal": "on", "autovacuum": "off", "max_wal_senders": "8"}
-    try:
-        with Rig(folder, NEWEST, [f"file://{folder}/store"], server_settings=settings) as made:
-            made.server.start()
-            made.run("init")
-            made.sql("create table t as select n, md5(n::text) filler from generate_series(1, 60000) n")
-            made.run("backup")
-            yield made
-    finally:
-        shutil.rmtree(folder)
-
-
 @pytest.fixture
 def first(rig: Rig) -> Iterator[list[str]]:
     """The backups before a test, which are those after it: it fails to make one."""
     before = names(rig)
     yield before
     assert names(rig) == before
-
-
-def local(server: ThrowawayServer) -> dict[str, str]:
-    return {"WALSHIP_DATA_DIR": str(server.data_dir)}
 
 
 def under_way(server: ThrowawayServer, query: str) -> Callable[[], bool]:
@@ -340,96 +255,3 @@ def test_progress_for_programs(rig: Rig) -> None:
     assert 0 < lines[0]["bytes"] < lines[-1]["bytes"] <= lines[-1]["of_bytes"]
     assert lines[0]["bytes_per_second"] > 0
     assert lines[0]["seconds_left"] is not None
-
-
-def chain(rig: Rig) -> list[str]:
-    """A full backup and two incremental ones, with something to lay over."""
-    taken: list[str] = [rig.json("backup")["name"]]
-    for number in (1, 2):
-        rig.sql(f"update t set filler = md5(filler) where n % 3 = {number}")
-        result: dict[str, Any] = rig.json("backup", "--incremental")
-        assert result["parent"] == taken[-1]
-        taken.append(result["name"])
-    return taken
-
-
-def test_a_restore_of_a_chain_is_killed_and_run_again(rig: Rig) -> None:
-    last = chain(rig)[-1]
-    target = rig.target()
-    words = ("restore", "--backup", last, "--target-dir", str(target))
-    for stage in ("pgsql_tmp.walship/increment/base", "pgsql_tmp.walship/increment/global"):
-        running = Running(rig, *words)
-        running.until((target / stage).exists)
-        running.signal(signal.SIGKILL)
-        running.end(-9)
-        assert not (target / "global/pg_control").exists(), "no server can start on it"
-    rig.run(*words)
-    assert (target / "global/pg_control").exists()
-    rig.server.run("pg_verifybackup", "-n", "-i", "pgsql_tmp.walship", str(target))
-    assert not list(target.rglob("INCREMENTAL.*"))
-
-
-def test_a_backup_of_the_chain_is_deleted(rig: Rig) -> None:
-    older = names(rig)[-1]
-    full, middle, last = chain(rig)
-    (folder,) = (rig.folder / "store").glob(f"*/base/{full}")
-    aside = folder.with_name("aside")
-    folder.rename(aside)
-    try:
-        report = rig.run("verify", expect=12)
-        assert f"backup {middle} cannot be used: it builds on {full}, which is missing" in report.stdout
-        assert names(rig)[-1] == older
-        refused = rig.run("restore", "--backup", last, "--target-dir", str(rig.target()), expect=13)
-        assert f"backup {last} cannot be used: it builds on {full}, which is missing" in refused.stderr
-        assert older in refused.stderr
-        target = rig.target()
-        assert rig.json("restore", "--target-dir", str(target))["backup"] == older
-        rig.server.run("pg_verifybackup", "-n", "-i", "pgsql_tmp.walship", str(target))
-        # The next one builds on what there is.
-        assert rig.json("backup", "--incremental")["parent"] == older
-    finally:
-        aside.rename(folder)
-
-
-def test_a_damaged_backup_of_the_chain_spoils_those_behind_it(rig: Rig) -> None:
-    full, middle, last = chain(rig)
-    (part,) = (rig.folder / "store").glob(f"*/base/{middle}/data/base/00000001")
-    content = part.read_bytes()
-    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    try:
-        done = rig.run("verify", last, "--json", expect=12)
-        verdicts = {backup["name"]: backup for backup in json.loads(done.stdout)["backups"]}
-        assert [verdicts[name]["usable"] for name in (full, middle, last)] == [True, False, False]
-        assert verdicts[last]["broken_parent"] == middle
-    finally:
-        part.write_bytes(content)
-
-
-def test_a_chain_is_rescued_without_walship(rig: Rig) -> None:
-    """What docs/format.md says of it, with docs/rescue.py, tar and PostgreSQL's own program."""
-    environment = rig.environment(**local(rig.server))
-    taken = [json.loads(rig.run("backup", "--json", environment=environment).stdout)["name"]]
-    rig.sql("update t set filler = 'rescued' where n % 700 = 0")
-    taken.append(rig.json("backup", "--incremental")["name"])
-    listed = {backup["name"]: backup for backup in rig.json("list")["backups"]}
-    (root,) = (path.parent for path in (rig.folder / "store").glob("*/repository.json"))
-    result = rig.folder / "rescued"
-    folders = []
-    for name in taken:
-        folder = rig.target("unpacked")
-        folders.append(str(folder))
-        archives = sorted(path.name for path in (root / "base" / name / "data").iterdir())
-        assert archives == (["base.1", "base.2"] if listed[name]["kind"] == "full" else ["base"])
-        for archive in archives:
-            tar = f"{folder}.{archive}.tar"
-            rescue(rig, root, "archive", name, archive, tar)
-            subprocess.run(["tar", "-xf", tar, "-C", folder, "--same-owner"], check=True)
-        rescue(rig, root, "get", f"base/{name}/backup_manifest", str(folder / "backup_manifest"))
-        give(folder, run_as())
-    rig.server.run("pg_combinebackup", *folders, "-o", str(result), "--no-sync")
-    rig.server.run("pg_verifybackup", "-n", str(result))
-
-
-def rescue(rig: Rig, root: Path, *words: str) -> None:
-    script = Path(__file__).resolve().parents[2] / "docs/rescue.py"
-    subprocess.run([sys.executable, script, root, *words], env=rig.environment(), check=True, stdin=subprocess.DEVNULL)

@@ -1,0 +1,279 @@
+"""Marks on backups that are in use: taken, restored, rehearsed, copied, or built upon. What has one is not deleted.
+
+    use/<backup>/<8 hex digits>            content: see ``heartbeat``
+    use/<backup>/<8 hex digits>.going      the same, of who is about to delete it
+
+Whoever uses a backup writes its mark anew all the time, at every destination that lets it, and removes it at the end. A
+mark counts until somebody has seen it unchanged for one time to live on its own monotonic clock: no age and no wall
+clock is asked. Then whoever made it is gone, and the mark is removed *before* anything else is: a process that was only
+suspended finds it missing, and ``Use.check`` tells it that its backup was given up.
+
+Two that look at the same moment: a user writes its mark and then looks for ``.going``; who deletes writes that and then
+looks for marks. So at least one of them sees the other, and gives way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from handlers.body import joined
+from infra.storage.heartbeat import MOST, Heartbeat, Holder
+from pipeline.contracts import Clock, Store
+from pipeline.errors import ObjectMissing, SourceError, StoreError
+
+FOLDER = "use/"
+#: Seconds after which a mark that does not change is of somebody who is gone.
+TTL = 60.0
+#: Seconds that a destination has for each question about a mark: it must hold up neither a restore nor a backup.
+ANSWER = 5.0
+#: Looks at a mark, and beats of its holder, within the time to live.
+_LOOKS, _BEATS = 10, 4
+
+_KEY = re.compile(r"use/(?P<backup>[A-Za-z0-9_.-]{1,200})/[0-9a-f]{8}(?P<going>\.going)?")
+
+
+class Use:
+    """Marks of this process, on one backup or several. See ``using``."""
+
+    def __init__(self, stores: Sequence[Store], *, clock: Clock, tell: Callable[[str], None], what: str) -> None:
+        self._clock = clock
+        self._tell = tell
+        self._holder = Holder.here(clock.now(), what)
+        self._number = secrets.token_hex(4)
+        self._counter = 0
+        #: Those that may still take marks.
+        self._stores = list(stores)
+        #: (destination, backup) of the marks that are there; and of those that somebody has removed.
+        self._written: set[tuple[str, str]] = set()
+        self._lost: set[tuple[str, str]] = set()
+        self._backups: list[str] = []
+        self._told: set[str] = set()
+
+    async def add(self, backup: str) -> None:
+        """Mark a backup: before anything of it is stored or read."""
+        self._backups.append(backup)
+        await self._at_all(self._stores, [backup], self._write)
+
+    async def check(self) -> None:
+        """Raise SourceError if a mark was removed: we were suspended so long that others took us for gone.
+
+        What we had stored may be deleted since. To be asked before it is declared complete.
+        """
+        await self._at_all(self._stores, self._backups, self._beat)
+        if self._lost:
+            where, backup = min(self._lost)
+            raise SourceError(
+                f"{backup} was given up at {where}: its mark there was removed, for nothing was heard of this process"
+                " for a minute or longer",
+                hint="the machine was suspended, or the store did not answer for so long: take the backup again",
+            )
+
+    async def going(self, backup: str, *, ttl: float = TTL) -> str:
+        """Who is deleting the backup, in words; empty if nobody is. Waits up to ``ttl`` to see whether they live."""
+        marks = Marks(self._stores, clock=self._clock, ttl=ttl)
+        with contextlib.suppress(StoreError):  # who cannot be asked cannot delete there either
+            await marks.settle([backup])
+        return marks.word(backup, going=True)
+
+    async def run(self) -> None:
+        """Write them anew until cancelled."""
+        while True:
+            await self._clock.sleep(TTL / _BEATS)
+            await self._at_all(self._stores, self._backups, self._beat)
+
+    async def end(self) -> None:
+        """Remove them, as far as that goes: what stays is removed by others, one time to live later."""
+
+        async def remove(store: Store, backup: str) -> None:
+            if (store.name, backup) in self._written:
+                await store.delete([self._key(backup)])
+
+        await self._at_all(self._stores, self._backups, remove)
+
+    def _key(self, backup: str) -> str:
+        return f"{FOLDER}{backup}/{self._number}"
+
+    async def _at_all(self, stores: Sequence[Store], backups: Sequence[str], do: _Do) -> None:
+        await asyncio.gather(*(self._at(store, backups, do) for store in list(stores)))
+
+    async def _at(self, store: Store, backups: Sequence[str], do: _Do) -> None:
+        try:
+            for backup in list(backups):
+                async with asyncio.timeout(ANSWER):
+                    await do(store, backup)
+        except StoreError as error:
+            if not error.passing and not any(name == store.name for name, _ in self._written):
+                self._stores.remove(store)  # it lets us read and not write: asked once
+            self._say(store, error.fact)
+        except TimeoutError:
+            self._say(store, f"it has not answered in {ANSWER:.0f} s")
+
+    def _say(self, store: Store, fact: str) -> None:
+        if store.name not in self._told:
+            self._told.add(store.name)
+            self._tell(f"{store.name} takes no mark that the backup is in use; do not expire it meanwhile: {fact}")
+
+    async def _write(self, store: Store, backup: str) -> None:
+        self._counter += 1
+        heartbeat = Heartbeat.of(self._holder, self._counter, self._clock.now())
+        await store.put(self._key(backup), heartbeat.encode(), replace=True)
+        self._written.add((store.name, backup))
+
+    async def _beat(self, store: Store, backup: str) -> None:
+        if (store.name, backup) in self._written:
+            try:
+                await store.head(self._key(backup))
+            except ObjectMissing:
+                self._lost.add((store.name, backup))
+        await self._write(store, backup)
+
+
+_Do = Callable[[Store, str], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def using(
+    stores: Sequence[Store], *backups: str, clock: Clock, tell: Callable[[str], None], what: str
+) -> AsyncIterator[Use]:
+    """Mark the backups as in use for as long as the block lasts; others may be added in it.
+
+    ``what`` says for people what is done with them. A destination that takes no marks (a restore often may only read)
+    is told of once, and is no error. The stores are rooted at the cluster's folder.
+    """
+    use = Use(stores, clock=clock, tell=tell, what=what)
+    beats = asyncio.create_task(use.run())
+    try:
+        for backup in backups:
+            await use.add(backup)
+        yield use
+    finally:
+        beats.cancel()
+        await asyncio.wait([beats])
+        await use.end()
+        if not beats.cancelled():
+            beats.result()  # it never ends by itself: a defect
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A mark, as it was last seen at one destination."""
+
+    store: Store
+    key: str
+    backup: str
+    going: bool
+    content: bytes
+    #: Monotonic seconds since when it is so, and whether it was ever seen to change.
+    since: float
+    moved: bool = False
+
+
+class Marks:
+    """The marks that others have made, looked at time and again. See the head of this file for what they mean."""
+
+    def __init__(self, stores: Sequence[Store], *, clock: Clock, ttl: float = TTL) -> None:
+        self._stores = tuple(stores)
+        self._clock = clock
+        self._ttl = ttl
+        self._seen: dict[tuple[str, str], _Seen] = {}
+        #: Our own ``.going``.
+        self._ours: set[str] = set()
+
+    async def look(self, backup: str = "") -> None:
+        """See how they are now: all, or those on one backup. Raises StoreError if a destination does not tell."""
+        prefix = f"{FOLDER}{backup}/" if backup else FOLDER
+        await asyncio.gather(*(self._look(store, prefix) for store in self._stores))
+
+    async def _look(self, store: Store, prefix: str) -> None:
+        keys = [entry.key async for entry in store.list(prefix)]
+        for place in [p for p in self._seen if p[0] == store.name and p[1].startswith(prefix) and p[1] not in keys]:
+            del self._seen[place]
+        for key in keys:
+            match = _KEY.fullmatch(key)
+            if match is None or key in self._ours:
+                continue
+            try:
+                body = await store.get(key, (0, MOST))
+            except ObjectMissing:  # removed since
+                self._seen.pop((store.name, key), None)
+                continue
+            try:
+                content = joined(body)
+            finally:
+                body.close()
+            self._note(store, key, match, content)
+
+    def _note(self, store: Store, key: str, match: re.Match[str], content: bytes) -> None:
+        now = self._clock.monotonic()
+        known = self._seen.get((store.name, key))
+        if known is None:
+            seen = _Seen(store, key, match["backup"], bool(match["going"]), content, now)
+            self._seen[store.name, key] = seen
+        elif known.content != content:
+            known.content, known.since, known.moved = content, now, True
+
+    def word(self, backup: str, *, going: bool | None = None) -> str:
+        """Who uses the backup, as far as is known, for people; empty if nobody does.
+
+        ``going``: only marks of those who delete, or only the others'.
+        """
+        for seen in self._of(backup):
+            if not self._dead(seen) and going in (None, seen.going):
+                there = Heartbeat.decode(seen.content)
+                return there.holder.words if there else f"somebody who cannot be told from {seen.key}"
+        return ""
+
+    @property
+    def backups(self) -> frozenset[str]:
+        """All that have a mark of somebody who is not known to be gone."""
+        return frozenset(seen.backup for seen in self._seen.values() if not self._dead(seen))
+
+    async def settle(self, backups: Collection[str] | None = None) -> None:
+        """Look until it is certain of each mark on them (None: on any) whether its maker lives; one ``ttl`` at most."""
+        while True:
+            for backup in [""] if backups is None else sorted(backups):
+                await self.look(backup)
+            wanted = [s for s in self._seen.values() if backups is None or s.backup in backups]
+            if all(seen.moved or self._dead(seen) for seen in wanted):
+                return
+            await self._clock.sleep(self._ttl / _LOOKS)
+
+    async def bury(self, backup: str) -> None:
+        """Remove the marks of those who are gone. Before what they have left is deleted: see the head of this file."""
+        for seen in [seen for seen in self._of(backup) if self._dead(seen)]:
+            await seen.store.delete([seen.key])
+            self._seen.pop((seen.store.name, seen.key), None)
+
+    @contextlib.asynccontextmanager
+    async def claim(self, backup: str, *, what: str) -> AsyncIterator[str]:
+        """For as long as the block lasts, say that the backup is about to be deleted. Yields who uses it: then do not.
+
+        Raises StoreError if any destination cannot be written, or be asked.
+        """
+        key = f"{FOLDER}{backup}/{secrets.token_hex(4)}.going"
+        heartbeat = Heartbeat.of(Holder.here(self._clock.now(), what), 1, self._clock.now())
+        self._ours.add(key)
+        written: list[Store] = []
+        try:
+            for store in self._stores:
+                written.append(store)
+                await store.put(key, heartbeat.encode(), replace=True)
+            await self.look(backup)
+            yield self.word(backup)
+        finally:
+            for store in written:
+                with contextlib.suppress(StoreError):  # told by whoever deletes there next; dead after one time to live
+                    await store.delete([key])
+
+    def _of(self, backup: str) -> list[_Seen]:
+        return [seen for seen in self._seen.values() if seen.backup == backup]
+
+    def _dead(self, seen: _Seen) -> bool:
+        there = Heartbeat.decode(seen.content)
+        ended = there is not None and (there.released or there.holder.ended())
+        return ended or self._clock.monotonic() - seen.since >= self._ttl

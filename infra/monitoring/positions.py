@@ -50,6 +50,8 @@ class Positions:
         self.connected = False
         #: The stream was lost, and has not told since where the server is.
         self._in_the_dark = False
+        #: When the stream last told that, in monotonic seconds.
+        self._heard = self._began
         self.current: Lsn | None = None
         #: Positions of the server with the time at which each was first and last seen.
         self._seen: list[tuple[Lsn, float, float]] = []
@@ -58,16 +60,22 @@ class Positions:
 
     def follow(self, notice: WalMoved | StreamStarted | StreamLost) -> None:
         """What the stream tells."""
-        self.connected = not isinstance(notice, StreamLost)
-        if isinstance(notice, StreamLost):
-            self._in_the_dark = True
-        elif isinstance(notice, WalMoved):
-            self._in_the_dark = False
-            self.current = notice.current
-            for name, durable in notice.durable.items():
-                place = self._of(name)
-                place.durable = durable
-                place.age, place.told = notice.age.get(name, 0.0), self._clock.monotonic()
+        if isinstance(notice, WalMoved):
+            self._move(notice)
+        else:
+            self.connected = isinstance(notice, StreamStarted)
+            self._in_the_dark = self._in_the_dark or not self.connected
+
+    def _move(self, notice: WalMoved) -> None:
+        """Told every second, connected or not: uploads go on. Where the server is, only a connection knows."""
+        now = self._clock.monotonic()
+        if self.connected:
+            self._in_the_dark, self._heard = False, now
+        self.current = notice.current
+        for name, durable in notice.durable.items():
+            place = self._of(name)
+            place.durable = durable
+            place.age, place.told = notice.age.get(name, 0.0), now
 
     def closed(self) -> None:
         """Nobody streams until the repository is opened again."""
@@ -142,9 +150,9 @@ class Positions:
             return self._lag_of_files(place, now)
         if self.current is None or place.durable is None:
             return now - self._began
-        if self._in_the_dark or place.age > 0 or place.durable < self.current:
-            return place.age + now - place.told
-        return 0.0
+        late = place.age > 0 or place.durable < self.current
+        outstanding = place.age + now - place.told if late else 0.0
+        return max(outstanding, now - self._heard) if self._in_the_dark else outstanding
 
     def _lag_of_files(self, place: _Place, now: float) -> float:
         """While only finished segments are shipped: the bytes of the open one count as well."""

@@ -175,6 +175,24 @@ async def test_a_lost_stream_is_not_lag_zero(metrics: Metrics, clock: FastClock)
     assert read(metrics)["wal_lag_seconds", NEAR] == 0
 
 
+async def test_what_is_told_of_uploads_is_no_word_from_the_server(metrics: Metrics, clock: FastClock) -> None:
+    """Positions are told each second, connected or not: what was received goes on to be stored."""
+    metrics.notify(STARTED)
+    metrics.notify(moved(5000, near=5000, far=4000, age=1.0))
+    metrics.notify(LOST)
+    for _ in range(30):
+        await clock.sleep(1)
+        metrics.notify(moved(5000, near=5000, far=5000))
+    page = read(metrics)
+    assert page["stream_connected",] == 0
+    assert page["wal_lag_seconds", NEAR] == page["wal_lag_seconds", FAR] == 30
+    metrics.notify(moved(5000, near=5000, far=4000, age=45.0))
+    assert read(metrics)["wal_lag_seconds", FAR] == 45, "what arrived before and is not stored may be older"
+    metrics.notify(STARTED)
+    metrics.notify(moved(5000, near=5000, far=5000))
+    assert read(metrics)["wal_lag_seconds", FAR] == 0
+
+
 async def test_a_server_that_never_answered_is_not_lag_zero(metrics: Metrics, clock: FastClock) -> None:
     await clock.sleep(5)
     metrics.notify(LOST)

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from handlers.fetch import Fetcher
 from handlers.upload import Uploader
 from infra.holdings import Holding, together
+from infra.postgres.kept import Kept
 from infra.recoverable import Moments, Recoverable, read_moments, recoverable
 from infra.settings import Settings
 from infra.standing import DestinationStatus, Status, judge_absent, stopped_by
@@ -56,8 +57,9 @@ class Measured(Protocol):
 class Lookout:
     """One for the life of the service. ``run`` while a repository is open; ``waits`` says why none is."""
 
-    def __init__(self, settings: Settings, measured: Measured, *, clock: Clock) -> None:
+    def __init__(self, settings: Settings, measured: Measured, *, kept: Kept, clock: Clock) -> None:
         self._settings = settings
+        self._kept = kept
         self._measured = measured
         self._clock = clock
         self._waits = "the service is starting"
@@ -114,7 +116,7 @@ class Lookout:
     async def _look_outside(self, site: Site) -> None:
         while True:
             self._changed.clear()
-            self._outside, self._looked = await look_outside(site), self._clock.monotonic()
+            self._outside, self._looked = await look_outside(site, self._kept), self._clock.monotonic()
             await self._clock.sleep(_SHORTEST)
             with suppress(TimeoutError):
                 async with asyncio.timeout(SAMPLE_EVERY - _SHORTEST):

@@ -48,16 +48,19 @@ async def monitoring(settings: Settings, destinations: dict[str, bool]) -> Async
     from infra.lookout import Lookout
     from infra.monitoring.http import serving
     from infra.monitoring.metrics import Metrics
+    from infra.postgres.kept import Kept
     from infra.survey import Surroundings, beside
 
     streams, spool = ("stream" in settings.sources), ("watch" in settings.sources)
     clock = SystemClock()
     metrics = Metrics(destinations, put_price=settings.put_price, clock=clock, streams=streams, spool=spool)
-    lookout = Lookout(settings, metrics.positions, clock=clock)
+    kept = Kept(settings, clock)
+    lookout = Lookout(settings, metrics.positions, kept=kept, clock=clock)
     chosen = "listen" in settings.model_fields_set
     async with (
+        kept,
         serving(settings.listens, metrics, shown=lookout, chosen=chosen),
-        beside(Surroundings(settings, metrics, clock).run()),
+        beside(Surroundings(settings, metrics, kept=kept, clock=clock).run()),
     ):
         yield Monitor(metrics, lookout)
 

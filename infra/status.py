@@ -11,8 +11,8 @@ from pathlib import Path
 
 from handlers.fetch import Fetcher
 from infra.holdings import Holding, Known, hold, together
-from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, rows
+from infra.postgres.kept import Kept
 from infra.postgres.senders import StreamFacts, read_stream_facts
 from infra.postgres.stream_problems import NO_WAIT, commit_problems, stream_problems
 from infra.postgres.sync import meaning
@@ -60,9 +60,16 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
     looked at again until they were due (``waits`` is told once, in a sentence): ``GRACE`` seconds behind the interval
     at most, and no longer than what is missing needs.
     """
+    async with Kept(site.settings, site.clock) as kept:
+        status, holdings = await _look_until_due(site, kept, waits)
+    stored, unread = await _recoverable(site, holdings, status)
+    return replace(status, recoverable=stored, unknown=tuple(unread))
+
+
+async def _look_until_due(site: Site, kept: Kept, waits: Callable[[str], None]) -> tuple[Status, list[Holding]]:
     begun = site.clock.monotonic()
     known: Known = {}
-    first, holdings = await _look(site, known)
+    first, holdings = await _look(site, kept, known)
     status, late = first, _late(first, first, site)
     interval = site.settings.tail_interval if site.settings.tail_interval <= LONGEST else 0
     for seconds in range(1, GRACE + 1):
@@ -71,15 +78,14 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
         if seconds == 1:
             waits(f"looking again, for up to {interval + GRACE:g} s: the newest WAL is not yet at {', '.join(late)}")
         await site.clock.sleep(max(0.0, begun + interval + seconds - site.clock.monotonic()))
-        status, holdings = await _look(site, known)
+        status, holdings = await _look(site, kept, known)
         late = _late(status, first, site)
     passed = site.clock.monotonic() - begun
     places = tuple(
         replace(place, late=f"{late[place.name]} {passed:.0f} s ago") if place.name in late else place
         for place in status.destinations
     )
-    stored, unread = await _recoverable(site, holdings, status)
-    return replace(status, destinations=places, recoverable=stored, unknown=tuple(unread))
+    return replace(status, destinations=places), holdings
 
 
 def _late(status: Status, first: Status, site: Site) -> dict[str, str]:
@@ -104,9 +110,9 @@ def _late(status: Status, first: Status, site: Site) -> dict[str, str]:
     return found
 
 
-async def _look(site: Site, known: Known) -> tuple[Status, list[Holding]]:
+async def _look(site: Site, kept: Kept, known: Known) -> tuple[Status, list[Holding]]:
     """Once: everything but what can be restored."""
-    outside = await look_outside(site)
+    outside = await look_outside(site, kept)
     holdings = [
         await hold(store, site, known, required=destination.required)
         for destination, store in zip(site.destinations, site.stores, strict=True)
@@ -123,10 +129,10 @@ def spool_of(settings: Settings) -> Path | None:
     return settings.spool_dir if "watch" in settings.sources else None
 
 
-async def look_outside(site: Site) -> Outside:
+async def look_outside(site: Site, kept: Kept) -> Outside:
     """The server and the spool. What does not answer is told as such."""
     now = site.clock.now()
-    server, stream, server_error = await _server(site)
+    server, stream, server_error = await _server(site, kept)
     folder = spool_of(site.settings)
     spool, spool_error, service = None, "", None
     if folder:
@@ -134,7 +140,7 @@ async def look_outside(site: Site) -> Outside:
             spool = await asyncio.to_thread(look_at_spool, folder, now)
         except SourceError as error:
             spool_error = error.fact
-        service = holder(folder)
+        service = await asyncio.to_thread(holder, folder)
     return Outside(now, server, stream, server_error, spool, spool_error, service)
 
 
@@ -193,10 +199,10 @@ async def _service(stores: Sequence[Store], stream: StreamStatus | None) -> str:
     return max(found, key=lambda there: (there[0], there[1].released, there[1].counter))[1].words
 
 
-async def _server(site: Site) -> tuple[ServerFacts | None, StreamStatus | None, str]:
+async def _server(site: Site, kept: Kept) -> tuple[ServerFacts | None, StreamStatus | None, str]:
     stream = None
     try:
-        async with await connect(site.settings) as connection:
+        async with kept.lent() as connection:
             facts = await read_facts(connection)
             if facts.system_identifier != site.facts.system_id:
                 return None, None, f"the server is the cluster {facts.system_identifier}, not {site.facts.system_id}"

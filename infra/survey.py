@@ -28,8 +28,8 @@ from infra.holdings import Holding, Known, hold
 from infra.monitoring.metrics import Metrics
 from infra.monitoring.missing import Missing
 from infra.monitoring.readings import BackupReading, RepositoryReading, ServerReading, SlotReading, SpoolReading
-from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts
+from infra.postgres.kept import Kept
 from infra.postgres.senders import StreamFacts, read_stream_facts
 from infra.reach import leads_to
 from infra.settings import Settings
@@ -49,7 +49,7 @@ log = structlog.get_logger()
 SURROUNDINGS_EVERY = 15.0
 #: Longest pause between listings of a destination that does not answer, has a hole, or has no base backup yet.
 UNWELL_EVERY = 30.0
-#: Seconds that the server, or the spool, has for an answer; and a destination for all of its listing.
+#: Seconds that the spool has for an answer; and a destination for all of its listing.
 _PATIENCE, _LISTING = 10.0, 300.0
 #: The last transaction is looked for in so many segments at most; and at every so manyth listing.
 _SEGMENTS, _EACH = 8, 2
@@ -70,8 +70,9 @@ async def beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 class Surroundings:
     """The server and the spool. ``run`` until cancelled."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, *, kept: Kept, clock: Clock) -> None:
         self._settings = settings
+        self._kept = kept
         self._metrics = metrics
         self._clock = clock
         self._spool = settings.spool_dir if "watch" in settings.sources else None
@@ -92,11 +93,11 @@ class Surroundings:
 
     async def _read_server(self) -> None:
         try:
-            async with asyncio.timeout(_PATIENCE), await connect(self._settings) as connection:
+            async with self._kept.lent() as connection:
                 facts = await read_facts(connection)
                 streams = "stream" in self._settings.sources
                 stream = await read_stream_facts(connection, self._settings.slot) if streams else None
-        except (SourceError, TimeoutError):
+        except SourceError:
             self._metrics.readings.failed("server")  # whoever needs the server tells why
             return
         free = await asyncio.to_thread(_wal_volume_free, facts)

@@ -11,6 +11,7 @@ import pytest
 
 from infra.holdings import hold
 from infra.lookout import SAMPLES, Lookout
+from infra.postgres.kept import Kept
 from infra.status import look_outside
 from infra.wiring import Site
 from pipeline.events import DestinationFailed
@@ -56,14 +57,16 @@ def api(lookout: Lookout) -> Any:
 async def looked(site: Site, told: Told) -> tuple[Lookout, FastClock]:
     """One that has looked at everything once; the server does not answer."""
     clock = FastClock()
-    lookout = Lookout(site.settings, told, clock=clock)
-    lookout._site, lookout._outside, lookout._looked = site, await look_outside(site), clock.monotonic()
+    kept = Kept(site.settings, clock)
+    lookout = Lookout(site.settings, told, kept=kept, clock=clock)
+    lookout._site, lookout._outside, lookout._looked = site, await look_outside(site, kept), clock.monotonic()
     lookout.listed(await hold(site.stores[0], site, {}, required=True))
     return lookout, clock
 
 
 async def test_before_anything_was_looked_at_nothing_is_safe(site: Site) -> None:
-    lookout = Lookout(site.settings, Told(), clock=FastClock())
+    clock = FastClock()
+    lookout = Lookout(site.settings, Told(), kept=Kept(site.settings, clock), clock=clock)
     found = api(lookout)
     assert (found["state"], found["healthy"]) == ("unsafe", False)
     assert found["sentence"] == "Not safe: nothing is shipped: the service is starting."

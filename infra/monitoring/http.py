@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import structlog
 
 from infra.monitoring.metrics import Metrics
-from infra.monitoring.page import Shown, only_local_names, routes
+from infra.monitoring.page import HEADERS, Shown, only_local_names, routes
 from infra.settings import listen_address
 from pipeline.errors import ConfigError
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:  # only the service pays for loading it
     from aiohttp import web
 
 
+#: Connections at a time: what clients leave open is never taken from what stores and server need.
+MOST = 100
+#: Seconds that one may stay open between two requests. Prometheus comes back after 15 or 60.
+_IDLE = 75.0
 _TAKEN = "nobody can see this service's metrics: give it a port of its own with WALSHIP_LISTEN"
 
 
@@ -43,12 +48,15 @@ async def serving(
     host, port = listen_address(listen)
     app = web.Application(middlewares=[only_local_names(host)])
     app.add_routes([*_handlers(metrics), *(routes(shown) if shown is not None else ())])
+    app.on_response_prepare.append(_sign)
     # A scrape takes milliseconds: who still reads after a second does not hold up the end of the service.
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=_IDLE)
     await runner.setup()
+    assert runner.server is not None, "it is set up"
+    listening: asyncio.Server | None = None
     try:
         try:
-            await web.TCPSite(runner, host, port).start()
+            listening = await asyncio.get_running_loop().create_server(_admit(runner.server), host, port, backlog=32)
         except OSError as error:
             if chosen or error.errno != errno.EADDRINUSE:
                 raise _refused(listen, error) from None
@@ -58,7 +66,30 @@ async def serving(
             structlog.get_logger().info("listening", address=listen)
         yield
     finally:
+        if listening is not None:
+            listening.close()
         await runner.cleanup()
+
+
+def _admit(server: web.Server) -> Callable[[], asyncio.Protocol]:
+    """Connections as the server makes them. For one more than ``MOST``, the one that was there first has to go."""
+
+    def connection() -> asyncio.Protocol:
+        open_ones = [
+            each.transport for each in server.connections if each.transport and not each.transport.is_closing()
+        ]
+        if len(open_ones) >= MOST:
+            open_ones[0].abort()
+        return server()
+
+    return connection
+
+
+async def _sign(_request: web.Request, answer: web.StreamResponse) -> None:
+    """What goes with every answer, errors too; and nobody needs to know what it is made with."""
+    from aiohttp import hdrs
+
+    answer.headers.update({**HEADERS, hdrs.SERVER: "walship"})
 
 
 def _handlers(metrics: Metrics) -> list[web.RouteDef]:

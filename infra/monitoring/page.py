@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # only the service pays for loading it
     from aiohttp import web
     from aiohttp.typedefs import Middleware
 
-#: Sent with everything.
-_HEADERS = {
+#: Sent with everything that is answered.
+HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -45,17 +45,16 @@ def routes(shown: Shown) -> list[web.RouteDef]:
     html, policy = compose()
 
     async def page(_request: web.Request) -> web.Response:
-        headers = {**_HEADERS, "Content-Security-Policy": policy, "X-Frame-Options": "DENY"}
+        headers = {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"}
         return web.Response(text=html, content_type="text/html", headers=headers)
 
     async def status(_request: web.Request) -> web.Response:
-        headers = {**_HEADERS, hdrs.CONTENT_TYPE: "application/json"}
-        return web.Response(body=shown.api(), headers=headers)
+        return web.Response(body=shown.api(), headers={hdrs.CONTENT_TYPE: "application/json"})
 
     async def ready(_request: web.Request) -> web.Response:
         """Whether it ships. What only a person can mend (a hole, no backup) does not count: see ``/api/status``."""
         why = shown.not_ready()
-        return web.Response(text=f"{why or 'ok'}\n", status=503 if why else 200, headers=_HEADERS)
+        return web.Response(text=f"{why or 'ok'}\n", status=503 if why else 200)
 
     return [web.get("/", page), web.get("/api/status", status), web.get("/readyz", ready)]
 

@@ -91,6 +91,12 @@ async def test_what_is_served(metrics: Metrics) -> None:
             assert (answer.status, await answer.text()) == (503, "the stream is lost\n")
         async with session.get("/healthz") as answer:
             assert answer.status == 200
+        for path in ("/metrics", "/nowhere", "/../pyproject.toml", "/%2e%2e/pyproject.toml"):
+            async with session.get(path) as answer:
+                assert answer.status == (200 if path == "/metrics" else 404)
+                assert answer.headers["Server"] == "walship"
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
         for path in ("/", "/api/status", "/readyz", "/healthz", "/metrics"):
             async with session.head(path) as answer:
                 assert answer.status == (503 if path == "/readyz" else 200)

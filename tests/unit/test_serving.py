@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from collections.abc import Iterable
 
 import aiohttp
 import pytest
+import structlog
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
-from infra.monitoring.http import serving
+from infra.monitoring.http import MOST, serving
 from infra.monitoring.log import configure
 from infra.monitoring.metrics import Metrics
 from infra.postgres.throwaway import free_port
@@ -61,6 +63,48 @@ async def test_only_the_address_that_was_named_is_listened_on(metrics: Metrics) 
     async with serving(f"127.0.0.1:{port}", metrics):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.2", port)) != 0
+
+
+async def test_clients_that_stay_take_no_more_than_their_share(metrics: Metrics) -> None:
+    """Some read nothing, some ask for nothing: whoever comes next is answered all the same."""
+    port = free_port()
+    async with serving(f"127.0.0.1:{port}", metrics), aiohttp.ClientSession() as session:
+        waiting = []
+        for number in range(2 * MOST):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" if number % 2 else b"GET /metr")
+            waiting.append((reader, writer))
+        async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert answer.status == 200
+        async with asyncio.timeout(20):
+            for reader, _ in waiting[:MOST]:
+                while await _read(reader):
+                    pass
+        for _, writer in waiting:
+            writer.close()
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    """Some of what came; nothing once the connection has ended, in whatever way."""
+    try:
+        return await reader.read(1 << 16)
+    except ConnectionResetError:
+        return b""
+
+
+async def test_an_address_may_be_one_of_ipv6(metrics: Metrics) -> None:
+    listen = f"[::1]:{free_port()}"
+    try:
+        async with (
+            serving(listen, metrics),
+            aiohttp.ClientSession() as session,
+            session.get(f"http://{listen}/healthz") as answer,
+        ):
+            assert answer.status == 200
+    except ConfigError as error:
+        if "Cannot assign requested address" not in error.fact and "not supported" not in error.fact:
+            raise
+        pytest.skip("this machine has no IPv6")
 
 
 async def test_nothing_is_served_unless_asked_for(metrics: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,8 +165,11 @@ async def test_a_default_port_that_is_taken_is_told_and_no_error(
 ) -> None:
     listen = f"127.0.0.1:{free_port()}"
     configure()
-    async with serving(listen, metrics), serving(listen, metrics, chosen=False):
-        pass
+    try:
+        async with serving(listen, metrics), serving(listen, metrics, chosen=False):
+            pass
+    finally:
+        structlog.reset_defaults()
     assert '"not_listening"' in capsys.readouterr().err
 
 

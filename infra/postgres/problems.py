@@ -164,4 +164,4 @@ def _same(one: str, other: str) -> bool:
 def _mentions(command: str, folder: str) -> bool:
     """Whether the folder stands in the command as a whole path, by either of its names."""
     names = {os.path.normpath(folder), os.path.realpath(folder)}
-    return any(re.search(rf"(?<![\w./-]){re.escape(name)}/", command) for name in names)
+    return any(re.search(rf"(?<![\w./-]){re.escape(name)}(?=[/\s'\"]|$)", command) for name in names)

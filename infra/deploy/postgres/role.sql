@@ -1,0 +1,20 @@
+-- The role that walship connects as: psql -f role.sql -v password="'...'"
+--
+-- pg_hba.conf has to let it in, for the database postgres and for replication:
+--
+--   host  postgres,replication  walship  10.0.0.5/32  scram-sha-256
+
+-- Base backups and the stream are replication connections.
+CREATE ROLE walship LOGIN REPLICATION PASSWORD :password CONNECTION LIMIT 20;
+
+-- What check, status and the metrics read: archiver, slots, senders, settings.
+GRANT pg_monitor TO walship;
+
+-- walship switch, and the end of each base backup.
+GRANT EXECUTE ON FUNCTION pg_switch_wal() TO walship;
+
+-- walship restore --to-name.
+GRANT EXECUTE ON FUNCTION pg_create_restore_point(text) TO walship;
+
+-- Base backups that read the files themselves (WALSHIP_DATA_DIR); leave these two out without.
+GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO walship;

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
-import re
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,16 +19,15 @@ import psycopg
 
 from handlers.check_file import Check
 from handlers.drill import Outcome, Report, State
-from handlers.feed import Feed
 from infra.drill_room import Room, sweep
 from infra.postgres import programs as installed
 from infra.postgres.examine import Door, Seen, Statements, amcheck, look
-from infra.postgres.processes import run_as
+from infra.postgres.preloaded import without_workers
 from infra.postgres.programs import Programs
-from infra.postgres.recovery_files import parse_conf, remove_recovery_files
-from infra.postgres.restored import Started, start_restored
+from infra.postgres.recovery_files import inherited_value, remove_recovery_files
+from infra.postgres.restored import Started, control_data, start_restored
 from infra.postgres.throwaway import free_port
-from infra.restore import Place, Repository, Watch, check_place, feeding, make_plan, restore
+from infra.restore import Place, Repository, Watch, cause, check_place, feeding, make_plan, restore
 from pipeline.errors import IntegrityError, RecoveryError, SourceError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target, TargetKind
@@ -41,13 +38,10 @@ BUFFERS = "128MB"
 _EVERY = 5.0
 #: Characters of a value that the report shows.
 _SHOWN = 200
-#: Their workers run jobs, or connect to other servers, the one that was backed up among them.
-_ACTING = frozenset({"pg_cron", "pglogical", "spock", "bdr"})
 #: A server in recovery must not go below these (chapter "Hot Standby", "Administrator's Overview"). pg_controldata's
 #: word → the setting.
 _LIMITS = {
     "max_connections setting": "max_connections",
-    "max_worker_processes setting": "max_worker_processes",
     "max_wal_senders setting": "max_wal_senders",
     "max_prepared_xacts setting": "max_prepared_transactions",
     "max_locks_per_xact setting": "max_locks_per_transaction",
@@ -136,7 +130,7 @@ async def _start(
 ) -> Started:
     """The server, promoted at the target. What goes wrong is told without hints about a directory that will be gone."""
     options = await asyncio.to_thread(_options, programs, room, port)
-    libraries, left_out = preloaded(_inherited(room.data, "shared_preload_libraries"))
+    libraries, left_out = without_workers(inherited_value(room.data, "shared_preload_libraries"))
     if left_out:
         options["shared_preload_libraries"] = libraries
         report.notices.append(f"not loaded, for it acts by itself: {', '.join(left_out)}")
@@ -154,16 +148,12 @@ async def _start(
             )
         except (RecoveryError, SourceError) as error:
             report.log = "\n".join(room.log.read_text("utf-8", "replace").splitlines()[-20:])
-            raise _cause(feed, error) from error
-
-
-def _cause(feed: Feed, error: WalshipError) -> WalshipError:
-    """The server only knows that restore_command failed; the feed knows why."""
-    for failure in reversed(feed.failures):
-        if isinstance(failure, WalshipError):
-            return failure
-    error.hint = "the report holds the end of the server's log; with --keep the drill leaves everything where it is"
-    return error
+            if (failure := cause(feed)) is not None:
+                raise failure from error
+            error.hint = (
+                "the report holds the end of the server's log; with --keep the drill leaves everything where it is"
+            )
+            raise
 
 
 def _options(programs: Programs, room: Room, port: int) -> dict[str, str]:
@@ -180,13 +170,21 @@ def _options(programs: Programs, room: Room, port: int) -> dict[str, str]:
         # Files of the old machine: certificates are not in a backup.
         "ssl": "off",
         # Nothing acts by itself: no subscription, no scheduled job, and nobody tidies up what shall be looked at.
-        "max_logical_replication_workers": "0",
         "autovacuum": "off",
+        # No library's worker can be started, whatever its name: no job, no connection to another server. A server in
+        # recovery must not go below what it was, unless it lets nobody in meanwhile; and nobody needs to.
+        "max_worker_processes": "0",
+        "hot_standby": "off",
         # A large server's memory is not there; what may not be lower than it was is left alone.
         "shared_buffers": BUFFERS,
         "huge_pages": "off",
         "min_dynamic_shared_memory": "0",
+        # In the folder of the drill, and so gone with it, however the server ends.
+        "shared_memory_type": "mmap",
+        "dynamic_shared_memory_type": "mmap",
     }
+    if programs.major >= 17:
+        options["event_triggers"] = "off"  # those at login would run, and may refuse us
     if programs.major >= 18:
         options["io_method"] = "worker"  # io_uring is closed in many containers
     if not (room.data / "postgresql.conf").exists():
@@ -198,28 +196,8 @@ def _options(programs: Programs, room: Room, port: int) -> dict[str, str]:
     return options
 
 
-def _inherited(data: Path, name: str) -> str:
-    """What the restored files set it to; of two lines the later counts. Includes are not followed."""
-    found: dict[str, str] = {}
-    for file in ("postgresql.conf", "postgresql.auto.conf"):
-        if (data / file).is_file():
-            found |= parse_conf((data / file).read_text("utf-8", "replace"))
-    return found.get(name, "")
-
-
-def preloaded(setting: str) -> tuple[str, tuple[str, ...]]:
-    """The value of shared_preload_libraries without those that would act by themselves; and which those are."""
-    names = [name.strip().strip('"') for name in setting.split(",") if name.strip()]
-    acting = tuple(name for name in names if Path(name).name.removesuffix(".so") in _ACTING)
-    return ", ".join(f'"{name}"' for name in names if name not in acting), acting
-
-
 def _limits(programs: Programs, data: Path) -> dict[str, str]:
-    answer = subprocess.run(  # noqa: S603 - a program of the installation that was chosen
-        [programs.path("pg_controldata"), "-D", str(data)],
-        env=programs.environment(), capture_output=True, text=True, check=False, cwd="/", **run_as(data),
-    )  # fmt: skip
-    found = dict(re.findall(r"^(\w+ setting):\s+(\d+)$", answer.stdout, re.MULTILINE))
+    found = control_data(data, programs)
     return {setting: found[word] for word, setting in _LIMITS.items() if word in found}
 
 

@@ -22,6 +22,7 @@ from infra.fetch_context import FetchContext
 from infra.keys import RepositoryKeys
 from infra.postgres import programs as installed
 from infra.postgres.recovery_files import (
+    FORGET,
     Neutralised,
     forget_recovery,
     notices,
@@ -84,7 +85,7 @@ class Place:
     port: int | None = None
     #: WALSHIP_PG_BIN_DIR; None looks in the usual places. Used with ``start``, and checked whenever it is given.
     bin_dir: Path | None = None
-    #: Log of the started server; None: beside the directory.
+    #: Log of the started server; None: beside the directory, or in it where none can be made beside it.
     log_file: Path | None = None
     #: For the started server's command line (a port and the like).
     options: Mapping[str, str] = field(default_factory=dict)
@@ -270,18 +271,22 @@ async def _start(
                 action=plan.stop.action,
                 reaches=reaches,
                 standby=place.standby,
-                log_file=place.log_file or directory.with_name(f"{directory.name}.log"),
+                log_file=place.log_file,
                 options=place.options,
                 progress=watch.replay,
             )
         except RecoveryError as error:
-            raise _cause(feed, error) from error
+            if (failure := cause(feed)) is None:
+                raise
+            failure.hint = "; ".join(filter(None, (failure.hint, error.hint)))
+            raise failure from error
         if place.standby:
             watch.following(result(server))
             promoted = await _follow(server, directory, plan, watch.say)
     if promoted:
         await asyncio.to_thread(remove_recovery_files, directory)
-        await asyncio.to_thread(forget_recovery, directory, owner=targets.owner)
+        if not await asyncio.to_thread(forget_recovery, directory, owner=targets.owner):
+            watch.say(FORGET)
     return server
 
 
@@ -303,19 +308,14 @@ async def _follow(server: Started, directory: Path, plan: RestorePlan, say: Call
             return False
         return waits[1].result()
     finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+        # The signals stay ours: what remains is done in a moment, and another signal must not cut it short.
         for task in waits:
             task.cancel()
 
 
-def _cause(feed: Feed, error: RecoveryError) -> WalshipError:
-    """The server only knows that restore_command failed; the feed knows why."""
-    failure = next((f for f in reversed(feed.failures) if isinstance(f, WalshipError)), None)
-    if failure is None:
-        return error
-    failure.hint = "; ".join(filter(None, (failure.hint, error.hint)))
-    return failure
+def cause(feed: Feed) -> WalshipError | None:
+    """Why the feed served something not: the server only knows that restore_command failed."""
+    return next((failure for failure in reversed(feed.failures) if isinstance(failure, WalshipError)), None)
 
 
 @contextlib.asynccontextmanager
@@ -334,7 +334,11 @@ async def feeding(
     finally:
         task.cancel()
         try:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            # However often we are cancelled meanwhile: while it is at work its folders stay open.
+            while not task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+            if not task.cancelled():
+                task.result()
         finally:
             feed.close()

@@ -60,7 +60,7 @@ async def until_signalled(work: Coroutine[Any, Any, None]) -> bool:
         if len(received) == 1:
             task.cancel()
         elif len(received) == 2:
-            say("walship: it is ending already, and cleans up first; once more ends it at once, and leaves things behind")
+            say("walship: it is ending already, and cleans up first; once more ends it at once, uncleaned")
         else:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

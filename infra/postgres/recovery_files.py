@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
 
+from infra.postgres.preloaded import acting
 from infra.postgres.wal_script import CONTEXT, FOLDER, RESTORE_COMMAND, SCRIPT, script
 from pipeline.recovery import RestorePlan
 from pipeline.targets import TargetKind
 
-#: Switched off in every restored server: name → value. ``archive_library`` exists from 15 on.
+#: Switched off in every restored server: name → value, as far as its version knows them (``neutral``).
 NEUTRAL: Mapping[str, str] = {
     "archive_mode": "off",
     "archive_command": "",
@@ -29,6 +31,10 @@ NEUTRAL: Mapping[str, str] = {
     "primary_slot_name": "",
     "recovery_end_command": "",
     "archive_cleanup_command": "",
+    # A subscriber would go on where the backup has it, and take from the publisher what the old server waits for.
+    "max_logical_replication_workers": "0",
+    # The file that it names may lie on this machine, and would promote a standby.
+    "promote_trigger_file": "",
     # It would delay each commit of the replay.
     "recovery_min_apply_delay": "0",
     # off with a target shuts the server down.
@@ -52,7 +58,12 @@ _ONCE = (
 )
 #: Their values may hold passwords.
 _QUIET = frozenset({"primary_conninfo", "archive_command", "recovery_end_command", "archive_cleanup_command"})
-_DEFAULTS = {"archive_mode": "off", "recovery_min_apply_delay": "0", "hot_standby": "on"}
+_DEFAULTS = {
+    "archive_mode": "off",
+    "recovery_min_apply_delay": "0",
+    "hot_standby": "on",
+    "max_logical_replication_workers": "0",
+}
 #: It beats -D, wherever the server was told to look, and has no effect in postgresql.auto.conf: a start of the restored
 #: directory would start the ORIGINAL one. And the old server's own process id would be overwritten in its
 #: external_pid_file, and removed in the end; set to nothing, it makes every start log an error. So the lines of both
@@ -75,6 +86,22 @@ _NO_ARCHIVING = (
     "the restored server archives nothing, and the stream needs no archive; once it replaces the old one, which must"
     " never run again, let walship run stream from it and take a base backup: walship backup"
 )
+_SUBSCRIPTIONS = (
+    "subscriptions apply nothing on the restored server (max_logical_replication_workers is 0): it would take what its"
+    " publisher keeps for the old one; once it replaces the old one, which must never run again: ALTER SYSTEM RESET"
+    " max_logical_replication_workers; and restart it"
+)
+#: What a person has to do where ``forget_recovery`` does not.
+FORGET = (
+    "once the server is promoted, take out what served this recovery, or a standby that is made of it follows that: "
+    + " ".join(f"ALTER SYSTEM RESET {name};" for name in _ONCE)
+)
+#: ALTER SYSTEM writes this, and renames it to postgresql.auto.conf.
+_ALTERED = "postgresql.auto.conf.tmp"
+#: Seconds that an ALTER SYSTEM which is under way may take.
+_PATIENCE = 5.0
+#: Seconds until one that had begun before has written what it read.
+_AGAIN = 0.05
 _LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(?:=|\s)\s*('(?:[^'\\]|''|\\.)*'|[^\s#']*)")
 
 
@@ -100,9 +127,7 @@ def settings_for(plan: RestorePlan, *, extra: Mapping[str, str] | None = None, s
     so the kind that is meant comes last. ``extra`` (a drill's port and the like) may not name any of ours.
     """
     stop = plan.stop
-    settings = dict(NEUTRAL)
-    if plan.backup.major < 15:
-        del settings["archive_library"]
+    settings = neutral(plan.backup.major)
     settings["restore_command"] = RESTORE_COMMAND
     settings["recovery_target_timeline"] = plan.timeline_setting
     settings["recovery_target_inclusive"] = "on" if stop.inclusive else "off"
@@ -123,6 +148,12 @@ def settings_for(plan: RestorePlan, *, extra: Mapping[str, str] | None = None, s
             raise ValueError(f"{both[0]} is the restore's own to set")
         settings |= extra
     return settings
+
+
+def neutral(major: int) -> dict[str, str]:
+    """Of ``NEUTRAL`` what servers of that version have: they do not start with a name that they do not know."""
+    unknown = {"archive_library"} if major < 15 else {"promote_trigger_file"} if major > 15 else set()
+    return {name: value for name, value in NEUTRAL.items() if name not in unknown}
 
 
 def write_recovery_files(
@@ -170,17 +201,28 @@ def _disarm(conf: Path, owner: tuple[int, int] | None) -> None:
 
 def inherited(directory: Path) -> tuple[Neutralised, ...]:
     """Which of the dangerous settings the restored files set to something. Includes are not followed."""
-    found: dict[str, str] = {}
-    for name in ("postgresql.conf", "postgresql.auto.conf"):
-        path = directory / name
-        if path.is_file():
-            found |= parse_conf(path.read_text("utf-8", "replace"))
+    found = _inherited(directory)
     dangerous = (*NEUTRAL, *_TARGETS, *_COMMENTED)
     return tuple(
         Neutralised(name, "" if name in _QUIET else found[name])
         for name in dangerous
         if found.get(name, "") not in ("", _DEFAULTS.get(name, ""))
     )
+
+
+def inherited_value(directory: Path, name: str) -> str:
+    """What the restored files set it to, or an empty string. Includes are not followed."""
+    return _inherited(directory).get(name, "")
+
+
+def _inherited(directory: Path) -> dict[str, str]:
+    """Of two lines, and of two files, the later counts."""
+    found: dict[str, str] = {}
+    for name in ("postgresql.conf", "postgresql.auto.conf"):
+        path = directory / name
+        if path.is_file():
+            found |= parse_conf(path.read_text("utf-8", "replace"))
+    return found
 
 
 def parse_conf(text: str) -> dict[str, str]:
@@ -204,21 +246,48 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
-def forget_recovery(directory: Path, *, owner: tuple[int, int] | None) -> None:
+def forget_recovery(directory: Path, *, owner: tuple[int, int] | None) -> bool:
     """Take what served the recovery out of postgresql.auto.conf, once the server is promoted. Blocking. Raises OSError.
 
     What ``ALTER SYSTEM RESET`` does, without a connection; what postgresql.conf sets itself stays switched off. The
-    file is replaced as a whole, as the server does it.
+    server runs, and an ALTER SYSTEM at the same moment would be lost, or undo this: it writes ``_ALTERED`` and renames
+    that. So a folder takes that name meanwhile, for some milliseconds, in which ALTER SYSTEM ends in an error and
+    changes nothing; one that had read the file before and writes it after brings the old lines back, so it is looked at
+    once more. False if the name was not free for seconds.
     """
+    lock, deadline = directory / _ALTERED, time.monotonic() + _PATIENCE
+    while True:
+        try:
+            lock.mkdir(mode=0o700)
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+            continue
+        try:
+            changed = _forget(directory, owner)
+        finally:
+            lock.rmdir()
+        if not changed:
+            return True
+        time.sleep(_AGAIN)
+
+
+def _forget(directory: Path, owner: tuple[int, int] | None) -> bool:
+    """False if there was nothing to forget."""
     conf, own = directory / "postgresql.auto.conf", directory / "postgresql.conf"
     set_there = parse_conf(own.read_text("utf-8", "replace")) if own.is_file() else {}
     kept = []
-    for line in conf.read_text("utf-8", "surrogateescape").splitlines(keepends=True):
+    before = conf.read_text("utf-8", "surrogateescape")
+    for line in before.splitlines(keepends=True):
         if not line.lstrip().startswith("#") and _ONCE_LINE.match(line):
             continue
         kept.append(line)
     kept += [f"{name} = ''\n" for name in _TARGETS if set_there.get(name)]
-    _write(conf, "".join(kept).encode("utf-8", "surrogateescape"), 0o600, owner)
+    if (after := "".join(kept)) == before:
+        return False
+    _write(conf, after.encode("utf-8", "surrogateescape"), 0o600, owner)
+    return True
 
 
 def notices(
@@ -242,15 +311,18 @@ def notices(
             "commits on the restored server wait for nobody; to let them wait again, once walship run streams from it:"
             f" ALTER SYSTEM SET synchronous_standby_names = {_literal(names)}; SELECT pg_reload_conf();"
         )
+    said.append(_SUBSCRIPTIONS)
     if not promoted:
-        said.append(
-            "once the server is promoted, take out what served this recovery, or a standby that is made of it follows"
-            f" that: {' '.join(f'ALTER SYSTEM RESET {name};' for name in _ONCE)}"
-        )
+        said.append(FORGET)
     said.append(
         "settings on the server's command line (in a service unit, a compose file) win over all that is written here:"
         " start it without archive_mode, archive_command, archive_library and data_directory there"
     )
+    if libraries := acting(inherited_value(directory, "shared_preload_libraries")):
+        said.append(
+            f"{', '.join(libraries)} in shared_preload_libraries may work by itself in the restored server, as in the"
+            " old one: jobs, connections to other servers; where that must not be, take it out before the start"
+        )
     conf = directory / "postgresql.conf"
     if conf.is_file():
         settings = parse_conf(conf.read_text("utf-8", "replace"))

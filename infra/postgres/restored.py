@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import re
 import signal
+import stat
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ from pathlib import Path
 
 from infra.postgres.processes import run_as
 from infra.postgres.programs import Programs
-from pipeline.errors import RecoveryError, SourceError
+from infra.postgres.wal_script import FOLDER
+from pipeline.errors import ConfigError, RecoveryError, SourceError
 from pipeline.targets import Action
 from pipeline.wal import Lsn, parse_history
 
@@ -77,22 +81,30 @@ async def start_restored(
     programs: Programs,
     *,
     action: Action,
-    log_file: Path,
+    log_file: Path | None = None,
     reaches: Lsn | None = None,
     standby: bool = False,
     options: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
     progress: Callable[[Replay], None] = lambda _: None,
 ) -> Started:
     """Start the server and wait until it is promoted, paused or shut down at its target, as long as that takes.
 
-    ``options`` go on the server's command line. ``reaches``: where recovery to the latest ends at the earliest. Raises
-    RecoveryError with the server's own words when recovery ends in an error, and when it ended before ``reaches``;
-    SourceError when the program cannot be started at all. A ``standby`` has no target: it is there once clients may
+    ``options`` go on the server's command line, ``environment`` to what it inherits of ours. ``log_file``: appended to;
+    None: beside the directory, or in it where none can be made beside it. ``reaches``: where recovery to the latest
+    ends at the earliest. Raises RecoveryError with the server's own words when recovery ends in an error, and when it
+    ended before ``reaches``; SourceError when the program cannot be started at all, ConfigError when its log cannot.
+    A ``standby`` has no target: it is there once clients may
     read in it and it waits for WAL behind ``reaches``, a position that whole records are stored behind. When it raises,
     or is cancelled, it stops the server first.
     """
+    handle, log_file = _open_log(directory, log_file)
     follow = _Follower(log_file)
-    process = await asyncio.to_thread(_launch, directory, programs, log_file, dict(options or {}))
+    try:
+        # Not in a thread, where nobody would know of the server that it starts while we are cancelled.
+        process = _launch(directory, programs, handle, dict(options or {}), dict(environment or {}))
+    finally:
+        os.close(handle)
     try:
         while True:
             ended = process.poll() is not None
@@ -107,16 +119,21 @@ async def start_restored(
             elif action is Action.PAUSE and follow.paused:
                 _SURVIVORS.append(process)
                 return _started(directory, process.pid, "paused", follow)
-            elif action is Action.PROMOTE and follow.ready and not (directory / "recovery.signal").exists():
+            elif follow.ready and not (directory / "recovery.signal").exists():
                 state = await asyncio.to_thread(control_state, directory, programs)
-                if state == "in production":
+                if state == "in production":  # also when it should pause or shut down, and somebody promoted it
                     if reaches is not None:
                         await asyncio.to_thread(_check_reached, directory, reaches, log_file)
                     _SURVIVORS.append(process)
                     return _started(directory, process.pid, state, follow)
             await asyncio.sleep(_PAUSE)
     except BaseException:
-        await _stop(process)
+        stopping = asyncio.ensure_future(asyncio.to_thread(_stop, process))
+        while not stopping.done():
+            # However often we are cancelled meanwhile: nobody else knows of this server.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([stopping])
+        stopping.result()
         raise
 
 
@@ -153,17 +170,44 @@ async def standby_ended(started: Started, directory: Path) -> bool:
         await asyncio.sleep(_PAUSE)
 
 
-def control_state(directory: Path, programs: Programs) -> str:
-    """The cluster state in pg_control, as pg_controldata names it: ``in production``, ``shut down in recovery`` …"""
+def control_data(directory: Path, programs: Programs) -> dict[str, str]:
+    """What pg_controldata prints of a data directory: ``Database cluster state`` → ``in production``. Blocking."""
     answer = subprocess.run(  # noqa: S603 - a program of the installation that was chosen
         [programs.path("pg_controldata"), "-D", str(directory)],
         env=programs.environment(), capture_output=True, text=True, check=False, cwd="/", **run_as(directory),
     )  # fmt: skip
-    match = re.search(r"^Database cluster state:\s+(.*)$", answer.stdout, re.MULTILINE)
-    return match[1].strip() if match else ""
+    words = (line.partition(":") for line in answer.stdout.splitlines())
+    return {word: value.strip() for word, _, value in words}
 
 
-def _launch(directory: Path, programs: Programs, log_file: Path, options: dict[str, str]) -> subprocess.Popen[bytes]:
+def control_state(directory: Path, programs: Programs) -> str:
+    """The cluster state in pg_control: ``in production``, ``shut down in recovery`` …; empty if it cannot be read."""
+    return control_data(directory, programs).get("Database cluster state", "")
+
+
+def _open_log(directory: Path, log_file: Path | None) -> tuple[int, Path]:
+    """For appending; the file is a new one or a regular one, and its owner we. Raises ConfigError."""
+    beside, inside = directory.with_name(f"{directory.name}.log"), directory / FOLDER / "server.log"
+    for path in (beside, inside) if log_file is None else (log_file,):
+        try:
+            # Neither through a link that others laid there, nor into a pipe that nobody reads.
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:  # a folder that is not ours, a read-only one, a name that is too long with .log
+            failed = error
+            continue
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle, path
+        os.close(handle)
+        failed = OSError(errno.EINVAL, "it is no regular file")
+    raise ConfigError(
+        f"the server's log {path} cannot be written: {failed.strerror}",
+        hint=f"{directory} is ready all the same: start its server as its owner, with pg_ctl -D {directory} start",
+    ) from None
+
+
+def _launch(
+    directory: Path, programs: Programs, log: int, options: dict[str, str], environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
     own = {
         # In an inherited postgresql.conf, or a file that it includes, it beats -D and starts the original directory.
         "data_directory": str(directory),
@@ -177,20 +221,24 @@ def _launch(directory: Path, programs: Programs, log_file: Path, options: dict[s
         own["log_startup_progress_interval"] = "1s"
     arguments = [f"--{name}={value}" for name, value in {**own, **options}.items()]
     who = run_as(directory)
-    with log_file.open("ab") as log:
-        try:
-            return subprocess.Popen(  # noqa: S603 - as above
-                [programs.path("postgres"), "-D", str(directory), *arguments],
-                env=programs.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                # It outlives us, and a Ctrl-C on our terminal is for us.
-                start_new_session=True, cwd="/", **who,
-            )  # fmt: skip
-        except PermissionError:
-            raise SourceError(
-                f"the user that owns {directory} (id {who.get('user', 'ours')}) cannot run {programs.bin_dir}/postgres",
-                hint="its programs must lie where that user can reach them: then run the same restore again with"
-                " --force, or start the server yourself, for the directory is ready",
-            ) from None
+    try:
+        return subprocess.Popen(  # noqa: S603 - as above
+            [programs.path("postgres"), "-D", str(directory), *arguments],
+            env={**programs.environment(), **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            # It outlives us, and a Ctrl-C on our terminal is for us.
+            start_new_session=True, cwd="/", **who,
+        )  # fmt: skip
+    except PermissionError:
+        raise SourceError(
+            f"the user that owns {directory} (id {who.get('user', 'ours')}) cannot run {programs.bin_dir}/postgres",
+            hint="its programs must lie where that user can reach them: then run the same restore again with"
+            " --force, or start the server yourself, for the directory is ready",
+        ) from None
+    except OSError as error:
+        raise SourceError(
+            f"{programs.bin_dir}/postgres cannot be started: {error.strerror}",
+            hint="start the server yourself, for the directory is ready",
+        ) from None
 
 
 async def _after_the_end(
@@ -241,16 +289,16 @@ def _started(directory: Path, pid: int, state: str, follow: _Follower) -> Starte
     return Started(pid, state, port, socket_dir, follow.path, follow.stopped_at, follow.last_transaction)
 
 
-async def _stop(process: subprocess.Popen[bytes]) -> None:
-    """A server whose restore was interrupted would wait for WAL that nobody serves."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """A server whose restore was interrupted would wait for WAL that nobody serves. Blocking."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGINT)
     try:
-        await asyncio.to_thread(process.wait, _GRACE)
+        process.wait(_GRACE)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGQUIT)
-        await asyncio.to_thread(process.wait)
+        process.wait()
 
 
 class _Follower:

@@ -14,7 +14,7 @@ import pytest
 
 from handlers.body import joined
 from infra.postgres.processes import give, run_as
-from infra.postgres.recovery_files import NEUTRAL, parse_conf
+from infra.postgres.recovery_files import neutral, parse_conf
 from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.wal_script import FOLDER, SCRIPT, script
 from infra.restore import FETCH_WAL, Place, Watch, make_plan, restore
@@ -145,12 +145,17 @@ async def until_ended(server: ThrowawayServer) -> None:
 async def test_what_a_restored_server_inherits_is_switched_off(
     major: int, start_server: StartServer, server_folder: Path
 ) -> None:
+    trigger = {"promote_trigger_file": "/tmp"} if major < 16 else {}
     bank = await small_history(
-        start_server, server_folder, major, hot_standby="off", recovery_min_apply_delay="1h",
+        start_server, server_folder, major, **trigger, hot_standby="off", recovery_min_apply_delay="1h",
         recovery_target_name="of an earlier restore", recovery_end_command="touch /nowhere/at/all",
         archive_cleanup_command="false", primary_slot_name="old", primary_conninfo="host=old password='it''s'",
         # Not reloaded, so that the old server does not wait for it.
-        before=("alter system set synchronous_standby_names = 'gone'", "alter system set archive_timeout = '77s'"),
+        before=(
+            "alter system set synchronous_standby_names = 'gone'", "alter system set archive_timeout = '77s'",
+            "create subscription s connection 'host=127.0.0.1 port=1' publication p with (connect = false)",
+            "alter subscription s enable",
+        ),
     )  # fmt: skip
     archived = {path.name for path in bank.archive.iterdir()}
     plan = await make_plan(bank.repository(), Target())
@@ -158,14 +163,19 @@ async def test_what_a_restored_server_inherits_is_switched_off(
     restored = await restore(bank.repository(), plan, place)
     with stopped_after(restored.server):
         assert rows(place) == [1, 2, 3]
-        for name in NEUTRAL:
-            wanted = "(disabled)" if name == "archive_command" else NEUTRAL[name]
+        for name, value in neutral(major).items():
+            wanted = "(disabled)" if name == "archive_command" else value
             assert ask(place, f"show {name}") == [(wanted,)], name
+        assert ask(place, "select subenabled from pg_subscription") == [(True,)]
         assert ask(place, "show archive_timeout") == [("77s",)], "what is harmless stays"
         # It would wait for a standby for ever.
         ask(place, "insert into t values (4) returning n")
         ask(place, "select pg_switch_wal()")
     assert {path.name for path in bank.archive.iterdir()} == archived, "a clone never archives into production"
+    assert "logical replication" in bank.server.log(1 << 20), "the old server tried to reach its publisher"
+    assert restored.server is not None
+    assert "logical replication" not in restored.server.log_file.read_text(), "a clone takes nothing from it"
+    assert any("RESET max_logical_replication_workers" in notice for notice in restored.notices)
     said = {str(n) for n in restored.neutralised}
     assert "synchronous_standby_names (was 'gone')" in said
     assert "primary_conninfo" in said, "its password is not shown"

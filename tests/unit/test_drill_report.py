@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from handlers.drill import Outcome, Reading, Report, State
-from infra.drill import judge, preloaded
+from infra.drill import judge
+from infra.postgres.preloaded import acting, without_workers
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.errors import IntegrityError, RecoveryError, SourceError
 from pipeline.lineage import Leg, Lineage, WalPath
@@ -99,8 +100,18 @@ def test_a_commit_since_the_drill_began_is_not_younger_than_new() -> None:
         ('auto_explain, "pg_cron",$libdir/pglogical.so', '"auto_explain"', ("pg_cron", "$libdir/pglogical.so")),
     ],
 )
-def test_libraries_that_act_by_themselves_are_left_out(setting: str, kept: str, left_out: tuple[str, ...]) -> None:
-    assert preloaded(setting) == (kept, left_out)
+def test_libraries_that_are_nothing_but_workers_are_left_out(
+    setting: str, kept: str, left_out: tuple[str, ...]
+) -> None:
+    assert without_workers(setting) == (kept, left_out)
+    assert acting(setting) == left_out
+
+
+def test_a_library_that_nobody_knows_counts_as_one_that_acts() -> None:
+    """A drill loads it, for its tables may need it, and lets it start no worker."""
+    setting = "timescaledb, citus,pg_stat_statements,their_own"
+    assert acting(setting) == ("timescaledb", "citus", "their_own")
+    assert without_workers(setting) == ('"timescaledb", "citus", "pg_stat_statements", "their_own"', ())
 
 
 def test_a_time_is_measured_against_that_time() -> None:

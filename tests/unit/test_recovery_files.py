@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,12 +147,46 @@ def test_a_promoted_server_forgets_its_recovery(tmp_path: Path) -> None:
     conf.write_text("work_mem = 1\nrestore_command = 'of an earlier restore'\nrecovery_target_xid=7\n")
     settings = settings_for(plan(Target().to_time(NOON)))
     write_recovery_files(tmp_path, settings, segment_size=SIZE, fetch=("x",), context=b"", owner=None)
-    forget_recovery(tmp_path, owner=None)
+    assert forget_recovery(tmp_path, owner=None)
+    assert not (tmp_path / "postgresql.auto.conf.tmp").exists(), "or no ALTER SYSTEM would ever work again"
     left = parse_conf(conf.read_text())
     assert {name: value for name, value in left.items() if name.startswith(("rec", "res"))} == {
         "recovery_end_command": "", "recovery_min_apply_delay": "0", "recovery_target_name": "",
     }  # fmt: skip
     assert (left["work_mem"], left["archive_mode"], left["synchronous_standby_names"]) == ("1", "off", "")
+
+
+def test_an_alter_system_at_the_same_moment_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server replaces the file as well: it reads it, writes another one, and renames that."""
+    conf, beside = tmp_path / "postgresql.auto.conf", tmp_path / "postgresql.auto.conf.tmp"
+    done = 0
+
+    def alter_system() -> None:
+        nonlocal done
+        while done < 200:
+            lines = conf.read_text()
+            try:
+                beside.write_text(f"{lines}their.own{done} = 1\nrestore_command = 'x'\n")
+            except IsADirectoryError:
+                continue  # an error for whoever has typed it, and no more than that
+            beside.replace(conf)
+            done += 1
+
+    monkeypatch.setattr("infra.postgres.recovery_files._AGAIN", 0.0)
+    conf.write_text("")
+    with ThreadPoolExecutor(1) as pool:
+        altering = pool.submit(alter_system)
+        while not altering.done():
+            assert forget_recovery(tmp_path, owner=None)
+        altering.result()
+    assert forget_recovery(tmp_path, owner=None)
+    assert "restore_command" not in conf.read_text()
+    assert [name for name in parse_conf(conf.read_text()) if "own" in name] == [f"their.own{n}" for n in range(200)]
+    monkeypatch.setattr("infra.postgres.recovery_files._PATIENCE", 0.05)
+    conf.write_text("restore_command = 'x'\n")
+    beside.touch()
+    assert not forget_recovery(tmp_path, owner=None)
+    assert conf.read_text() == "restore_command = 'x'\n"
 
 
 def test_a_standby_has_no_target_and_stays_on_the_planned_timeline(tmp_path: Path) -> None:

@@ -6,14 +6,13 @@ differs is removed and made anew, so that a link somebody made to it, hard or sy
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 from crc32c import crc32c
 
 from handlers.target_dir import MARKER, Targets
-from pipeline.layout import prefix_of
+from handlers.target_walk import walk
 from pipeline.manifest import FileLine
 
 #: Files that are read at once.
@@ -63,8 +62,7 @@ class Comparison:
         """Fills ``found``. ``progress`` is told the bytes of each file that is kept, in one thread. Raises OSError."""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="compare") as pool:
             for _, files in _walk(self._targets):
-                names = [name for name, _ in files]
-                for name, size in zip(names, pool.map(self._same, files), strict=True):
+                for (name, _), size in zip(files, pool.map(self._same, files), strict=True):
                     if self.stop.is_set():
                         return
                     if size is None:
@@ -74,17 +72,17 @@ class Comparison:
                         self.found.kept[name] = size
                         self._progress(size)
 
-    def _same(self, file: tuple[str, Path]) -> int | None:
+    def _same(self, file: tuple[str, os.DirEntry[str]]) -> int | None:
         """Size of the file, if it may stay."""
-        name, path = file
+        name, entry = file
         line = self._wanted.get(name)
-        if line is None or name in _OURS or self.stop.is_set():
+        if line is None or name in _OURS or self.stop.is_set() or not entry.is_file(follow_symlinks=False):
             return None
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM):
-                return None  # a link, a socket, or not ours to read: it is replaced
+            if error.errno in (errno.EACCES, errno.EPERM):
+                return None  # not ours to read: it is replaced
             raise
         try:
             about = os.fstat(handle)
@@ -121,14 +119,17 @@ def remove_others(targets: Targets, kept: Mapping[str, int]) -> None:
 
     Folders that the backup has come back with its archives. Raises OSError.
     """
-    places = {place for _, place in _places(targets)}  # these stay: they may be mount points
-    for folder, files in _walk(targets, bottom_up=True):
-        for name, path in files:
+    emptied = []
+    for path, files in _walk(targets):
+        for name, entry in files:
             if name not in kept:
-                path.unlink()
-        if folder not in places:
+                os.unlink(entry.path)  # noqa: PTH108 - a million files
+        emptied.append(path)
+    roots = {folder for _, folder in targets.roots}  # these stay: they may be mount points
+    for path in reversed(emptied):
+        if path not in roots:
             try:
-                folder.rmdir()
+                path.rmdir()
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):  # busy: a mount point
                     raise
@@ -140,43 +141,22 @@ def repair(targets: Targets, kept: Mapping[str, int], mode: int) -> None:
     PostgreSQL makes all files with the same permissions; a few that people add, a TLS key for one, must have less.
     """
     for _, files in _walk(targets):
-        for name, path in files:
+        for name, entry in files:
             if name in kept:
-                about = path.lstat()
+                path, about = Path(entry.path), entry.stat(follow_symlinks=False)
                 if (right := about.st_mode & mode & 0o777 | 0o600) != stat.S_IMODE(about.st_mode):
                     path.chmod(right)
                 if targets.owner is not None and targets.owner != (about.st_uid, about.st_gid):
                     os.chown(path, *targets.owner, follow_symlinks=False)
 
 
-def _places(targets: Targets) -> Sequence[tuple[str, Path]]:
-    """The folders of a restore, and what comes before the names of the files in them."""
-    outside = [
-        (prefix_of(str(tablespace.oid)), path)
-        for tablespace, path in targets.tablespaces
-        if not path.is_relative_to(targets.directory)
-    ]
-    return [("", targets.directory), *outside]
+def _walk(targets: Targets) -> Iterator[tuple[Path, list[tuple[str, os.DirEntry[str]]]]]:
+    """Each folder, before those in it, and what is in it and is no folder: (name in the manifest, entry).
 
-
-def _walk(targets: Targets, *, bottom_up: bool = False) -> Iterator[tuple[Path, list[tuple[str, Path]]]]:
-    """Each folder, and what is in it and is no folder, links to folders too: (name in the manifest, path).
-
-    The marker is left out, and so is what belongs to a file system.
+    The markers are left out, and so is what belongs to a file system.
     """
-    for prefix, place in _places(targets):
-        for path, folders, files in os.walk(place, topdown=not bottom_up, onerror=_raise):
-            folder = Path(path)
-            if folder == place:
-                with contextlib.suppress(ValueError):
-                    folders.remove("lost+found")
-            relative = folder.relative_to(place)
-            if relative.parts[:1] == ("lost+found",):
-                continue
-            links = [name for name in folders if (folder / name).is_symlink()]
-            found = [(prefix + str(relative / name), folder / name) for name in (*files, *links)]
-            yield folder, [(name, path) for name, path in found if name != MARKER]
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    for prefix, root in targets.roots:
+        for relative, entries in walk(root):
+            before = prefix + (relative and relative + "/")
+            found = [(before + entry.name, entry) for entry in entries]
+            yield root / relative, [(name, entry) for name, entry in found if name != prefix + MARKER]

@@ -74,8 +74,8 @@ class LayOver:
             spare = {_OURS, "lost+found"} | (self._inside | {"pg_tblspc"} if area == "base" else set())
             patched = apply(stage, place, self._targets.owner, spare=frozenset(spare))
             self._patched |= {prefix_of(area) + path for path in patched}
-            if place != self._targets.directory:
-                (place / _OURS).rmdir()
+            if place != self._targets.directory and place.is_relative_to(self._targets.directory):
+                (place / _OURS).rmdir()  # elsewhere the marker is in it
 
     def manifest(self, last: bytearray, control: bytearray) -> bytearray:
         """PostgreSQL's manifest of what is there now. Reads what was put together. Blocking.

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from handlers.target_dir import CONTROL, MAP, MARKER, Targets, give, sync
+from handlers.target_dir import CONTROL, MAP, Targets, create, finish, give, sync
+from handlers.target_walk import walk
 
 #: Fsyncs at once: the file system makes one commit of its journal for all that wait.
 _THREADS = 8
@@ -30,17 +31,17 @@ def seal(
     """
     directory = targets.directory
     if manifest:
-        _create(directory / "backup_manifest", manifest, 0o600, targets)
+        create(directory / "backup_manifest", manifest, 0o600, targets.owner)
     _link(targets, mapped=b'"tablespace_map"' in manifest)
     complete(directory)
     # Everything that was there before pg_control, too: what an interrupted restore has left may never have been synced.
-    _sync_all([directory, *(path for _, path in targets.tablespaces if not path.is_relative_to(directory))])
-    _create(directory / CONTROL, control, control_mode & 0o777, targets)
-    sync(directory / CONTROL)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="fsync") as pool:
+        for _, folder in targets.roots:
+            _sync_all(folder, pool)
+    create(directory / CONTROL, control, control_mode & 0o777, targets.owner)
     sync((directory / CONTROL).parent)
-    # From here on it is a cluster: only now the mark goes that says it is none.
-    (directory / MARKER).unlink()
-    sync((directory / MARKER).parent)
+    # From here on it is a cluster: only now the marks go that say it is none.
+    finish(targets)
 
 
 def _link(targets: Targets, *, mapped: bool) -> None:
@@ -49,37 +50,25 @@ def _link(targets: Targets, *, mapped: bool) -> None:
     ``mapped``: the manifest lists a map, as BASE_BACKUP sends one where there are no tablespaces either.
     """
     lines = []
-    for tablespace, path in targets.tablespaces:
-        if path.is_relative_to(targets.directory):
-            continue
+    for tablespace, path in targets.outside:
+        name = targets.names.get(tablespace.oid, str(path))
         link = targets.directory / "pg_tblspc" / str(tablespace.oid)
-        link.symlink_to(path)
+        link.symlink_to(name)
         give(link, targets.owner)
-        escaped = "".join(f"\\{c}" if c in "\\\n\r" else c for c in str(path))
+        escaped = "".join(f"\\{c}" if c in "\\\n\r" else c for c in name)
         lines.append(f"{tablespace.oid} {escaped}\n")
     if lines or mapped:
-        _create(targets.directory / MAP, os.fsencode("".join(lines)), 0o600, targets)
+        create(targets.directory / MAP, os.fsencode("".join(lines)), 0o600, targets.owner)
 
 
-def _create(path: Path, content: bytes | bytearray, mode: int, targets: Targets) -> None:
-    with path.open("xb") as out:
-        out.write(content)
-    path.chmod(mode)
-    give(path, targets.owner)
-
-
-def _sync_all(folders: list[Path]) -> None:
+def _sync_all(root: Path, pool: ThreadPoolExecutor) -> None:
     """Fsync each file and folder once, after all are written: the disk has had time to write most of it by then."""
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="fsync") as pool:
-        for folder in folders:
-            for path, names, files in os.walk(folder):
-                # exhausted at once: errors are raised, and a million futures are never held
-                for _ in pool.map(_sync_file, [os.path.join(path, name) for name in files]):  # noqa: PTH118
-                    pass
-                sync(Path(path))
-                names.sort()
+    for relative, entries in walk(root):
+        # exhausted at once: errors are raised, and a million futures are never held
+        for _ in pool.map(_sync_file, [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]):
+            pass
+        sync(root / relative)
 
 
 def _sync_file(path: str) -> None:
-    if not os.path.islink(path):  # noqa: PTH114 - a million files
-        sync(Path(path))
+    sync(Path(path))

@@ -24,7 +24,7 @@ from handlers.full_disk import cannot_write
 from handlers.lay_over import LayOver, dropped, forget_dropped
 from handlers.lay_parts import Parts
 from handlers.lay_seal import seal
-from handlers.target_dir import CONTROL, MAP, Targets, clear, disarm, give, prepare
+from handlers.target_dir import CONTROL, MAP, Targets, disarm, give, prepare
 from handlers.to_the_end import in_thread
 from handlers.unpack import Unpacker
 from pipeline.backup import BackupInfo, area_of
@@ -46,6 +46,7 @@ Progress = Callable[[int, int], None]
 class Laid:
     """What laying a backup down took; bytes are of plaintext."""
 
+    #: Files of the backup that lie there, pg_control among them; not its manifest, and not what makes it recover.
     files: int
     #: Bytes in the backup.
     size: int
@@ -118,8 +119,7 @@ class _LayDown:
         if targets.delta:
             present = await self._compare(manifest)
         layout = await self._layout(full, present)
-        remove = partial(remove_others, targets, present.kept) if targets.delta else partial(clear, targets)
-        await in_thread(remove)
+        await in_thread(partial(remove_others, targets, present.kept))
         for (name, _), size in layout.kept.items():
             self._left[full.name, name] -= size
         folders = {area_of(archive.name): self._folder(area_of(archive.name), full) for archive in full.archives}
@@ -172,11 +172,9 @@ class _LayDown:
 
     def _folder(self, area: str, backup: BackupInfo) -> Path:
         """Where an area of the full backup goes, made if it is not there."""
-        if area == "base":
-            return self._targets.directory
-        places = {str(tablespace.oid): path for tablespace, path in self._targets.tablespaces}
-        if area in places:
-            folder = places[area]
+        found = self._targets.folder(area)
+        if found is not None:
+            folder = found
         elif area in {str(tablespace.oid) for tablespace in backup.tablespaces} and len(self._chain) > 1:
             folder = dropped(self._targets, area)  # it was dropped before the last backup of the chain
         else:
@@ -232,10 +230,9 @@ class _LayDown:
 
     def left(self) -> list[tuple[Path, int]]:
         """Folders, and the bytes that are still to be written there."""
-        folders = {str(tablespace.oid): path for tablespace, path in self._targets.tablespaces}
+        targets = self._targets
         return [
-            (folders.get(area_of(name), self._targets.directory), max(0, size))
-            for (_, name), size in self._left.items()
+            (targets.folder(area_of(name)) or targets.directory, max(0, size)) for (_, name), size in self._left.items()
         ]
 
     def _laid(self, backup: str, archive: str, size: int) -> None:

@@ -1,13 +1,18 @@
-"""Whether a server may be running on a data directory. Blocking; changes nothing."""
+"""Whether a server may be running on a data directory, or on a tablespace's folder. Blocking; changes nothing."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
+from handlers.target_walk import read_file
 from pipeline.errors import RecoveryError
+
+#: postmaster.pid has a few lines.
+_MOST = 8192
 
 
 class _Owner(Enum):
@@ -28,25 +33,69 @@ def check_not_running(directory: Path, *, ours: bool) -> None:
     nobody is attached to it, the server ran here and is dead. After a reboot the segment is gone: a person has to say
     so then. Only where an interrupted restore of ours left its marker no server can have been started.
     """
-    try:
-        lines = (directory / "postmaster.pid").read_text("latin-1").split("\n")
-    except FileNotFoundError:
+    for pid, works_in in servers():
+        if _is_same(works_in, directory):
+            raise _runs(directory, pid)
+    file = directory / "postmaster.pid"
+    if not os.path.lexists(file):
         return
+    lines = (read_file(file, _MOST) or b"").decode("latin-1").split("\n")
     pid = abs(int(lines[0])) if lines[0].strip().lstrip("-").isdecimal() else 0
     owner = _attached(pid, lines)
     if owner is _Owner.UNKNOWN and pid and _is_server(pid):
         owner = _Owner.RUNS
     if owner is _Owner.RUNS:
-        raise RecoveryError(
-            f"{directory} belongs to a running server, process {pid}",
-            hint="stop it first, or restore into another folder",
-        )
+        raise _runs(directory, pid)
     if owner is _Owner.UNKNOWN and not ours:
+        named = f"process {pid}" if pid else "no number"
         raise RecoveryError(
-            f"{directory} has a postmaster.pid, and the server that it names (process {pid}) may be running elsewhere",
+            f"{directory} has a postmaster.pid, and the server that it names ({named}) may be running elsewhere",
             hint="in another container, or on another machine that shares the folder; if it is certain that no server"
             f" runs on it, remove {directory}/postmaster.pid",
         )
+
+
+def _runs(directory: Path, pid: int) -> RecoveryError:
+    return RecoveryError(
+        f"{directory} belongs to a running server, process {pid}", hint="stop it first, or restore into another folder"
+    )
+
+
+def servers() -> Iterator[tuple[int, Path]]:
+    """Process and data directory of the servers that can be seen from here: as root all of this machine's, else ours.
+
+    Every process of a server works in its data directory. The path leads there through /proc, also out of a container.
+    """
+    with suppress(OSError):
+        for process in Path("/proc").iterdir():
+            if process.name.isdecimal():
+                with suppress(OSError):  # it has ended, or is another user's
+                    name = (process / "comm").read_text("latin-1").strip()
+                    if name in ("postgres", "postmaster") and (process / "cwd").is_dir():
+                        yield int(process.name), process / "cwd"
+
+
+def user_of(folder: Path) -> str:
+    """Which server that can be seen from here has a tablespace in that folder; empty for none."""
+    seen: set[tuple[int, int]] = set()
+    for pid, works_in in servers():
+        with suppress(OSError):
+            about = works_in.stat()
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            for link in (works_in / "pg_tblspc").iterdir():
+                # Where it leads in the file system that this process sees.
+                there = Path(f"/proc/{pid}/root", str(link.readlink()).lstrip("/")) if link.is_symlink() else link
+                if _is_same(there, folder):
+                    return f"process {pid} in {works_in.readlink()}"
+    return ""
+
+
+def _is_same(path: Path, folder: Path) -> bool:
+    with suppress(OSError):
+        return path.samefile(folder)
+    return False
 
 
 def _attached(pid: int, lines: Sequence[str]) -> _Owner:

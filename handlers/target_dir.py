@@ -2,7 +2,8 @@
 
 Everything is looked at before anything is changed. A data directory is emptied only when asked to, only when it can be
 told to be one, and never when a server may be running on it. What an interrupted restore left behind is recognised by
-its marker, and the next one goes on with it.
+its marker, and the next one goes on with it; but where pg_control is, a server can start and may have, so a marker
+beside it counts for nothing.
 """
 
 from __future__ import annotations
@@ -10,30 +11,34 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import re
+import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from handlers.full_disk import check_room
 from handlers.running import check_not_running
+from handlers.tablespaces import OURS, check_may_overwrite, linked, locate
+from handlers.target_walk import LOST_AND_FOUND, read_file
 from pipeline.backup import BackupInfo, Tablespace, area_of
 from pipeline.errors import ConfigError, RecoveryError
+from pipeline.layout import prefix_of
 
-#: There while a restore is not complete; names the tablespace folders that belong to it.
-MARKER = "pgsql_tmp.walship/incomplete.json"
+#: There while a restore is not complete; one in each tablespace that lies outside, with the same token in it.
+MARKER = f"{OURS}/incomplete.json"
 #: Without it PostgreSQL refuses to start: removed first, and written last of all.
 CONTROL = "global/pg_control"
 #: Written by the restore where tablespaces move; a few lines.
 MAP = "tablespace_map"
-#: The folder that a server version makes in a tablespace: PG_17_202406281.
-_VERSION_FOLDER = re.compile(r"PG_\d+(\.\d+)?_\d+")
+#: Bytes of a marker that is ours.
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Where a backup is laid down. Made by ``look``."""
+    """Where a backup is laid down. Made by ``look``. Links in the paths are resolved."""
 
     directory: Path
     #: Each tablespace and the folder it goes to; in-place tablespaces lie below the directory.
@@ -45,11 +50,26 @@ class Targets:
     #: There is something that may be kept: an old data directory, or what an interrupted restore has left.
     delta: bool = False
     notices: tuple[str, ...] = ()
+    #: Oid → the name that people gave the folder, which the tablespace's link leads to.
+    names: Mapping[int, str] = field(default_factory=dict)
+    #: Tells this restore, with all of its runs until it is through, from any other.
+    token: str = ""
 
     @property
-    def moved(self) -> bool:
-        """Whether any tablespace goes somewhere else than it was."""
-        return any(str(path) != tablespace.location for tablespace, path in self.tablespaces)
+    def outside(self) -> tuple[tuple[Tablespace, Path], ...]:
+        """The tablespaces that have folders of their own."""
+        return tuple((space, path) for space, path in self.tablespaces if not path.is_relative_to(self.directory))
+
+    @property
+    def roots(self) -> tuple[tuple[str, Path], ...]:
+        """All folders, none within another: what comes before names of files there in the manifest, and the folder."""
+        return ("", self.directory), *((prefix_of(str(space.oid)), path) for space, path in self.outside)
+
+    def folder(self, area: str) -> Path | None:
+        """Where what the backup's archives have of ``base`` or a tablespace goes; None if it has no such area."""
+        if area == "base":
+            return self.directory
+        return next((path for space, path in self.tablespaces if str(space.oid) == area), None)
 
 
 def look(
@@ -69,52 +89,98 @@ def look(
     replay may need beside the data. ``before``: what an incremental backup builds on. Raises RecoveryError and
     ConfigError.
     """
-    try:
-        directory = Path(os.path.abspath(directory))  # noqa: PTH100 - resolve() would follow a link that is meant
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} is relative to a folder that is gone", hint="give an absolute path") from None
+    directory = resolved(directory)
     try:
         return _look(backup, directory, mapping, force=force, delta=delta, wal_margin=wal_margin, before=before)
     except OSError as error:  # a name that is too long, links in a circle
         raise RecoveryError(f"{error.filename or directory} cannot be looked at: {error.strerror}") from None
 
 
+def resolved(directory: Path) -> Path:
+    """A folder that was typed, which may be a link: as an absolute path without links. Raises ConfigError."""
+    try:
+        return Path(os.path.realpath(directory))
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} is relative to a folder that is gone", hint="give an absolute path") from None
+
+
+def folders(backup: BackupInfo, directory: Path, mapping: Mapping[str, str]) -> tuple[Path, ...]:
+    """All that a restore has to have for itself while it goes on (``target_lock``). Raises ConfigError."""
+    directory = resolved(directory)
+    places = locate(backup, directory, mapping)
+    return directory, *(place.path for place in places if not place.path.is_relative_to(directory))
+
+
 def _look(
     backup: BackupInfo, directory: Path, mapping: Mapping[str, str], *, force: bool, delta: bool, wal_margin: int,
     before: Sequence[BackupInfo],
 ) -> Targets:  # fmt: skip
-    tablespaces = _tablespaces(backup, directory, mapping)
-    for folder in (directory, *(path for _, path in tablespaces if not path.is_relative_to(directory))):
+    places = locate(backup, directory, mapping)
+    outside = [place for place in places if not place.path.is_relative_to(directory)]
+    for folder in (directory, *(place.path for place in outside)):
         _check_in_no_other(folder)
-    ours = _leftover(directory)
+    token = _token(directory) if not (directory / CONTROL).is_file() else ""
     full = []
+    notices: list[str] = []
     if _holds_something(directory):
-        check_not_running(directory, ours=ours is not None)
-        if ours is None:
+        notices += _links(directory)
+        check_not_running(directory, ours=bool(token))
+        if not token:
             _check_may_empty(directory, force=force or delta)
             if delta and not force:
                 _check_same_cluster(backup, directory)
         full.append(directory)
-    old = {Path(p) for p in ours or ()} | (_linked(directory) if force or delta else set())
-    for tablespace, path in tablespaces:
-        if path.is_relative_to(directory):
-            continue
-        if _holds_something(path):
-            if path not in old or not _only_versions(path):
-                raise RecoveryError(
-                    f"the location of tablespace {tablespace.oid}, {path}, is not empty",
-                    hint=f"--tablespace-map {tablespace.location}=/another/folder puts it elsewhere",
-                )
-            full.append(path)
-    _check_room((*before, backup), directory, tablespaces, full, wal_margin)
-    owner, notices = _owner(directory)
-    keeps = bool(full) and (delta or ours is not None)
-    if full and ours is not None:
-        notices = (
-            *notices,
-            f"{directory} holds what an interrupted restore has left: what of it is as in the backup is kept",
+    old = linked(directory) if force or delta else ()
+    for place in outside:
+        if _holds_something(place.path, OURS):
+            ours = bool(token) and _token(place.path) == token
+            check_may_overwrite(place, backup, directory, linked=place.path in old, ours=ours)
+            full.append(place.path)
+    targets = Targets(
+        directory, tuple((place.tablespace, place.path) for place in places), None, tuple(full),
+        bool(full) and (delta or bool(token)), (), {place.tablespace.oid: place.name for place in places},
+        token or secrets.token_hex(8),
+    )  # fmt: skip
+    archives = [(targets.folder(area_of(a.name)), a.size) for member in (*before, backup) for a in member.archives]
+    check_room([(directory, wal_margin), *((path or directory, size) for path, size in archives)], full)
+    owner, remarks = _owner(directory)
+    notices += remarks
+    if full and token:
+        notices.append(
+            f"{directory} holds what an interrupted restore has left: what of it is as in the backup is kept"
         )
-    return Targets(directory, tablespaces, owner, tuple(full), keeps, notices)
+    elif full and _token(directory):
+        notices.append(
+            f"{directory}/{MARKER} is of a restore that changed nothing or was through: it counts for nothing"
+        )
+    return replace(targets, owner=owner, notices=tuple(notices))
+
+
+def prepare(targets: Targets, backup: BackupInfo) -> None:
+    """Make the folders, mode 0700, and put the markers into them, durably; before ``disarm``."""
+    for _, folder in targets.roots:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        give(folder, targets.owner)
+    places = [str(path) for _, path in targets.outside]
+    content = {"backup": backup.name, "directory": str(targets.directory), "tablespaces": places, "id": targets.token}
+    # The data directory's first: one in a tablespace says nothing by itself.
+    for _, folder in targets.roots:
+        _mark(folder, json.dumps(content).encode(), targets.owner)
+
+
+def _mark(folder: Path, content: bytes, owner: tuple[int, int] | None) -> None:
+    """Whatever lies in the marker's place goes, and nothing is done to where it may lead."""
+    marker = folder / MARKER
+    if marker.parent.is_symlink() or (os.path.lexists(marker.parent) and not marker.parent.is_dir()):
+        marker.parent.unlink()
+    marker.parent.mkdir(mode=0o700, exist_ok=True)
+    give(marker.parent, owner)
+    if marker.is_dir() and not marker.is_symlink():
+        shutil.rmtree(marker)
+    create(marker, content, 0o600, owner)
+    for path in (marker.parent, folder):
+        sync(path)
 
 
 def disarm(targets: Targets) -> None:
@@ -126,43 +192,37 @@ def disarm(targets: Targets) -> None:
         return
     try:
         control.unlink()
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return  # a folder is no control file: it goes with all the rest
     sync(control.parent)
 
 
-def clear(targets: Targets) -> None:
-    """Empty what ``look`` found to be full, after ``disarm``; the folders themselves stay: they may be mount points.
+def finish(targets: Targets) -> None:
+    """Remove the markers, once a server may start: the data directory's last."""
+    for prefix, folder in reversed(targets.roots):
+        (folder / MARKER).unlink()
+        sync((folder / MARKER).parent)
+        if prefix:
+            (folder / OURS).rmdir()
+            sync(folder)
 
-    The marker stays, so that what is half removed is recognised.
+
+def create(path: Path, content: bytes | bytearray, mode: int, owner: tuple[int, int] | None) -> None:
+    """A file that is there as a whole or not at all, and is durable once its folder is. It replaces what is no folder.
+
+    Nothing is written through a link, and nobody else can read it in between. Raises OSError.
     """
-    marker = targets.directory / MARKER
-    for folder in targets.full:
-        for entry in (*folder.iterdir(), *marker.parent.iterdir()):
-            if entry in (marker, marker.parent) or entry.name == "lost+found":
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
-
-def prepare(targets: Targets, backup: BackupInfo) -> None:
-    """Make the folders, mode 0700, and put the marker into the data directory, durably; before ``disarm``."""
-    for folder in (targets.directory, *(path for _, path in targets.tablespaces)):
-        if folder != targets.directory and folder.is_relative_to(targets.directory):
-            continue  # an in-place tablespace: the archive brings its folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
-        give(folder, targets.owner)
-    marker = targets.directory / MARKER
-    marker.parent.mkdir(mode=0o700, exist_ok=True)
-    give(marker.parent, targets.owner)
-    places = [str(path) for _, path in targets.tablespaces if not path.is_relative_to(targets.directory)]
-    marker.write_text(json.dumps({"backup": backup.name, "tablespaces": places}), "utf-8")
-    give(marker, targets.owner)
-    for path in (marker, marker.parent, targets.directory):
-        sync(path)
+    temporary = path.with_name(f"{path.name}.walship")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fchmod(handle, mode)
+        if owner is not None:
+            os.fchown(handle, *owner)
+        os.fsync(handle)
+    temporary.replace(path)
 
 
 def give(path: Path, owner: tuple[int, int] | None) -> None:
@@ -180,31 +240,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _tablespaces(
-    backup: BackupInfo, directory: Path, mapping: Mapping[str, str]
-) -> tuple[tuple[Tablespace, Path], ...]:
-    known = {tablespace.location for tablespace in backup.tablespaces}
-    if unknown := sorted(set(mapping) - known):
-        raise ConfigError(
-            f"--tablespace-map: backup {backup.name} has no tablespace at {unknown[0]}",
-            hint=f"its tablespaces: {', '.join(sorted(known)) or 'none'}",
-        )
-    found: list[tuple[Tablespace, Path]] = []
-    for tablespace in backup.tablespaces:
-        place = mapping.get(tablespace.location, tablespace.location)
-        path = Path(place)
-        if not path.is_absolute():
-            if tablespace.location != f"pg_tblspc/{tablespace.oid}" or place != tablespace.location:
-                raise ConfigError(f"--tablespace-map: {place} is not an absolute path")
-            path = directory / place  # made with allow_in_place_tablespaces
-        elif path.is_relative_to(directory) or directory.is_relative_to(path):
-            raise ConfigError(f"tablespace {tablespace.oid} and the data directory cannot share {path}")
-        if any(path == other or path.is_relative_to(other) or other.is_relative_to(path) for _, other in found):
-            raise ConfigError(f"two tablespaces cannot share {path}")
-        found.append((tablespace, path))
-    return tuple(found)
-
-
 def _check_in_no_other(folder: Path) -> None:
     """Refuse what lies in a data directory: its server and its base backups would take the files for theirs."""
     for parent in Path(os.path.realpath(folder)).parents:
@@ -212,20 +247,30 @@ def _check_in_no_other(folder: Path) -> None:
             raise RecoveryError(f"{folder} lies inside the data directory {parent}", hint="choose a folder elsewhere")
 
 
-def _leftover(directory: Path) -> list[str] | None:
-    """The tablespace folders of an interrupted restore into this directory; None if there was none."""
+def _token(folder: Path) -> str:
+    """What the marker in it says; empty if there is none that can be read."""
+    if (folder / OURS).is_symlink():
+        return ""
     try:
-        content = json.loads((directory / MARKER).read_text("utf-8"))
-        return [str(place) for place in content["tablespaces"]]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        token = json.loads(read_file(folder / MARKER, _MOST) or b"")["id"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return token if isinstance(token, str) else ""
 
 
-def _holds_something(folder: Path) -> bool:
+def _links(directory: Path) -> list[str]:
+    """Sentences about the links in a data directory that is replaced: PostgreSQL works with pg_wal elsewhere, say."""
+    return [
+        f"{entry} is a link to {entry.readlink()}: the restore follows none, makes a folder or file of its own in its"
+        " place, and leaves alone where it leads"
+        for entry in sorted(directory.iterdir())
+        if entry.is_symlink() and entry.name != OURS
+    ]
+
+
+def _holds_something(folder: Path, *but: str) -> bool:
     try:
-        return any(entry.name != "lost+found" for entry in folder.iterdir())
+        return any(entry.name not in (LOST_AND_FOUND, *but) for entry in folder.iterdir())
     except FileNotFoundError:
         return False
     except NotADirectoryError:
@@ -248,78 +293,19 @@ def _check_may_empty(directory: Path, *, force: bool) -> None:
 
 def _check_same_cluster(backup: BackupInfo, directory: Path) -> None:
     """Whose data directory it is, its pg_control says in the first eight bytes (``pg_control.h``)."""
-    try:
-        with (directory / CONTROL).open("rb") as control:
-            found = str(int.from_bytes(control.read(8), sys.byteorder))
-    except FileNotFoundError:
+    start = None if (directory / CONTROL).parent.is_symlink() else read_file(directory / CONTROL, 8)
+    if start is None or len(start) < 8:
         raise RecoveryError(
             f"{directory} has no {CONTROL}, so it cannot be told which cluster it is of",
             hint="choose an empty folder, or --force to overwrite it all the same",
-        ) from None
+        )
+    found = str(int.from_bytes(start, sys.byteorder))
     if found != backup.system_id:
         raise RecoveryError(
             f"{directory} is the data directory of the cluster {found}, and backup {backup.name} is of the cluster"
             f" {backup.system_id}",
             hint="choose another folder, or --force to overwrite that cluster with this one",
         )
-
-
-def _linked(directory: Path) -> set[Path]:
-    """Where the tablespaces of the data directory that is there lie."""
-    folder = directory / "pg_tblspc"
-    if not folder.is_dir():
-        return set()
-    return {entry.readlink() for entry in folder.iterdir() if entry.is_symlink()}
-
-
-def _only_versions(folder: Path) -> bool:
-    ours = ("lost+found", MARKER.partition("/")[0])  # what a restore of a chain has left
-    return all(_VERSION_FOLDER.fullmatch(entry.name) or entry.name in ours for entry in folder.iterdir())
-
-
-def _check_room(
-    chain: Sequence[BackupInfo],
-    directory: Path,
-    tablespaces: Sequence[tuple[Tablespace, Path]],
-    full: Sequence[Path],
-    wal_margin: int,
-) -> None:
-    places = {str(tablespace.oid): path for tablespace, path in tablespaces}
-    need: dict[int, int] = {}
-    where: dict[int, Path] = {}
-    for path, size in [
-        (directory, wal_margin),
-        *((places.get(area_of(a.name), directory), a.size) for backup in chain for a in backup.archives),
-    ]:
-        existing = next(p for p in (path, *path.parents) if p.exists())
-        device = existing.stat().st_dev
-        need[device] = need.get(device, 0) + size
-        where.setdefault(device, existing)
-    for device, size in need.items():
-        stat = os.statvfs(where[device])
-        free = stat.f_bavail * stat.f_frsize
-        if size > free:
-            free += sum(_used(folder) for folder in full if folder.stat().st_dev == device)
-        if size > free:
-            raise RecoveryError(
-                f"{where[device]} has {free / 1e6:.0f} MB of room, and the restore needs about {size / 1e6:.0f} MB",
-                hint=f"make room for {(size - free) / 1e6:.0f} MB more on the file system at {mount_of(where[device])},"
-                " or restore to a larger disk",
-            )
-
-
-def mount_of(path: Path) -> Path:
-    """The mount point of a path, which need not be there."""
-    place = next(p for p in (path, *path.parents) if p.exists()).resolve()
-    return next(p for p in (place, *place.parents) if p.is_mount())
-
-
-def _used(folder: Path) -> int:
-    total = 0
-    for path, _, files in os.walk(folder):
-        for name in files:
-            total += os.lstat(os.path.join(path, name)).st_blocks * 512  # noqa: PTH118 - a million files
-    return total
 
 
 def _owner(directory: Path) -> tuple[tuple[int, int] | None, tuple[str, ...]]:

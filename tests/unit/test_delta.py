@@ -184,7 +184,9 @@ async def test_a_link_in_the_place_of_global_is_not_followed(tmp_path: Path) -> 
     await lay(shelf, info, see(info, directory))
     (directory / "global").rename(tmp_path / "global")
     (directory / "global").symlink_to(tmp_path / "global")
-    await lay(shelf, info, see(info, directory))
+    with pytest.raises(RecoveryError, match="cannot be told which cluster"):
+        see(info, directory)
+    await lay(shelf, info, see(info, directory, force=True))
     check(directory, files)
     assert (tmp_path / "global/pg_control").read_bytes() == CONTROL
 

@@ -325,9 +325,13 @@ async def test_force_replaces_a_data_directory_but_never_a_running_server(tmp_pa
             see(info, directory, force=True)
         assert f"remove {directory}/postmaster.pid" in caught.value.hint
     assert (directory / "later").exists()
-    # Where our own interrupted restore left its marker, no server was ever started.
-    (directory / MARKER).write_text('{"tablespaces": []}')
+    # Where our own interrupted restore left its marker, and no pg_control, no server was ever started.
+    (directory / MARKER).write_text('{"id": "1"}')
+    with pytest.raises(RecoveryError, match="may be running elsewhere"):
+        see(info, directory)
+    (directory / "global/pg_control").rename(tmp_path / "control")
     see(info, directory)
+    (tmp_path / "control").rename(directory / "global/pg_control")
     (directory / MARKER).unlink()
     (directory / "postmaster.pid").unlink()
     await lay(shelf, info, see(info, directory, force=True))

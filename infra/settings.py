@@ -12,7 +12,15 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pipeline.errors import ConfigError
@@ -85,6 +93,16 @@ class Settings(BaseSettings):
     backup_host: str = _env("WALSHIP_BACKUP_HOST", default="")
     #: Most bytes that a base backup takes from the server in a second; 0: as many as it gives.
     backup_rate: int = _env("WALSHIP_BACKUP_RATE", default=0, ge=0)
+    #: The time zone of schedules and of what counts as a day. Cron expressions: see ``infra.cron``; empty: never.
+    time_zone: str = _env("WALSHIP_TIME_ZONE", default="UTC")
+    schedule_full: str = _env("WALSHIP_SCHEDULE_FULL", default="")
+    schedule_incremental: str = _env("WALSHIP_SCHEDULE_INCREMENTAL", default="")
+    schedule_expire: str = _env("WALSHIP_SCHEDULE_EXPIRE", default="")
+    schedule_verify: str = _env("WALSHIP_SCHEDULE_VERIFY", default="")
+    schedule_drill: str = _env("WALSHIP_SCHEDULE_DRILL", default="")
+    #: For scheduled drills: a file of checks, and the folder of the reports; empty: none are kept.
+    drill_checks: Path | None = _env("WALSHIP_DRILL_CHECKS", default=None)
+    drill_reports: Path | None = _env("WALSHIP_DRILL_REPORTS", default=None)
     #: Folder with the server's programs (postgres, pg_ctl), for ``restore --start``; empty: look in the usual places.
     pg_bin_dir: Path | None = _env("WALSHIP_PG_BIN_DIR", default=None)
     #: Longest wait in seconds for the WAL of a base backup to become safe.
@@ -104,6 +122,20 @@ class Settings(BaseSettings):
     def _check_listen(cls, value: str) -> str:
         if value != "off":
             listen_address(value)
+        return value
+
+    @field_validator(
+        "time_zone", "schedule_full", "schedule_incremental", "schedule_expire", "schedule_verify", "schedule_drill"
+    )
+    @classmethod
+    def _check_schedule(cls, value: str, info: ValidationInfo) -> str:
+        if value not in ("", "UTC"):
+            from infra.cron import Cron, zone  # what most commands need not load
+
+            try:
+                zone(value) if info.field_name == "time_zone" else Cron(value)
+            except ConfigError as error:
+                raise ConfigError(f"WALSHIP_{str(info.field_name).upper()}: {error.fact}", hint=error.hint) from None
         return value
 
     @field_validator("postgres_port", mode="before")

@@ -231,6 +231,10 @@ class Catalog:
     def has_segment(self, timeline: int, number: int) -> bool:
         return number in self.segments.get(timeline, _EMPTY)
 
+    def run_end(self, timeline: int, number: int) -> int:
+        """The first number from that one on whose segment is not stored finished."""
+        return self.segments.get(timeline, _EMPTY).reach(number)
+
     def has_partial(self, timeline: int, number: int) -> bool:
         return number in self.partials.get(timeline, _EMPTY)
 

@@ -31,6 +31,10 @@ class Stored(Protocol):
 
     def has_segment(self, timeline: int, number: int) -> bool: ...
 
+    def run_end(self, timeline: int, number: int) -> int:
+        """The first number from that one on whose segment is not stored finished."""
+        ...
+
     def has_partial(self, timeline: int, number: int) -> bool: ...
 
     def tail_reach(self, timeline: int, number: int) -> int:
@@ -188,8 +192,9 @@ class Lineage:
         stretches: list[Stretch] = []
         # At least the segment with the start is always needed.
         wanted = max(wanted, Lsn(start + 1))
+        end = -(-wanted // size)
         while reached < wanted:
-            found = self._provider(number, stored)
+            found = self._provider(number, end, stored)
             if found is None:
                 break
             stretch, leg, whole = found
@@ -198,7 +203,7 @@ class Lineage:
                 edge = reached + (stretch.tail or size)
                 reached = edge if leg.end is None else min(leg.end, edge)
                 break
-            number += 1
+            number = stretch.end
             reached = Lsn(number * size)
         missing = None
         if reached < wanted:
@@ -206,12 +211,18 @@ class Lineage:
             missing = WalFile.segment(self.newest(number).timeline, number * size, size)
         return WalPath(tuple(stretches), start, reached, missing, size)
 
-    def _provider(self, number: int, stored: Stored) -> tuple[Stretch, Leg, bool] | None:
-        """What serves the segment, whose it is, and whether the path goes on behind it."""
+    def _provider(self, number: int, end: int, stored: Stored) -> tuple[Stretch, Leg, bool] | None:
+        """What serves the segment, whose it is, and whether the path goes on behind it.
+
+        Finished ones in a row are one answer, up to ``end`` and to where a newer leg takes over: months of WAL are as
+        quick to go through as a day of it.
+        """
         newest = self.newest(number)
         size = self.segment_size
         if stored.has_segment(newest.timeline, number):
-            return Stretch(newest.timeline, number, number + 1), newest, True
+            run = stored.run_end(newest.timeline, number)
+            newer = (leg.begin // size for leg in self.legs if leg.begin // size > number)
+            return Stretch(newest.timeline, number, min(run, end, *newer)), newest, True
         edge = Lsn((number + 1) * size)
         for leg in reversed(self.legs):
             if leg.begin >= edge or (leg.end is not None and leg.end <= edge - size):

@@ -232,3 +232,35 @@ def test_a_history_that_contradicts_itself_is_refused() -> None:
         listing.catalog(SIZE).lineage(3)
     with pytest.raises(RecoveryError, match="nothing of timeline 9"):
         listing.catalog(SIZE).lineage(9)
+
+
+class Asked:
+    """A month of one timeline without a hole, that counts what it is asked."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+        self.questions = 0
+
+    def has_segment(self, timeline: int, number: int) -> bool:
+        self.questions += 1
+        return timeline == 1 and number < self.end
+
+    def run_end(self, timeline: int, number: int) -> int:
+        self.questions += 1
+        return self.end if self.has_segment(timeline, number) else number
+
+    def has_partial(self, _timeline: int, _number: int) -> bool:
+        return False
+
+    def tail_reach(self, _timeline: int, _number: int) -> int:
+        return 0
+
+
+def test_a_month_without_a_hole_is_one_step() -> None:
+    """The service goes through it for each backup at each listing, and commits wait for its answers meanwhile."""
+    stored, lineage = Asked(43_200), Lineage((Leg(1, Lsn(0), None),), SIZE)
+    path = lineage.path(stored, Lsn(7 * SIZE + 40), Lsn(43_200 * SIZE))
+    assert (path.end, path.missing, len(list(path.files()))) == (43_200 * SIZE, None, 43_193)
+    path = lineage.path(stored, Lsn(7 * SIZE + 40), Lsn(9 * SIZE + 1))
+    assert (path.end, [file.start(SIZE) // SIZE for file in path.files()]) == (10 * SIZE, [7, 8, 9])
+    assert stored.questions < 20

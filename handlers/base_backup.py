@@ -4,8 +4,9 @@
             ↘ read as tar → index lines → ship
     then the manifest, then wait for the WAL, then backup_info: without it there is no backup
 
-Memory: the part that is being filled and the parts in flight, 16 MiB each, beside what ``ship`` makes of them; and the
-manifest, which has to be one object and so is held whole: about 150 bytes per file of the cluster.
+Memory: 16 MiB for the part that is being filled, of each archive that is open (where several workers read files, that
+is one for each of them), and for each of the parts in flight, beside what ``ship`` makes of these; and the manifest,
+which has to be one object and so is held whole: about 150 bytes per file of the cluster.
 """
 
 from __future__ import annotations

@@ -28,11 +28,26 @@ _BLOCK = 8192
 _TOGETHER = 128
 
 
-def apply(stage: Path, target: Path, owner: tuple[int, int] | None, *, spare: frozenset[str]) -> set[str]:
+def plain_path(path: str) -> str:
+    """Path of the file that an incremental one is laid over; of all others, the same again.
+
+    ``path``: below the data directory, with tablespaces as ``pg_tblspc/OID/…``. Relations lie in these folders alone:
+    anywhere else a file of that name is somebody's own (and so for pg_combinebackup).
+    """
+    folder, _, name = path.rpartition("/")
+    if name.startswith(PREFIX) and (folder == "global" or folder.startswith(("base/", "pg_tblspc/"))):
+        return f"{folder}/{name.removeprefix(PREFIX)}"
+    return path
+
+
+def apply(
+    stage: Path, target: Path, owner: tuple[int, int] | None, *, spare: frozenset[str], prefix: str = ""
+) -> set[str]:
     """Move everything from ``stage`` to ``target``, on the same file system, and remove what ``stage`` has not.
 
-    ``spare``: names in ``target`` itself that are not looked at. Returns the paths, below ``target``, of the files that
-    were put together. Raises IntegrityError and OSError; then ``target`` is neither of the two backups.
+    ``spare``: names in ``target`` itself that are not looked at. ``prefix``: of a tablespace, ``pg_tblspc/OID/``.
+    Returns the paths, below ``target``, of the files that were put together. Raises IntegrityError and OSError; then
+    ``target`` is neither of the two backups.
     """
     patched: set[str] = set()
     wanted: set[str] = set()
@@ -47,7 +62,7 @@ def apply(stage: Path, target: Path, owner: tuple[int, int] | None, *, spare: fr
             give(place, owner)
         place.chmod(Path(path).stat().st_mode & 0o777)
         for name in files:
-            plain = name.removeprefix(PREFIX)
+            plain = plain_path(prefix + (here / name).as_posix()).rpartition("/")[2]
             wanted.add(str(here / plain))
             if plain != name:
                 patch(Path(path, name), place / plain)

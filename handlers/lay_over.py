@@ -13,9 +13,9 @@ from pathlib import Path
 
 from crc32c import crc32c
 
-from handlers.increment import PREFIX, apply
+from handlers.increment import apply, plain_path
 from handlers.target_dir import CONTROL, MAP, MARKER, Targets, give
-from pipeline.backup import BackupInfo
+from pipeline.backup import BackupInfo, area_of
 from pipeline.layout import prefix_of
 from pipeline.make_manifest import ManifestMaker
 from pipeline.manifest import files_of, read_manifest
@@ -46,9 +46,8 @@ class LayOver:
         self._system_id = backup.system_id
         places = {str(tablespace.oid): path for tablespace, path in targets.tablespaces}
         #: Area of the backup → where it belongs.
-        self._places = {
-            archive.name: places.get(archive.name, dropped(targets, archive.name)) for archive in backup.archives
-        }
+        areas = dict.fromkeys(area_of(archive.name) for archive in backup.archives)
+        self._places = {area: places.get(area, dropped(targets, area)) for area in areas}
         self._places["base"] = targets.directory
         #: Names in the data directory below which tablespaces lie: what is there is not the base archive's to remove.
         self._inside = {
@@ -72,7 +71,7 @@ class LayOver:
         for area, stage in self.stages.items():
             place = self._places[area]
             spare = {_OURS, "lost+found"} | (self._inside | {"pg_tblspc"} if area == "base" else set())
-            patched = apply(stage, place, self._targets.owner, spare=frozenset(spare))
+            patched = apply(stage, place, self._targets.owner, spare=frozenset(spare), prefix=prefix_of(area))
             self._patched |= {prefix_of(area) + path for path in patched}
             if place != self._targets.directory and place.is_relative_to(self._targets.directory):
                 (place / _OURS).rmdir()  # elsewhere the marker is in it
@@ -86,8 +85,7 @@ class LayOver:
             return last
         made = ManifestMaker(self._system_id, self._major)
         for line in files_of(last):
-            folder, slash, name = line.path.rpartition("/")
-            path = folder + slash + name.removeprefix(PREFIX)
+            path = plain_path(line.path)
             size, crc = line.size, int.from_bytes(bytes.fromhex(line.checksum), "little")
             mtime = 0
             if path == CONTROL:

@@ -6,9 +6,10 @@ import click
 
 from handlers.base_backup import Progress
 from infra.backups import backup
-from infra.cli.json_lines import JsonLines
+from infra.cli.json_lines import JsonLines, note
 from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, emit, human, json_option, say, settings, typed
+from infra.monitoring import log
 from infra.postgres.damage import Damage
 from pipeline.moments import show
 
@@ -30,11 +31,15 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
 
     Pages whose checksum is wrong were damaged before: they are told of, and backed up as they are.
 
-    With --json, a line of progress as JSON goes to stderr every second.
+    With --json, a line of progress as JSON goes to stderr every second, and all else that is told is JSON there too.
 
     Example: walship backup
     """
     damaged: list[Damage] = []
+    tell = say
+    if as_json:  # whatever is read there, it is JSON
+        tell = note
+        log.configure()
     with JsonLines("base backup") if as_json else Bytes("base backup") as bar:
 
         def report(progress: Progress) -> None:
@@ -44,7 +49,7 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
             settings(),
             label=label,
             report=report,
-            tell=say,
+            tell=tell,
             incremental=incremental,
             damaged=damaged.append,
             arguments=typed(),
@@ -59,7 +64,7 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
     lines += [f"DAMAGED: {found}" for found in damaged]
     if as_json:
         for found in damaged:
-            say(f"DAMAGED: {found}")
+            note(f"DAMAGED: {found}")
     result = {
         "name": taken.name,
         "kind": taken.kind,

@@ -1,4 +1,12 @@
-"""Progress for programs: one JSON line per second on stderr, where ``--json`` was asked for."""
+"""What a backup tells programs on stderr, where ``--json`` was asked for: a line of JSON per second, and all notes.
+
+    {"progress": "base backup", "phase": "files", "tablespace": "base", "bytes": …, "of_bytes": …,
+     "bytes_per_second": …, "seconds_left": …}
+    {"note": "waiting for WAL: …"}
+
+``phase``: ``start`` (a checkpoint, of the server's), ``files``, ``manifest``, ``wal`` (what is waited for at the end).
+``tablespace``: ``base``, or an oid; null in other phases. What is not known is null.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +14,27 @@ import json
 import sys
 import threading
 import time
+from collections import deque
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from pipeline.backup import area_of
 
 #: Seconds between lines.
 EVERY = 1.0
+#: Lines over which the rate is taken: what a server does in its checkpoint, or at night, says nothing of now.
+_LINES = 10
+
+
+def note(line: str) -> None:
+    """Something for people, in a stream that is for programs."""
+    _write({"note": line})
+
+
+def _write(members: dict[str, Any]) -> None:
+    # In one piece: two threads write.
+    sys.stderr.write(json.dumps(members) + "\n")
+    sys.stderr.flush()
 
 
 class JsonLines:
@@ -22,7 +46,7 @@ class JsonLines:
     def __init__(self, what: str, every: float = EVERY) -> None:
         self._what = what
         self._every = every
-        self._began = time.monotonic()
+        self._seen = deque([(time.monotonic(), 0)], _LINES + 1)
         self._state: tuple[int, int, str] = (0, 0, "")
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -32,7 +56,7 @@ class JsonLines:
         return self
 
     def __call__(self, done: int, total: int = 0, detail: str = "") -> None:
-        """``done`` of ``total`` bytes (0 if unknown); ``detail`` is what is worked on now."""
+        """``done`` of ``total`` bytes (0 if unknown); ``detail``: as in ``handlers.base_backup.Progress``."""
         self._state = done, total, detail
 
     def __exit__(
@@ -44,13 +68,17 @@ class JsonLines:
     def _run(self) -> None:
         while not self._end.wait(self._every):
             done, total, detail = self._state
-            rate = done / max(time.monotonic() - self._began, 0.001)
+            phase = detail if detail in ("manifest", "wal") else "files" if detail else "start"
+            now, (began, before) = time.monotonic(), self._seen[0]
+            rate = (done - before) / max(now - began, 0.001)
+            self._seen.append((now, done))
             line = {
                 "progress": self._what,
-                "current": detail,
+                "phase": phase,
+                "tablespace": area_of(detail) if phase == "files" else None,
                 "bytes": done,
                 "of_bytes": max(total, done) if total else None,
                 "bytes_per_second": round(rate),
-                "seconds_left": round((total - done) / rate) if total > done and rate else None,
+                "seconds_left": round((total - done) / rate) if phase == "files" and total > done and rate else None,
             }
-            print(json.dumps(line), file=sys.stderr, flush=True)
+            _write(line)

@@ -151,7 +151,7 @@ class Stream:
             if self._copy.stop.is_set():
                 return
             try:
-                piece = os.pread(handle, length, offset)
+                piece = _read(handle, length, offset)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(found.source)) from None  # pread knows no name
             if self._copy.checksums and found.segment is not None:
@@ -171,3 +171,14 @@ class Stream:
             if len(page) == PAGE and bad_pages(page, number, self._copy.start):
                 again.append(number)
         return again
+
+
+def _read(handle: int, length: int, offset: int) -> bytes:
+    """So many bytes, or all there are: some file systems, and signals, cut a read short before the end of a file."""
+    piece = os.pread(handle, length, offset)
+    while piece and len(piece) < length:
+        more = os.pread(handle, length - len(piece), offset + len(piece))
+        if not more:
+            break
+        piece += more
+    return piece

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from handlers.increment import apply, patch
+from infra.postgres.processes import give, run_as
 from infra.postgres.programs import environment_for
 from infra.postgres.throwaway import ThrowawayServer
 from pipeline.errors import IntegrityError
@@ -70,6 +71,9 @@ def test_a_chain_laid_over_is_what_pg_combinebackup_makes(
 ) -> None:
     server = start_server(major, settings={"summarize_wal": "on", "wal_level": "replica", "max_wal_senders": "5"})
     taken: list[Path] = []
+    for own in ("INCREMENTAL.own", "pg_stat/INCREMENTAL.own"):  # somebody's, and none of PostgreSQL's
+        (server.data_dir / own).write_bytes(b"own")
+        give(server.data_dir / own, run_as())
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
         for number, statements in enumerate(STEPS):
             for statement in statements:
@@ -85,6 +89,7 @@ def test_a_chain_laid_over_is_what_pg_combinebackup_makes(
     patched = [apply(stage, ours, None, spare=SPARE) for stage in taken[1:]]
     theirs, mine = contents(combined), contents(ours)
     assert mine == theirs
+    assert {"INCREMENTAL.own", "pg_stat/INCREMENTAL.own"} < set(mine)
     assert all(patched), "nothing was incremental"
     assert not any(stage.exists() for stage in taken[1:])
 

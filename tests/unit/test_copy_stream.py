@@ -1,0 +1,53 @@
+"""Files on their way into a local backup: read to their end, however little a read brings."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from infra.postgres.copy_stream import Copy, Shared, Stream
+from infra.postgres.datadir import walk
+from pipeline.make_manifest import ManifestMaker
+from pipeline.manifest import WalRange, files_of
+from pipeline.wal import Lsn
+
+
+def read(root: Path) -> tuple[dict[str, bytes], Copy]:
+    """Every file of the tar stream."""
+    copy = Copy(Lsn(1), ManifestMaker("7", 17), checksums=False, blocks=131072)
+    stream = Stream("base", Shared(walk(root, 17)), copy)
+    tar = b""
+    while piece := stream.next():
+        tar += piece
+    with tarfile.open(fileobj=io.BytesIO(tar + bytes(1024))) as archive:
+        return {m.name: archive.extractfile(m).read() for m in archive.getmembers() if m.isreg()}, copy  # type: ignore[union-attr]
+
+
+def test_a_read_that_is_cut_short_is_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(3_000_001)
+    (tmp_path / "base/1").mkdir(parents=True)
+    (tmp_path / "base/1/16384").write_bytes(content)
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, length, offset: whole(handle, min(length, 70_001), offset))
+    files, _ = read(tmp_path)
+    assert files["base/1/16384"] == content
+
+
+def test_the_segments_of_a_large_relation_are_files_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "base/1").mkdir(parents=True)
+    names = ["16384", "16384.1", "16384.10", "16384_fsm", "16384_vm.1", "16385", "16385_init", "16385_init.1"]
+    left_out = ["16385", "16385.1", "16385_fsm", "t3_16386", "t3_16386.1", "t3_16386_vm"]
+    for name in {*names, *left_out}:
+        (tmp_path / "base/1" / name).write_bytes(name.encode())
+    found = {each.path: each.segment for each in walk(tmp_path, 17) if not each.folder}
+    kept = [name for name in names if name not in left_out]
+    assert found.keys() == {f"base/1/{name}" for name in kept}
+    assert [found[f"base/1/{name}"] for name in ("16384", "16384.1", "16384.10", "16384_vm.1")] == [0, 1, 10, 1]
+    files, copy = read(tmp_path)
+    assert files == {f"base/1/{name}": name.encode() for name in kept}
+    listed = copy.manifest.finish([WalRange(1, Lsn(1), Lsn(2))])
+    assert {line.path for line in files_of(listed)} == set(files)

@@ -17,7 +17,8 @@ from handlers.fetch import read_catalog
 from handlers.plan import plan_restore
 from handlers.restore import Laid, lay_down
 from handlers.serve_wal import WalServer
-from handlers.target_dir import Targets, look
+from handlers.target_dir import Targets, folders, look
+from handlers.target_lock import Hold
 from infra.fetch_context import FetchContext
 from infra.keys import RepositoryKeys
 from infra.postgres import programs as installed
@@ -137,6 +138,11 @@ async def make_plan(
 
 async def check_place(plan: RestorePlan, place: Place) -> Targets:
     """All that can be refused before anything is touched: folders, room, programs, port. For ``--dry-run`` too."""
+    with Hold(folders(plan.backup, place.directory, place.tablespaces), make=False):
+        return await _check_place(plan, place)
+
+
+async def _check_place(plan: RestorePlan, place: Place) -> Targets:
     if place.start or place.bin_dir is not None:
         await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
     margin = min(plan.path.size, _WAL_MARGIN)
@@ -179,10 +185,20 @@ async def restore(
 ) -> Restored:
     """Restore as planned. With ``start`` it returns once the server is at its target, and the server goes on running.
 
-    Raises RecoveryError, StoreError, IntegrityError, SourceError, ConfigError.
+    No other restore gets into the folders until it returns. Raises RecoveryError, StoreError, IntegrityError,
+    SourceError, ConfigError.
     """
     watch = watch or Watch()
-    targets = await check_place(plan, place)
+    with Hold(folders(plan.backup, place.directory, place.tablespaces)) as held:
+        for remark in held.remarks:
+            watch.say(remark)
+        return await _restore(repository, plan, place, watch, fetch_wal)
+
+
+async def _restore(
+    repository: Repository, plan: RestorePlan, place: Place, watch: Watch, fetch_wal: Sequence[str]
+) -> Restored:
+    targets = await _check_place(plan, place)
     for remark in targets.notices:
         watch.say(remark)
     context = FetchContext.of(

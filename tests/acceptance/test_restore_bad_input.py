@@ -5,19 +5,24 @@ Beside ``test_bad_input`` and ``test_bad_repository``, which look at folders in 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from handlers.fetch import Fetcher
 from infra.postgres.throwaway import make_folder
-from infra.restore import Place, Watch, make_plan, restore
+from infra.restore import Place, Watch, check_place, make_plan, restore
+from pipeline.contracts import Buffer
 from pipeline.errors import RecoveryError
 from pipeline.targets import Target
 from tests.acceptance.conftest import Copy
@@ -94,6 +99,46 @@ def test_another_clusters_directory_is_not_brought_forward(copy: Copy, occupied:
     assert f"{occupied} is not empty" in copy.run("restore", "--target-dir", str(occupied), "--delta", expect=13).stderr
     before.pop(str(occupied / "PG_VERSION"))
     assert fingerprint(occupied.parent) == before
+
+
+# -- two at once
+
+
+class Waiting(Fetcher):
+    """Fetches parts once it may."""
+
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def into(self, name: str, use: Callable[[Iterator[Buffer]], None], **more: Any) -> None:
+        if "/data/" in name:
+            self.begun.set()
+            await self.go_on.wait()
+        await super().into(name, use, **more)
+
+
+async def test_two_restores_at_once(folder: Path) -> None:
+    """Both would be told that all is well, and one would have removed what the other had written."""
+    made = await build(os.urandom(1 << 20))
+    repository = made.repository(made.shelf.store)
+    plan = await make_plan(repository, Target())
+    target = folder / "target"
+    waiting = Waiting(repository.stores, made.shelf.chain, made.shelf.system_id)
+    first = asyncio.create_task(
+        restore(replace(repository, fetch=waiting), plan, Place(target), fetch_wal=NO_FETCH)
+    )  # fmt: skip
+    await waiting.begun.wait()
+    before = fingerprint(folder)
+    (folder / "link").symlink_to(target)
+    for place in (Place(target), Place(target, force=True), Place(target, delta=True), Place(folder / "link")):
+        for work in (check_place(plan, place), restore(repository, plan, place, fetch_wal=NO_FETCH)):
+            with pytest.raises(RecoveryError, match=f"process {os.getpid()} restores into {target}"):
+                await work
+    (folder / "link").unlink()
+    assert fingerprint(folder) == before
+    waiting.go_on.set()
+    await first
+    assert all((target / path).read_bytes() == content for path, content in made.files.items())
+    await restore(repository, plan, Place(target, force=True), fetch_wal=NO_FETCH)
 
 
 # -- what is missing everywhere

@@ -155,7 +155,9 @@ class Settings(BaseSettings):
         if ports not in (1, hosts):
             raise ValueError(f"POSTGRES_PORT has {ports} ports for {hosts} servers; give one for all, or one for each")
         if unknown := set(self.required) - set(self.destinations):
-            raise ValueError(f"WALSHIP_REQUIRED names {', '.join(sorted(unknown))}, which is no destination")
+            # Without user and options: there may be a password in them.
+            names = sorted(re.sub(r"(?<=//)[^/]*@|\?.*", "", url) for url in unknown)
+            raise ValueError(f"WALSHIP_REQUIRED names {', '.join(names)}, which is no destination")
         if len(set(self.destinations)) != len(self.destinations):
             raise ValueError("WALSHIP_DESTINATIONS names a destination twice")
         if unknown := set(self.sources) - {"watch", "stream"}:

@@ -87,9 +87,13 @@ def _folder(url: str) -> Path:
     parts = _split(url)
     folder = Path(unquote(parts.path))
     if parts.netloc not in {"", "localhost"}:
-        raise ConfigError(f"{url} names a host, or is a relative path", hint="a folder is file:///absolute/path")
+        raise ConfigError(
+            f"{display_name(url)} names a host, or is a relative path", hint="a folder is file:///absolute/path"
+        )
     if not folder.is_absolute() or ".." in folder.parts or folder == Path("/"):
-        raise ConfigError(f"{url} is not the absolute path of a folder", hint="a folder is file:///absolute/path")
+        raise ConfigError(
+            f"{display_name(url)} is not the absolute path of a folder", hint="a folder is file:///absolute/path"
+        )
     if parts.query or parts.fragment:
         raise ConfigError(f"{display_name(url)} has options, and a folder has none", hint=_FORMS)
     return folder

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from handlers.body import joined
-from infra.settings import Settings
+from infra.settings import Settings, load
 from infra.storage import display_name, make_folder, open_store
 from pipeline.errors import ConfigError, StoreError
 from pipeline.objects import MemoryBody
@@ -75,10 +75,27 @@ def test_a_wrong_destination_is_explained(url: str, fact: str, hint: str) -> Non
     assert hint in raised.value.hint
 
 
-@pytest.mark.parametrize("url", ["s3://AKIA:topsecret@bucket/p", "s3://b/p?endpoint=http://me:topsecret@host"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA:topsecret@bucket/p",
+        "s3://b/p?endpoint=http://me:topsecret@host",
+        "file://me:topsecret@host/backups",
+        "file:///a/../b?key=topsecret",
+        "https://me:topsecret@host/b",
+    ],
+)
 def test_secrets_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ConfigError) as raised:
         open_store(url, Settings())
+    assert "topsecret" not in raised.value.fact + raised.value.hint
+
+
+def test_secrets_in_the_name_of_a_required_destination_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WALSHIP_DESTINATIONS", "s3://b/p")
+    monkeypatch.setenv("WALSHIP_REQUIRED", "s3://AKIA:topsecret@bucket/p?key=topsecret")
+    with pytest.raises(ConfigError, match="WALSHIP_REQUIRED names s3://bucket/p, which is no destination") as raised:
+        load()
     assert "topsecret" not in raised.value.fact + raised.value.hint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -35,6 +36,8 @@ class Outlet:
     required: bool = True
     #: The object that holds the data key this process writes under; None when nothing is encrypted.
     key_object: tuple[str, Body] | None = None
+    #: Called once that is stored here, before anything is encrypted under it: does it count? Raises ConfigError if not.
+    confirm: Callable[[Store], Awaitable[None]] | None = None
     #: It failed, and has not taken anything since.
     down: bool = False
     #: Objects that are safe elsewhere and not here: name → resolved once it is here as well.
@@ -92,6 +95,8 @@ class Outlet:
             name, body = self.key_object
             with suppress(ObjectConflict):  # its id is random: what is there under that name is this very key
                 await self.store.put(name, body)
+            if self.confirm is not None:
+                await self.confirm(self.store)
         return abilities
 
     async def _compare(self, parcel: Parcel) -> None:

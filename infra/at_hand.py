@@ -17,6 +17,9 @@ from infra.writer_file import decode_writer
 
 log = structlog.get_logger()
 
+#: Characters of a passphrase below which it is warned of.
+SHORT = 12
+
 
 @dataclass(frozen=True, slots=True)
 class AtHand:
@@ -52,6 +55,17 @@ def look_at_hand(settings: Settings, tell: Callable[[str, str], None] | None = N
     if (path := settings.writer_file) is not None and not identity and not settings.passphrase:
         writer = decode_writer(read_secret(path, "WALSHIP_WRITER_FILE", tell), str(path))
     return AtHand(settings.passphrase, identity, writer)
+
+
+def weakness(passphrase: str) -> tuple[str, str] | None:
+    """A sentence about a passphrase that is soon guessed, and what to do; None if it is none, or long enough.
+
+    Whoever has the bucket can guess for as long as he likes; each guess costs a quarter of a second and 64 MiB.
+    """
+    if not passphrase or len(passphrase) >= SHORT:
+        return None
+    fact = f"the passphrase has {len(passphrase)} characters: whoever gets hold of the bucket may guess it"
+    return fact, f"take {SHORT} or more, or five random words; `walship key rotate` puts it in the place of this one"
 
 
 def _warn(fact: str, hint: str) -> None:

@@ -13,9 +13,10 @@ from typing import Literal
 from dotenv import dotenv_values
 
 from handlers.body import joined
+from infra.at_hand import look_at_hand, weakness
 from infra.backups import refuse_stranger
 from infra.clock import SystemClock
-from infra.keys import Policy, open_keyring
+from infra.keys import open_keyring, policy_of
 from infra.postgres.basebackup import INCREMENTAL
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, rows
@@ -73,8 +74,8 @@ async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _
             yield finding
     async for finding in _spool(settings):
         yield finding
-    if exposed := env_file(Path(".env")):
-        yield exposed
+    for finding in _secrets(settings):
+        yield finding
     async with open_destinations(settings, policy=LOOK, waits=waits) as destinations:
         facts: RepositoryFacts | None = None
         try:
@@ -159,6 +160,18 @@ async def _spool(settings: Settings) -> AsyncIterator[Finding]:
     yield Finding("spool", "ok", f"{settings.spool_dir} can be read and emptied; {free >> 20} MB are free")
 
 
+def _secrets(settings: Settings) -> list[Finding]:
+    """What is to be said of .env, the passphrase, and the files that are to open the key ring."""
+    found = [exposed] if (exposed := env_file(Path(".env"))) else []
+    if weak := weakness(settings.passphrase):
+        found.append(Finding("settings", "warning", *weak))
+    try:
+        look_at_hand(settings, lambda fact, hint: found.append(Finding("settings", "warning", fact, hint)))
+    except ConfigError as error:
+        found.append(_wrong("settings", error))
+    return found
+
+
 def env_file(path: Path) -> Finding | None:
     """A warning if the file holds a secret and others may read it; None if all is well, or there is no such file.
 
@@ -197,11 +210,12 @@ async def _destination(
         severity: Literal["ok", "warning"] = "ok" if abilities.conditional_put else "warning"
         yield Finding(name, severity, f"conditional put: {abilities.remark}")
         yield await _round_trip(store, name)
-        wanted = Policy(wal=settings.wal_encrypted, base=settings.backup_encryption_enabled)
+        at_hand = look_at_hand(settings, lambda *_: None)  # what is wrong with it was said
         keys = await open_keyring(
-            store, facts.system_id, settings.passphrase, writer=True, wanted=wanted, clock=SystemClock()
+            store, facts.system_id, at_hand, writer=True, wanted=policy_of(settings), clock=SystemClock()
         )
-        yield Finding(name, "ok", "the key ring opens" if keys.encrypted else "nothing is encrypted (no key ring)")
+        opens = "the key ring opens" if keys.reads else "the writer file fits the key ring: this host writes, reads not"
+        yield Finding(name, "ok", opens if keys.encrypted else "nothing is encrypted (no key ring)")
     except ObjectMissing as error:
         hint = "`walship init` makes or joins the repository there"
         yield _wrong(name, ConfigError(f"there is no repository of cluster {facts.system_id}: {error.fact}", hint=hint))

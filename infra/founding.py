@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from handlers.body import joined
-from infra.keys import Policy, create_ring, open_keyring
+from infra.at_hand import look_at_hand
+from infra.keys import create_ring, open_keyring, policy_of
 from infra.repository import Destination, RepositoryFacts, read_facts
 from infra.settings import Settings
 from infra.storage import make_folder
@@ -73,14 +74,16 @@ async def _found_keys(
     stores: Sequence[Store], system_id: str, settings: Settings, clock: Clock, *, anywhere: bool
 ) -> None:
     """One ring for all destinations: the one that is there, or a new one if encryption is on and nothing is there."""
-    wanted = Policy(wal=settings.wal_encrypted, base=settings.backup_encryption_enabled)
+    wanted, at_hand = policy_of(settings), look_at_hand(settings)
     rings = [await _keys_at(store) for store in stores]
-    first = next((i for i, keys in enumerate(rings) if any(k.startswith("keys/ring-") for k in keys)), None)
+    newest = [max((name for name in keys if name.startswith("keys/ring-")), default="") for keys in rings]
+    first = newest.index(max(newest)) if any(newest) else None
     if first is None:
         if not (wanted.wal or wanted.base):
-            if settings.passphrase:  # reading would be refused: a passphrase means that there is a ring
+            if at_hand.reads or at_hand.writer:  # reading would be refused: a secret means that there is a ring
+                name = "BACKUP_ENCRYPTION_PASSWORD" if at_hand.passphrase else "WALSHIP_IDENTITY_FILE or _WRITER_FILE"
                 raise ConfigError(
-                    "BACKUP_ENCRYPTION_PASSWORD is set, and encryption is off",
+                    f"{name} is set, and encryption is off",
                     hint="unset it, or set BACKUP_ENCRYPTION_ENABLED=true before the first init",
                 )
             return
@@ -89,10 +92,16 @@ async def _found_keys(
                 "encryption is on, and the repository was made without it",
                 hint="use another destination (or prefix) for an encrypted repository, or switch encryption off",
             )
-        await create_ring(stores[0], system_id, settings.passphrase, wanted, clock)
+        if at_hand.writer is not None:
+            raise ConfigError(
+                "there is no key ring at any destination, and WALSHIP_WRITER_FILE cannot make one",
+                hint="run init where BACKUP_ENCRYPTION_PASSWORD or WALSHIP_IDENTITY_FILE is set; then `walship key"
+                " export-writer` makes a writer file for it",
+            )
+        await create_ring(stores[0], system_id, at_hand, wanted, clock)
         first, rings[0] = 0, await _keys_at(stores[0])
     # Settings that a writer would refuse are refused now, not at the first segment.
-    await open_keyring(stores[first], system_id, settings.passphrase, clock=clock, wanted=wanted)
+    await open_keyring(stores[first], system_id, at_hand, clock=clock, wanted=wanted)
     for index, store in enumerate(stores):
         for name in sorted(rings[first] - rings[index]):
             await _copy(name, stores[first], store)

@@ -14,6 +14,7 @@ import structlog
 from handlers.base_backup import Cluster, take
 from handlers.ship import Shipper
 from infra import systemd
+from infra.keys import KeyReplacedError
 from infra.monitored import Monitor, monitored, monitoring
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
@@ -126,8 +127,8 @@ def _can_pass(error: WalshipError, spool: Path | None) -> bool:
     The spool is in other hands while a backup or a switch that found no service ships it; they give it back. So is
     the lease, until the other writer ends.
     """
-    if isinstance(error, LeaseHeldError | ObjectConflict):
-        return True  # the next attempt has a number of its own, or is told whose turn it is
+    if isinstance(error, LeaseHeldError | ObjectConflict | KeyReplacedError):
+        return True  # the next attempt has a number of its own, or is told whose turn it is, or opens the new key
     if isinstance(error, StoreError):
         return error.passing
     return isinstance(error, SourceError) and spool is not None and holder(spool) not in (None, os.getpid())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from handlers.outlet import Outlet
 from handlers.ship import Shipper
 from handlers.upload import Uploader
 from infra.clock import SystemClock
-from infra.keys import Policy, RepositoryKeys, open_keyring
+from infra.keys import RepositoryKeys, open_keys
 from infra.monitoring.log import log_notice
 from infra.monitoring.stages import STAGES, Observe, TimedStage
 from infra.repository import Destination, RepositoryFacts, find
@@ -31,7 +31,7 @@ from pipeline.catalog import kind_of
 from pipeline.chain import Chain
 from pipeline.contracts import Clock, Stage, Store
 from pipeline.dispatcher import Gate
-from pipeline.errors import ConfigError, IntegrityError, StoreError, WalshipError
+from pipeline.errors import ConfigError
 from pipeline.events import Notice
 
 log = structlog.get_logger()
@@ -149,7 +149,7 @@ async def open_site(
 async def open_shipping(site: Site) -> AsyncIterator[Shipping]:
     """Ready to write: worker threads, the gate, and an outlet for each destination. Nothing is contacted yet."""
     pairs = zip(site.destinations, site.stores, strict=True)
-    outlets = [Outlet(store, d.required, site.keys.key_object) for d, store in pairs]
+    outlets = [Outlet(store, d.required, site.keys.key_object, site.keys.confirm) for d, store in pairs]
     uploader = Uploader(outlets, clock=site.clock, notify=site.notify)
     gate = Gate(PLACES)
     with ThreadPoolExecutor(site.settings.workers, thread_name_prefix="encode") as workers:
@@ -172,50 +172,3 @@ def make_chain(settings: Settings, keys: RepositoryKeys, system_id: str, *, time
     if timed is not None:
         stages = [TimedStage(stage, name, timed) for stage, name in zip(stages, STAGES, strict=True)]
     return Chain(stages, keys, system_id)
-
-
-async def open_keys(
-    stores: tuple[Store, ...],
-    settings: Settings,
-    system_id: str,
-    clock: Clock,
-    *,
-    writer: bool,
-    allow_unencrypted: bool,
-) -> RepositoryKeys:
-    """The key ring from the first destination that has it: all hold the same one, but one may have lost it."""
-    failures: list[tuple[Store, WalshipError]] = []
-    for store in stores:
-        try:
-            keys = await open_keyring(
-                store,
-                system_id,
-                settings.passphrase,
-                writer=writer,
-                wanted=_policy(settings) if writer else None,
-                allow_unencrypted=allow_unencrypted,
-                clock=clock,
-            )
-        except (StoreError, ConfigError, IntegrityError) as error:
-            failures.append((store, error))
-            continue
-        for passed_over, failure in failures:
-            log.warning(
-                "keys", destination=passed_over.name, error=failure.fact, hint=failure.hint, served_by=store.name
-            )
-        if not writer:
-            # An object that only another destination has may lie under a data key that only it has.
-            for other in stores:
-                if other is store:
-                    continue
-                with suppress(StoreError):  # it will be named when it is needed
-                    if await keys.refresh(other):
-                        fact = f"data keys are missing or damaged there, which {other.name} has"
-                        log.warning("keys", destination=store.name, error=fact)
-        return keys
-    raise failures[0][1]
-
-
-def _policy(settings: Settings) -> Policy:
-    """What the settings want encrypted; a writer must agree with what is sealed in the key ring."""
-    return Policy(wal=settings.wal_encrypted, base=settings.backup_encryption_enabled)

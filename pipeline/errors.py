@@ -61,6 +61,10 @@ class IntegrityError(WalshipError):
     """Stored bytes are not what was written: damaged, exchanged, cut, or of another repository."""
 
 
+class Sealed(IntegrityError):
+    """What is stored is encrypted, and this host can only write: nothing is known to be wrong with it."""
+
+
 class RecoveryError(WalshipError):
     """The recovery target cannot be reached with what is stored."""
 

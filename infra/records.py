@@ -25,11 +25,13 @@ from pipeline import operations
 from pipeline.catalog import data_key_name
 from pipeline.chain import Chain
 from pipeline.contracts import Body, Fetch, Store
-from pipeline.errors import ObjectConflict, ObjectMissing, StoreError, WalshipError, foreseen
+from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError, foreseen
 from pipeline.operations import Record, RecordName
 
 #: Seconds that a destination has to take a record; and where somebody waits for the process to end.
 PATIENCE, STOPPING = 20.0, 5.0
+#: Records that are read at a time.
+AT_ONCE = 16
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class Entry:
     summary: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     hint: str = ""
+    stopped: bool = False
 
     def fail(self, fact: str, *, hint: str = "") -> None:
         """It did its work, and the outcome is bad: damage was found. The first fact counts."""
@@ -65,7 +68,7 @@ async def recording(
     except BaseException as error:
         ours = foreseen(error)
         if isinstance(error, asyncio.CancelledError):
-            patience = STOPPING
+            patience, entry.stopped = STOPPING, True
             entry.fail("it was stopped before it was done")
         elif ours is not None:
             entry.fail(ours.fact, hint=ours.hint)
@@ -85,6 +88,7 @@ async def recording(
             arguments=tuple(arguments),
             error=entry.error,
             hint=entry.hint,
+            stopped=entry.stopped,
             summary=entry.summary,
         )
         await write(site, record, tell=tell, patience=patience)
@@ -188,3 +192,17 @@ async def read(fetch: Fetch, name: RecordName) -> Record:
     """The content of a record. Raises StoreError, IntegrityError."""
     fetched = await fetch(name.key, most=operations.MOST)
     return Record.decode(name.key, fetched.plain)
+
+
+async def read_all(fetch: Fetch, names: Sequence[RecordName]) -> list[Record | WalshipError]:
+    """The contents, in that order; in the place of one that cannot be read, why."""
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(name: RecordName) -> Record | WalshipError:
+        async with gate:
+            try:
+                return await read(fetch, name)
+            except (StoreError, IntegrityError) as error:
+                return error
+
+    return await asyncio.gather(*map(one, names))

@@ -76,6 +76,8 @@ class Record:
     #: What went wrong, and what to do about it; empty if nothing did.
     error: str = ""
     hint: str = ""
+    #: It was told to end before it was done, and is still to be done.
+    stopped: bool = False
     #: The verb's own.
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -87,8 +89,8 @@ class Record:
     def _json(self, summary: dict[str, Any]) -> bytes:
         members = {
             "verb": self.verb,
-            "began": self.began.astimezone(UTC).isoformat(timespec="seconds"),
-            "ended": self.ended.astimezone(UTC).isoformat(timespec="seconds"),
+            "began": self.began.astimezone(UTC).isoformat(timespec="milliseconds"),
+            "ended": self.ended.astimezone(UTC).isoformat(timespec="milliseconds"),
             "seconds": round(self.seconds, 3),
             "ok": self.ok,
             "host": self.host,
@@ -96,6 +98,7 @@ class Record:
             "arguments": list(self.arguments),
             "error": self.error,
             "hint": self.hint,
+            "stopped": self.stopped,
             "summary": summary,
         }
         return json.dumps(members, default=str).encode()
@@ -121,6 +124,7 @@ class Record:
                 arguments=tuple(map(str, members["arguments"])),
                 error=members["error"],
                 hint=members["hint"],
+                stopped=members["stopped"],
                 summary=members["summary"],
             )
         except ValueError as error:
@@ -129,7 +133,7 @@ class Record:
 
 _MEMBERS: dict[str, tuple[type, ...]] = {
     "verb": (str,), "began": (str,), "ended": (str,), "seconds": (int, float), "ok": (bool,), "host": (str,),
-    "version": (str,), "arguments": (list,), "error": (str,), "hint": (str,), "summary": (dict,),
+    "version": (str,), "arguments": (list,), "error": (str,), "hint": (str,), "stopped": (bool,), "summary": (dict,),
 }  # fmt: skip
 
 

@@ -97,7 +97,9 @@ async def test_what_is_stopped_says_so() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     (name,) = (await listed(site.stores)).names
-    assert "stopped" in (await read(site.fetch, name)).error
+    found = await read(site.fetch, name)
+    assert "stopped" in found.error
+    assert found.stopped
 
 
 async def test_a_destination_that_only_lets_read_is_told_of_and_costs_nothing() -> None:

@@ -1,0 +1,33 @@
+"""What was done to a repository is remembered there, and shown."""
+
+from __future__ import annotations
+
+import json
+
+from tests.acceptance.conftest import Copy
+
+
+def test_what_was_done_is_shown_also_where_records_are_damaged_or_a_destination_is_missing(copy: Copy) -> None:
+    copy.run("verify", "--stored-only")
+    copy.object(copy.parts()[0].relative_to(copy.root).as_posix()).write_bytes(b"damage")
+    copy.run("verify", copy.shipped.backup, expect=12)
+    shown = json.loads(copy.run("history", "--json").stdout)
+    assert [(each["verb"], each["ok"]) for each in shown] == [("backup", True), ("verify", True), ("verify", False)]
+    taken, good, bad = shown
+    assert taken["summary"]["name"] == copy.shipped.backup
+    assert (good["arguments"], good["summary"]["faults"]) == (["--stored-only"], 0)
+    assert bad["arguments"] == [copy.shipped.backup]
+    assert "damaged or missing" in bad["error"]
+    assert not {str(copy.local), "PASSWORD"} & set(json.dumps(shown).split('"'))
+
+    copy.object(good["record"]).write_bytes(b"WALSHIP")
+    gone = f"file://{copy.local},file://{copy.local}-gone"
+    told = copy.rig.run("history", environment=copy.rig.environment(WALSHIP_DESTINATIONS=gone))
+    lines = told.stdout.splitlines()
+    assert [line.split()[3:5] for line in lines] == [["backup", "ok"], ["verify", "ok"], ["verify", "FAILED"]]
+    assert "its record cannot be read" in lines[1]
+    assert f"file://{copy.local}-gone is left out" in told.stderr
+    assert copy.run("history", "--verb", "drill").stdout == "no drill was recorded yet\n"
+    assert len(copy.run("history", "--last", "1").stdout.splitlines()) == 1
+    told = copy.run("history", "--verb", "dril", expect=2)
+    assert "'dril' is not one of" in told.stderr

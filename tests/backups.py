@@ -16,6 +16,7 @@ from tests import commands
 from tests.rig import Rig
 from tests.servers import NEWEST
 
+_SLOTS = "pg_replication_slots"
 _OURS = "select count(*) from pg_stat_activity where application_name = 'walship_backup'"
 
 
@@ -59,9 +60,9 @@ class Running:
 
 
 def nothing_left(server: ThrowawayServer) -> None:
-    """No session of ours, and no backup in progress."""
+    """No session of ours, no backup in progress, and no slot."""
     deadline = time.monotonic() + 10
-    queries = (_OURS, "select count(*) from pg_stat_progress_basebackup")
+    queries = (_OURS, *(f"select count(*) from {name}" for name in ("pg_stat_progress_basebackup", _SLOTS)))
     while any(server.query(query) != [(0,)] for query in queries):
         assert time.monotonic() < deadline, server.query("select pid, state, query from pg_stat_activity")
         time.sleep(0.02)

@@ -120,7 +120,7 @@ async def _refuse_unable(major: int, settings: Settings) -> None:
         return
     async with await connect(settings) as connection:  # the other one speaks no SQL
         query = (
-            "select spcname::text from pg_tablespace where pg_tablespace_location(oid) like 'pg_tblspc/%' order by 1"
+            "select spcname::text from pg_tablespace where pg_tablespace_location(oid) like 'pg_tblspc/%%' order by 1"
         )
         if names := [name for (name,) in await rows(connection, query)]:
             raise SourceError(

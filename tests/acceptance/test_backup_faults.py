@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Any
 
 import pytest
 
+from infra import backups
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer, make_folder
+from infra.settings import load
+from pipeline.backup import BackupInfo
+from pipeline.errors import StoreError
 from tests.backups import Running, local, names, nothing_left, rig, said
 from tests.proxy import Proxy
 from tests.rig import Rig
@@ -109,6 +116,54 @@ def test_the_standby_is_promoted(rig: Rig, first: list[str], mode: str) -> None:
         # And from then on it is refused before anything begins.
         assert "is no standby any more, but a primary" in said(rig, WALSHIP_BACKUP_HOST=host)
     assert names(rig) == first
+
+
+async def test_what_comes_behind_a_finished_backup_is_no_failure(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error, or Ctrl-C, while parts of unfinished backups are looked for: the backup is there, and is told."""
+    for name, value in rig.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(rig.folder)
+    monkeypatch.setattr(os, "nice", lambda _: 0)  # it would hold for all tests behind this one
+    told: list[str] = []
+    reached = asyncio.Event()
+
+    async def fail(*_: object, **__: object) -> int:
+        raise StoreError("the listing has no end")
+
+    async def hang(*_: object, **__: object) -> int:
+        reached.set()
+        return await asyncio.Event().wait()
+
+    def take() -> Coroutine[Any, Any, BackupInfo]:
+        rig.next_second()
+        return backups.backup(load(), label="behind", report=lambda _: None, tell=told.append)
+
+    monkeypatch.setattr(backups, "clean_unfinished", fail)
+    taken = await take()
+    assert told[-1] == f"{taken.name} is complete; the clearing up behind it failed: the listing has no end"
+    monkeypatch.setattr(backups, "clean_unfinished", hang)
+    task = asyncio.create_task(take())
+    async with asyncio.timeout(60):
+        await reached.wait()
+    task.cancel()
+    stopped = await task
+    assert told[-1] == f"{stopped.name} is complete; the clearing up behind it was stopped"
+    assert {taken.name, stopped.name} < set(names(rig))
+    nothing_left(rig.server)
+
+
+def test_a_file_that_the_server_cannot_read(rig: Rig, first: list[str]) -> None:
+    ((database,),) = rig.sql("select oid from pg_database where datname = 'postgres'")
+    closed = rig.server.data_dir / "base" / str(database) / "99998"
+    closed.write_bytes(bytes(8192))
+    closed.chmod(0)
+    try:
+        words = said(rig)
+        assert f'base/{database}/99998": Permission denied' in words
+        assert "no backup was made" in words
+        assert names(rig) == first
+    finally:
+        closed.unlink()
 
 
 def test_a_link_in_the_place_of_a_table(rig: Rig) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from handlers.base_backup import Cluster, take
@@ -290,6 +291,16 @@ async def test_a_switch_names_the_segment_that_ended(major: int, start_server: S
         await control.execute("select pg_logical_emit_message(false, 'x', repeat('x', 3000000))")
         later = await switch_wal(control, segment_size=facts.segment_size)
         assert later.start(facts.segment_size) >= ended.end(facts.segment_size) + 2 * facts.segment_size
+
+
+async def test_tablespaces_that_the_server_would_leave_out_are_refused(start_server: StartServer) -> None:
+    server = start_server(15)
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute("set allow_in_place_tablespaces = on")
+        connection.execute("create tablespace within location ''")
+    with pytest.raises(SourceError, match="the tablespace within lies within the data directory") as caught:
+        await back_up(server)
+    assert "set WALSHIP_DATA_DIR" in caught.value.hint
 
 
 def test_programs_of_every_version_are_there() -> None:

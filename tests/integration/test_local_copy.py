@@ -58,6 +58,8 @@ class Taken:
                 self.archives[last] = bytearray()
             elif isinstance(message, ArchiveData):
                 self.archives[message.archive or last] += message.data
+                if message.free is not None:
+                    message.free()
             elif isinstance(message, ManifestData):
                 self.manifest += message.data
             elif isinstance(message, BackupStarted):
@@ -174,10 +176,17 @@ async def test_files_that_change_while_they_are_read(start_server: StartServer) 
 
 
 async def test_the_directory_of_another_server_is_refused(start_server: StartServer) -> None:
-    server, other = start_server(NEWEST), start_server(NEWEST)
-    with pytest.raises(SourceError) as caught:
+    # Servers of these tests are copies: those of one major are of one cluster, as a standby is.
+    server, other, stranger = start_server(NEWEST), start_server(NEWEST), start_server(NEWEST - 1)
+    with pytest.raises(SourceError, match=r"does not run on .*: its postmaster\.pid tells of another start"):
         await Taken().take(local_copy.stream(settings_for(server), other.data_dir))
-    assert "POSTGRES_HOST" in str(caught.value) or "POSTGRES_HOST" in caught.value.hint
+    theirs, ours = (
+        each.query("select system_identifier from pg_control_system()")[0][0] for each in (stranger, server)
+    )
+    assert theirs != ours
+    with pytest.raises(SourceError, match=f"belongs to the cluster {theirs}, and the server to {ours}") as caught:
+        await Taken().take(local_copy.stream(settings_for(server), stranger.data_dir))
+    assert "have to mean the same server" in caught.value.hint
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
         query = "select count(*) from pg_stat_activity where application_name = 'walship_backup'"
         assert connection.execute(query).fetchone() == (0,)
@@ -243,10 +252,15 @@ async def test_a_file_that_cannot_be_read_ends_the_backup(start_server: StartSer
     broken = server.data_dir / "base/1/8000002"
     broken.write_bytes(b"x")
     broken.chmod(0)
-    if os.geteuid() == 0:
-        pytest.skip("root reads every file")
-    with pytest.raises(SourceError, match="8000002 cannot be read"):
-        await Taken().take(local_copy.stream(settings_for(server), server.data_dir))
+    ours = os.geteuid()
+    try:
+        if ours == 0:  # who reads every file
+            os.seteuid(server.data_dir.stat().st_uid)
+        with pytest.raises(SourceError, match="8000002 cannot be read: Permission denied") as caught:
+            await Taken().take(local_copy.stream(settings_for(server), server.data_dir))
+    finally:
+        os.seteuid(ours)
+    assert "as the server's user" in caught.value.hint
 
 
 async def test_a_tablespace_that_is_not_mounted_is_refused(start_server: StartServer, server_folder: Path) -> None:

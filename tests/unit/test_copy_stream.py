@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,10 @@ from pipeline.wal import Lsn
 def read(root: Path) -> tuple[dict[str, bytes], Copy]:
     """Every file of the tar stream."""
     copy = Copy(Lsn(1), ManifestMaker("7", 17), checksums=False, blocks=131072)
-    stream = Stream("base", Shared(walk(root, 17)), copy)
+    stream: Any = Stream("base", Shared(walk(root, 17)), copy)
     tar = b""
-    while piece := stream.next():
-        tar += piece
+    while taken := stream.next():  # bytes, or a message that holds them
+        tar += getattr(taken, "data", taken)
     with tarfile.open(fileobj=io.BytesIO(tar + bytes(1024))) as archive:
         return {m.name: archive.extractfile(m).read() for m in archive.getmembers() if m.isreg()}, copy  # type: ignore[union-attr]
 
@@ -31,10 +32,23 @@ def test_a_read_that_is_cut_short_is_not_the_end(tmp_path: Path, monkeypatch: py
     content = os.urandom(3_000_001)
     (tmp_path / "base/1").mkdir(parents=True)
     (tmp_path / "base/1/16384").write_bytes(content)
-    whole = os.pread
-    monkeypatch.setattr(os, "pread", lambda handle, length, offset: whole(handle, min(length, 70_001), offset))
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda handle, length, offset: pread(handle, min(length, 70_001), offset))
+    monkeypatch.setattr(os, "preadv", lambda handle, rooms, offset: preadv(handle, [rooms[0][:70_001]], offset))
     files, _ = read(tmp_path)
     assert files["base/1/16384"] == content
+
+
+def test_the_wal_is_left_out_wherever_it_lies(tmp_path: Path) -> None:
+    root, wal = tmp_path / "data", tmp_path / "wal"
+    for folder in (root / "base", wal / "archive_status", wal / "own"):
+        folder.mkdir(parents=True)
+    (wal / "000000010000000000000001").write_bytes(b"wal")
+    (root / "pg_wal").symlink_to(wal)
+    (root / "pg_stat_tmp").symlink_to(wal)
+    found = {each.path: each.folder for each in walk(root, 17)}
+    emptied = ("base", "pg_stat_tmp", "pg_wal", "pg_wal/archive_status", "pg_wal/summaries")
+    assert found == dict.fromkeys(emptied, True)
 
 
 def test_the_segments_of_a_large_relation_are_files_of_their_own(tmp_path: Path) -> None:

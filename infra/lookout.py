@@ -24,7 +24,7 @@ from infra.holdings import Holding, together
 from infra.postgres.kept import Kept
 from infra.recoverable import Moments, Recoverable, read_moments, recoverable
 from infra.settings import Settings
-from infra.standing import DestinationStatus, Status, judge_absent, stopped_by
+from infra.standing import DestinationStatus, Status, brief, judge_absent, stopped_by
 from infra.status import GRACE, Outside, destination_status, look_outside, places_of_backups, status_of
 from infra.wiring import Site
 from pipeline.contracts import Buffer, Clock, Fetched
@@ -86,7 +86,7 @@ class Lookout:
     def heard(self, notice: Notice) -> None:
         """A listener of the pipeline."""
         if isinstance(notice, DestinationFailed):
-            self._refused[notice.destination] = notice.fact
+            self._refused[notice.destination] = brief(notice.fact)
         elif isinstance(notice, StreamStarted | StreamLost):
             self._changed.set()
 
@@ -99,7 +99,7 @@ class Lookout:
 
     def waits(self, why: str) -> None:
         """No repository is open, and nothing is shipped, because of that."""
-        self._waits, self._site, self._uploader, self._outside = why, None, None, None
+        self._waits, self._site, self._uploader, self._outside = brief(why), None, None, None
 
     async def run(self, site: Site, uploader: Uploader) -> None:
         """Look, until cancelled."""
@@ -144,9 +144,9 @@ class Lookout:
             reading = read_moments(catalog, _FromThread(fetch), self._moments, opened=opened)
             try:
                 # It goes through whole segments, and the service's loop has commits to answer.
-                self._unread = tuple(await asyncio.to_thread(asyncio.run, reading))
+                self._unread = tuple(map(brief, await asyncio.to_thread(asyncio.run, reading)))
             except WalshipError as error:
-                self._unread = (error.fact,)
+                self._unread = (brief(error.fact),)
             self._stored = recoverable(catalog, places_of_backups(holdings), until=None, moments=self._moments)
 
     def _lags(self) -> dict[str, float | None]:

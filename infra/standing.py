@@ -16,8 +16,17 @@ from infra.sources.spool import SpoolState
 
 #: Waiting longer than this in the spool is no longer a passing queue.
 SLOW = timedelta(minutes=2)
+#: Most characters of what a server, a store or a stored object has said. Nobody reads more, and whoever can write there
+#: decides how much it is.
+_MOST_SAID = 500
 
 State = Literal["safe", "lagging", "at_risk", "unsafe", "unknown"]
+
+
+def brief(said: str) -> str:
+    """The words of somebody outside, as far as they are shown: on one line, and nothing that commands a terminal."""
+    shown = "".join(each if each.isprintable() else " " for each in said[:_MOST_SAID])
+    return shown if len(said) <= _MOST_SAID else f"{shown}…"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from infra.postgres.sync import meaning
 from infra.recoverable import Moments, Recoverable, read_moments, recoverable
 from infra.settings import Settings
 from infra.sources.spool import SpoolState, holder, look_at_spool
-from infra.standing import DestinationStatus, Status, StreamStatus
+from infra.standing import DestinationStatus, Status, StreamStatus, brief
 from infra.storage.lease import newest
 from infra.wiring import Site
 from pipeline.contracts import Store
@@ -154,11 +154,11 @@ def status_of(
     return Status(
         system_id=site.facts.system_id,
         now=outside.now,
-        server_error=outside.server_error,
+        server_error=brief(outside.server_error),
         current_lsn=str(server.wal_lsn) if server else None,
         timeline=server.timeline if server else None,
         spool=outside.spool,
-        spool_error=outside.spool_error,
+        spool_error=brief(outside.spool_error),
         service=outside.service,
         service_words=service_words,
         stream=stream,
@@ -253,7 +253,7 @@ def _stream(server: ServerFacts, stream: StreamFacts, settings: Settings, flushe
 def destination_status(holding: Holding, server: ServerFacts | None) -> DestinationStatus:
     """One destination, by its listing and what the server said at that time."""
     if holding.error:
-        return DestinationStatus(holding.name, holding.required, error=holding.error)
+        return DestinationStatus(holding.name, holding.required, error=brief(holding.error))
     catalog, newest = holding.catalog, holding.newest
     timeline = holding.timeline(server.timeline if server else None)
     runs = catalog.segments.get(timeline)
@@ -270,7 +270,7 @@ def destination_status(holding: Holding, server: ServerFacts | None) -> Destinat
         holes=sum(hole.count for hole in catalog.holes()),
         last_backup=newest.name if newest else "",
         backups=len(catalog.backups),
-        problems=holding.problems(timeline),
+        problems=tuple(map(brief, holding.problems(timeline))),
     )
 
 

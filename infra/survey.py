@@ -23,6 +23,7 @@ from typing import Any
 
 import structlog
 
+from handlers.fetch import Fetcher
 from handlers.serve_wal import WalServer
 from infra.holdings import Holding, Known, hold
 from infra.monitoring.metrics import Metrics
@@ -39,6 +40,7 @@ from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog
 from pipeline.contracts import Clock, Store
 from pipeline.errors import IntegrityError, RecoveryError, SourceError, StoreError
+from pipeline.lineage import Lineage, WalPath
 from pipeline.wal import Lsn, WalFile
 from pipeline.walmarks import transactions
 from pipeline.walrecords import Payload
@@ -164,8 +166,8 @@ class Survey:
         self._metrics = metrics
         self._listed = listed
         self._known: Known = {}
-        #: destination → end of the WAL there, when the last transaction was looked for.
-        self._ends: dict[str, Lsn] = {}
+        #: destination → end of the WAL there, when the last transaction was looked for, and when that one ended.
+        self._found: dict[str, tuple[Lsn, float | None]] = {}
 
     async def run(self) -> None:
         """List them now and then; each by itself, so that one that hangs holds up no other."""
@@ -220,18 +222,25 @@ class Survey:
             timeline = backup.timeline
         lineage = holding.catalog.lineage(timeline)
         path = holding.catalog.wal_path(lineage, backup.start_lsn)
-        if self._ends.get(store.name) == path.end:
-            return
-        server, size = WalServer(self._site.fetch, lineage), lineage.segment_size
-        moment = None
+        end, moment = self._found.get(store.name, (None, None))
+        if end != path.end:
+            moment = await self._last_moment(store, lineage, path, backup.stop_lsn)
+            self._found[store.name] = path.end, moment
+        self._metrics.readings.last_commit_read(store.name, moment)
+
+    async def _last_moment(self, store: Store, lineage: Lineage, path: WalPath, begin: Lsn) -> float | None:
+        """When the last transaction behind ``begin`` ended, by what is stored there and nowhere else."""
+        fetch = Fetcher([store], self._site.chain, self._site.facts.system_id)
+        server, size = WalServer(fetch, lineage), lineage.segment_size
         for file in islice(path.backwards(), _SEGMENTS):
-            if file.end(size) <= backup.stop_lsn or moment is not None:
+            if file.end(size) <= begin:
                 break
             content = await server.read(file.name)
             if content is not None:
-                moment = await asyncio.to_thread(_last, bytes(content), file, size, backup.stop_lsn, path.end)
-        self._metrics.readings.last_commit_read(store.name, moment)
-        self._ends[store.name] = path.end
+                moment = await asyncio.to_thread(_last, bytes(content), file, size, begin, path.end)
+                if moment is not None:
+                    return moment
+        return None
 
 
 def _nothing(store: Store, site: Site, error: str, *, required: bool) -> Holding:

@@ -56,6 +56,10 @@ _Streaming: TypeAlias = (
 )
 
 
+#: Most characters of one value of a line.
+_MOST = 10_000
+
+
 def configure(*, plain: bool = False) -> None:
     """Set up logging for this process: everything from INFO on.
 
@@ -71,7 +75,7 @@ def configure(*, plain: bool = False) -> None:
         last = [stamp, structlog.processors.JSONRenderer()]
     _take_over()
     structlog.configure(
-        processors=[structlog.processors.add_log_level, _without_empty_hint, *last],
+        processors=[structlog.processors.add_log_level, _without_empty_hint, _within_bounds, *last],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
@@ -84,11 +88,21 @@ def _without_empty_hint(_logger: Any, _method: str, event: MutableMapping[str, A
     return event
 
 
-def _on_one_line(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What a server or a store has answered may have several; a traceback, which nobody foresaw, keeps them."""
+def _within_bounds(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A server, a store or a stored object may have said megabytes; the end of a traceback says what it was."""
     for key, value in event.items():
-        if isinstance(value, str) and key != "exception":
-            event[key] = "\\n".join(value.splitlines())
+        if isinstance(value, str) and len(value) > _MOST:
+            event[key] = f"…{value[-_MOST:]}" if key == "exception" else f"{value[:_MOST]}…"
+    return event
+
+
+def _on_one_line(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What a server or a store has answered may have several, or command the terminal; a traceback, which nobody
+    foresaw, stays as it is.
+    """
+    for key, value in event.items():
+        if isinstance(value, str) and key != "exception" and not value.isprintable():
+            event[key] = "".join(each if each.isprintable() else repr(each)[1:-1] for each in value)
     return event
 
 

@@ -32,6 +32,7 @@ try:
     raise KeyError("unforeseen")
 except KeyError:
     logging.getLogger("asyncio").exception("a task has failed")
+log.warning("too_much", error="x" * 2_000_000, colour="\\x1b[31m")
 """
 
 
@@ -56,19 +57,20 @@ def said(*, terminal: bool = False, plain: bool = False, **environment: str) -> 
 
 def test_in_a_file_each_line_is_json() -> None:
     lines = [json.loads(line) for line in said().splitlines()]
-    assert [line["event"] for line in lines] == ["shipped", "not_shipped", "library", "library"]
+    assert [line["event"] for line in lines] == ["shipped", "not_shipped", "library", "library", "too_much"]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", line["timestamp"]) for line in lines)
-    assert [line["level"] for line in lines] == ["info", "error", "warning", "error"]
+    assert [line["level"] for line in lines] == ["info", "error", "warning", "error", "warning"]
     assert lines[0]["what"] == "000000010000000000000007"
     assert "hint" not in lines[0]
     assert (lines[1]["error"], lines[1]["hint"], lines[1]["retry_in"]) == ("the server said:\nno", "ask it", 2.0)
     assert (lines[2]["source"], lines[2]["said"]) == ("some.library", "the pool is full")
     assert "KeyError: 'unforeseen'" in lines[3]["exception"]
+    assert lines[4]["error"] == "x" * 10_000 + "…"
 
 
 def test_on_a_terminal_each_line_is_an_event_and_its_values() -> None:
     text = said(terminal=True, NO_COLOR="1")
-    assert "\x1b" not in text
+    assert "\x1b" not in text, "also where it comes from outside"
     shipped, failed, library, *_ = text.splitlines()
     assert re.search(r"\[info +\] shipped +what=000000010000000000000007$", shipped)
     assert re.search(
@@ -82,7 +84,7 @@ def test_of_a_command_each_line_is_for_people() -> None:
     lines = said(plain=True).splitlines()
     assert lines[0] == "info: shipped what='000000010000000000000007'"
     assert lines[1] == r"error: not_shipped error='the server said:\nno' hint='ask it' retry_in=2.0"
-    assert len(lines) == 4
+    assert len(lines) == 5
 
 
 @pytest.mark.parametrize("destination", ["s3", "file"])

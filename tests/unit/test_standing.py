@@ -10,7 +10,7 @@ import pytest
 
 from infra.recoverable import Backup, Recoverable, Stretch
 from infra.sources.spool import SpoolState
-from infra.standing import DestinationStatus, State, Status, judge, judge_absent, stopped_by
+from infra.standing import DestinationStatus, State, Status, brief, judge, judge_absent, stopped_by
 
 NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
 NEAR = DestinationStatus("file:///near", required=True, durable_lsn="0/9", lag_bytes=0, last_backup="base", backups=1)
@@ -76,6 +76,11 @@ def test_what_is_wrong_decides(changed: dict[str, object], state: State, word: s
 def test_a_destination_is_named_once() -> None:
     status = replace(WELL, destinations=(replace(NEAR, error="file:///near has no repository.json"), FAR))
     assert status.reasons == ("file:///near has no repository.json",)
+
+
+def test_words_from_outside_are_kept_short_and_on_one_line() -> None:
+    assert brief("the store said:\n\x1b[2Jno") == "the store said:  [2Jno"
+    assert brief("<b>x</b>" * 250_000) == f"{('<b>x</b>' * 63)[:500]}…"
 
 
 def test_where_nothing_was_looked_at_nothing_is_safe() -> None:

@@ -150,6 +150,8 @@ class _Backup:
         self._stored = 0
         #: Objects under way, oldest first, each with the list that its digest belongs in.
         self._under_way: deque[tuple[asyncio.Task[Shipped], list[str]]] = deque()
+        #: Parts that were sent: room for others.
+        self._spare: list[bytearray] = []
 
     @property
     def begun(self) -> bool:
@@ -257,15 +259,27 @@ class _Backup:
             if isinstance(item, Entry):
                 await self._list(archive, item)
         view = memoryview(message.data)
-        while view:
-            room = PART_SIZE - len(archive.filling)
-            archive.filling += view[:room]
-            view = view[room:]
-            if len(archive.filling) == PART_SIZE:
-                await self._part(archive)
+        if len(view) == PART_SIZE and not archive.filled:
+            await self._part(archive, view, message.free)  # a part as it is: nothing is copied
+        else:
+            await self._gather(archive, view)
+            if message.free is not None:
+                message.free()
         self._done += len(message.data)
         if self._done - self._reported >= _REPORT_EVERY:
             self._tell(archive.name)
+
+    async def _gather(self, archive: _Archive, view: memoryview) -> None:
+        while view:
+            if archive.filling is None:
+                # Used again and again: to get 16 MiB anew from the kernel takes longer than to fill it.
+                archive.filling = self._spare.pop() if self._spare else bytearray(PART_SIZE)
+            taken = min(PART_SIZE - archive.filled, len(view))
+            archive.filling[archive.filled : archive.filled + taken] = view[:taken]
+            archive.filled += taken
+            view = view[taken:]
+            if archive.filled == PART_SIZE:
+                await self._gathered(archive)
 
     async def _list(self, archive: _Archive, entry: Entry) -> None:
         for line in slices(archive.name, entry):
@@ -286,21 +300,28 @@ class _Backup:
         if not archive.closed:
             archive.tar.finish()
             archive.closed = True
-            if archive.filling:
-                await self._part(archive)
+            if archive.filled:
+                await self._gathered(archive)
 
-    async def _part(self, archive: _Archive) -> None:
-        full, archive.filling = archive.filling, bytearray()
+    async def _gathered(self, archive: _Archive) -> None:
+        """Send what was gathered."""
+        full, filled = archive.filling, archive.filled
+        assert full is not None
+        archive.filling, archive.filled = None, 0
+        await self._part(archive, memoryview(full)[:filled], lambda: self._spare.append(full))
+
+    async def _part(self, archive: _Archive, plain: memoryview, free: Callable[[], None] | None) -> None:
         archive.begun += 1
-        await self._send(part_key(self.name, archive.name, archive.begun), full, archive.parts)
+        await self._send(part_key(self.name, archive.name, archive.begun), plain, archive.parts, free)
 
-    async def _send(self, name: str, plain: Buffer, digests: list[str]) -> None:
+    async def _send(self, name: str, plain: Buffer, digests: list[str], free: Callable[[], None] | None = None) -> None:
         """Ship behind the others. Waits while too much is under way, and so slows the server down."""
         while len(self._under_way) >= self._in_flight:
             await self._settle_oldest()
-        self._under_way.append((asyncio.create_task(self._store(name, plain)), digests))
+        self._under_way.append((asyncio.create_task(self._store(name, plain, free)), digests))
 
-    async def _store(self, name: str, plain: Buffer) -> Shipped:
+    async def _store(self, name: str, plain: Buffer, free: Callable[[], None] | None) -> Shipped:
+        """``free`` is called once ``plain`` is not needed any more: its sender may wait for that, and we for him."""
         try:
             return await self._ship(name, plain, backup=self._id)
         except ObjectConflict as error:
@@ -309,6 +330,9 @@ class _Backup:
                 f"{name} exists already, from another backup that began in the same second: {error.fact}",
                 hint="take the backup again",
             ) from None
+        finally:
+            if free is not None:
+                free()
 
     async def _settle_oldest(self) -> None:
         """In order of sending, so that digests are in order too."""
@@ -333,7 +357,9 @@ class _Archive:
     def __init__(self, name: str) -> None:
         self.name = name
         self.tar = TarReader(name)
-        self.filling = bytearray()
+        #: The part that is gathered, if any is, and how much of it is there.
+        self.filling: bytearray | None = None
+        self.filled = 0
         #: Parts sent, and the digests of those that are safe.
         self.begun = 0
         self.parts: list[str] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -53,9 +54,11 @@ class ArchiveBegan:
 class ArchiveData:
     """The next bytes of an archive."""
 
-    data: bytes
+    data: bytes | memoryview
     #: Empty: the one that began last.
     archive: str = ""
+    #: To be called once ``data`` is not needed any more, if it is there: the sender waits for the room.
+    free: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One worker of a local base backup: files in, a tar stream out, in pieces of a few MiB. Blocking: for a thread.
+"""One worker of a local base backup: files in, a tar stream out, in pieces of 16 MiB. Blocking: for a thread.
 
 Nothing stops because a file changes while it is read: the WAL repairs it. What a file has grown by since its header is
 left out, what it has lost is filled with zeros, and one that is gone before it was opened was dropped.
@@ -6,11 +6,13 @@ left out, what it has lost is filled with zeros, and one that is gone before it 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import queue
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from crc32c import crc32c
@@ -18,6 +20,8 @@ from crc32c import crc32c
 from handlers.pages import PAGE, bad_pages
 from infra.postgres.damage import Damage
 from infra.postgres.datadir import Found
+from pipeline.backup import ArchiveData
+from pipeline.catalog import PART_SIZE
 from pipeline.errors import SourceError
 from pipeline.make_manifest import ManifestMaker
 from pipeline.tar import BLOCK, EntryKind, header
@@ -25,6 +29,8 @@ from pipeline.wal import Lsn
 
 #: Most bytes that are read at a time, whole pages.
 _READ = 1 << 20
+#: Seconds between looks whether it was stopped, while there is no room.
+_LOOK = 0.1
 
 
 @dataclass(slots=True)
@@ -40,11 +46,30 @@ class Copy:
     damaged: list[Damage] = field(default_factory=list)
     #: Waits until so many bytes may be read, or it was stopped.
     pace: Callable[[int, threading.Event], None] = lambda _size, _stop: None
-    #: Bytes of a piece, about; whole pages.
-    piece: int = 4 << 20
+    #: Bytes of a piece; whole pages. By default what becomes a part as it is.
+    piece: int = PART_SIZE
+    #: Pieces that there may be at a time: being filled, and with whoever takes them.
+    pieces: int = 4
     #: Set when nobody wants more of it: a thread cannot be cancelled.
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _spare: queue.SimpleQueue[bytearray] = field(default_factory=queue.SimpleQueue)
+    _made: int = 0
+
+    def room(self) -> bytearray | None:
+        """For one piece, to be given back with ``free``. Waits for it; None if it was stopped meanwhile."""
+        with self._lock:
+            new = self._spare.empty() and self._made < self.pieces
+            self._made += new
+        if new:
+            return bytearray(self.piece)
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                return self._spare.get(timeout=_LOOK)
+        return None
+
+    def free(self, room: bytearray) -> None:
+        self._spare.put(room)
 
     def add(self, path: str, size: int, mtime: int, crc: int) -> None:
         """A file has been read."""
@@ -80,17 +105,13 @@ class Stream:
         self._copy = copy
         self._prefix = prefix
         self._pieces = self._all()
+        #: The piece that is gathered, if any is, and how much of it is there.
+        self._room: bytearray | None = None
+        self._filled = 0
 
-    def next(self) -> bytes:
-        """The next piece; empty when there are no more files. Raises SourceError for a file that cannot be read."""
-        gathered: list[bytes] = []
-        size = 0
-        for piece in self._pieces:
-            gathered.append(piece)
-            size += len(piece)
-            if size >= self._copy.piece:
-                break
-        return b"".join(gathered)
+    def next(self) -> ArchiveData | None:
+        """The next piece; None when there are no more files. Raises SourceError for a file that cannot be read."""
+        return next(self._pieces, None)
 
     def content(self, path: str, data: bytes, like: os.stat_result, mtime: int) -> bytes:
         """A file that is no file yet, as a piece: with the owner and mode of another one."""
@@ -98,7 +119,7 @@ class Stream:
         front = header(path, EntryKind.FILE, size=len(data), mode=0o600, mtime=mtime, uid=like.st_uid, gid=like.st_gid)
         return front + data + bytes(-len(data) % BLOCK)
 
-    def _all(self) -> Iterator[bytes]:
+    def _all(self) -> Iterator[ArchiveData]:
         try:
             for found in self._files:
                 if self._copy.stop.is_set():
@@ -113,13 +134,44 @@ class Stream:
                 hint="walship has to run as the server's user to read the data directory; the disk's log may tell"
                 " more. WALSHIP_DATA_DIR unset takes the backup through the server instead",
             ) from None
+        if self._filled:
+            yield self._piece()
 
-    def _folder(self, found: Found) -> Iterator[bytes]:
-        yield header(
-            found.path, EntryKind.DIRECTORY, size=0, mode=found.mode, mtime=found.mtime, uid=found.uid, gid=found.gid
-        )
+    def _piece(self) -> ArchiveData:
+        """What was gathered."""
+        room, filled = self._room, self._filled
+        assert room is not None
+        self._room, self._filled = None, 0
+        return ArchiveData(memoryview(room)[:filled], self.archive, lambda: self._copy.free(room))
 
-    def _file(self, found: Found) -> Iterator[bytes]:
+    def _rest(self) -> memoryview:
+        """Where the next bytes belong: never empty, unless it was stopped."""
+        if self._room is None:
+            self._room = self._copy.room()
+        return memoryview(self._room or b"")[self._filled :]
+
+    def _took(self, size: int) -> Iterator[ArchiveData]:
+        """So many bytes more are there."""
+        self._filled += size
+        if self._filled == self._copy.piece:
+            yield self._piece()
+
+    def _write(self, data: bytes) -> Iterator[ArchiveData]:
+        while data and (rest := self._rest()):
+            size = min(len(rest), len(data))
+            rest[:size] = data[:size]
+            data = data[size:]
+            yield from self._took(size)
+
+    def _folder(self, found: Found) -> Iterator[ArchiveData]:
+        yield from self._write(
+            header(
+                found.path, EntryKind.DIRECTORY, size=0, mode=found.mode, mtime=found.mtime, uid=found.uid,
+                gid=found.gid,
+            )
+        )  # fmt: skip
+
+    def _file(self, found: Found) -> Iterator[ArchiveData]:
         # Not blocking: what was a file when it was listed may be a pipe by now, and nobody writes to that.
         handle = os.open(found.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -127,44 +179,53 @@ class Stream:
             if not stat.S_ISREG(seen.st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file", str(found.source))
             size, mtime = seen.st_size, int(seen.st_mtime)
-            yield header(
-                found.path, EntryKind.FILE, size=size, mode=found.mode, mtime=mtime, uid=found.uid, gid=found.gid
+            yield from self._write(
+                header(
+                    found.path, EntryKind.FILE, size=size, mode=found.mode, mtime=mtime, uid=found.uid, gid=found.gid
+                )
             )
-            crc = 0
-            for piece in self._content(handle, size, found):
-                crc = crc32c(piece, crc)
-                yield piece
-            if size % BLOCK:
-                yield bytes(-size % BLOCK)
+            crc = yield from self._content(handle, size, found)
+            if self._copy.stop.is_set():
+                return
+            yield from self._write(bytes(-size % BLOCK))
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # the page cache is not ours to fill
         finally:
             os.close(handle)
         self._copy.add(self._prefix + found.path, size, mtime, crc)
 
-    def _content(self, handle: int, size: int, found: Found) -> Iterator[bytes]:
+    def _content(self, handle: int, size: int, found: Found) -> Generator[ArchiveData, None, int]:
+        """Gives the CRC-32C of what was written."""
         damaged: list[int] = []
-        most = min(_READ, self._copy.piece)
-        for offset in range(0, size, most):
-            length = min(most, size - offset)
-            self._copy.pace(length, self._copy.stop)
+        crc = offset = 0
+        while offset < size:
+            rest = self._rest()[: min(_READ, size - offset)]
+            self._copy.pace(len(rest), self._copy.stop)
             if self._copy.stop.is_set():
-                return
+                break
             try:
-                piece = _read(handle, length, offset)
+                there = _read(handle, rest, offset)
             except OSError as error:
-                raise OSError(error.errno, error.strerror, str(found.source)) from None  # pread knows no name
+                raise OSError(error.errno, error.strerror, str(found.source)) from None  # it knows no name
+            rest[there:] = bytes(len(rest) - there)
             if self._copy.checksums and found.segment is not None:
-                damaged += self._check(handle, piece, offset, found.segment)
-            yield piece + bytes(length - len(piece))
+                damaged += self._check(handle, rest[:there], offset, found.segment)
+            crc = crc32c(rest, crc)
+            offset += len(rest)
+            yield from self._took(len(rest))
         if damaged:
             self._copy.report(Damage(self._prefix + found.path, tuple(damaged)))
+        return crc
 
-    def _check(self, handle: int, piece: bytes, offset: int, segment: int) -> list[int]:
+    def _check(self, handle: int, data: memoryview, offset: int, segment: int) -> list[int]:
         """Blocks that are damaged at a second look too: the server may have been writing at the first."""
-        whole = len(piece) // PAGE * PAGE
         first = segment * self._copy.blocks
-        bad = bad_pages(memoryview(piece)[:whole], first + offset // PAGE, self._copy.start) if whole else []
+        # A page that lies across the end of a piece was not seen whole: it is looked at from the file.
+        front = -offset % PAGE
+        whole = data[front : front + (len(data) - front) // PAGE * PAGE]
+        bad = [first + offset // PAGE] if front else []
+        if whole:
+            bad += bad_pages(whole, first + (offset + front) // PAGE, self._copy.start)
         again = []
         for number in bad:
             page = os.pread(handle, PAGE, (number - first) * PAGE)
@@ -173,12 +234,9 @@ class Stream:
         return again
 
 
-def _read(handle: int, length: int, offset: int) -> bytes:
-    """So many bytes, or all there are: some file systems, and signals, cut a read short before the end of a file."""
-    piece = os.pread(handle, length, offset)
-    while piece and len(piece) < length:
-        more = os.pread(handle, length - len(piece), offset + len(piece))
-        if not more:
-            break
-        piece += more
-    return piece
+def _read(handle: int, room: memoryview, offset: int) -> int:
+    """Fill the room, or as far as the file goes: some file systems, and signals, cut a read short before its end."""
+    there = 0
+    while there < len(room) and (more := os.preadv(handle, [room[there:]], offset + there)):
+        there += more
+    return there

@@ -130,7 +130,9 @@ async def stream(
         # missing from the backup.
         tablespaces = await asyncio.to_thread(linked_tablespaces, directory)
         inside = _within(tablespaces, begun.root)
-        copy = Copy(start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks)
+        copy = Copy(
+            start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks, pieces=workers + 2
+        )
         if pace is not None:
             copy.pace = pace.wait
             # With a low limit, pieces so small that there is something to tell several times a second.
@@ -343,8 +345,8 @@ async def _mixed(streams: Sequence[Stream], copy: Copy, *, end: bool) -> AsyncGe
 
     async def work(stream: Stream) -> None:
         try:
-            while data := await asyncio.to_thread(stream.next):
-                await queue.put(ArchiveData(data, stream.archive))
+            while (message := await asyncio.to_thread(stream.next)) is not None:
+                await queue.put(message)
             if end:
                 await queue.put(ArchiveData(_END, stream.archive))
                 await queue.put(ArchiveEnded(stream.archive))

@@ -82,12 +82,16 @@ class Answer:
     value: str | None = None
     #: Whether that column is of type boolean (``t`` and ``f`` then).
     boolean: bool = False
+    #: Bytes of a value that is too long to be looked at; then ``value`` is None.
+    long: int = 0
 
     def __str__(self) -> str:
         if not self.columns:
             return "no result"
         if (self.rows, self.columns) != (1, 1):
             return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of {self.columns}"
+        if self.long:
+            return f"a value of {self.long} bytes"
         if self.value is None:
             return "null"
         return {"t": "true", "f": "false"}[self.value] if self.boolean else self.value
@@ -110,6 +114,8 @@ class Expectation:
         """Whether it is exactly one value, and that one as expected."""
         if (answer.rows, answer.columns) != (1, 1):
             return False
+        if answer.long:  # neither null nor anything that stands in a line
+            return self.kind in (Kind.NULL, Kind.TEXT) and self.operator != "="
         if self.kind is Kind.NULL:
             return (answer.value is None) == (self.operator == "=")
         if answer.value is None:

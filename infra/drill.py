@@ -22,7 +22,7 @@ from handlers.drill import Outcome, Report, State
 from infra.drill_room import Room, sweep
 from infra.postgres import programs as installed
 from infra.postgres.examine import Door, Seen, Statements, amcheck, look
-from infra.postgres.preloaded import without_workers
+from infra.postgres.preloaded import acting, without_workers
 from infra.postgres.programs import Programs
 from infra.postgres.recovery_files import inherited_value, remove_recovery_files
 from infra.postgres.restored import Started, control_data, start_restored
@@ -100,13 +100,18 @@ async def _drill(repository: Repository, order: Order, report: Report, watch: Wa
         )
         await check_place(plan, place)
         with report.step("lay down the base backup", clock):
-            # What it says is for people who go on with the directory.
-            await restore(repository, plan, place, watch=replace(watch, say=lambda _: None))
+            try:
+                # What it says is for people who go on with the directory.
+                await restore(repository, plan, place, watch=replace(watch, say=lambda _: None))
+            finally:
+                # The feed serves a drill, and nothing else; so what opens the repository is not even there when the
+                # server runs what is in the backup, nor left with --keep.
+                await asyncio.to_thread(remove_recovery_files, room.data)
         port = free_port()
         report.buffers = BUFFERS
         with report.step("start the server and replay", clock):
             started = await _start(repository, plan, programs, room, port, report, watch)
-            remove_recovery_files(room.data)  # what opens the repository is not kept with --keep
+            room.remember(started.pid)
             seen = await look(room.sockets, port, _users(order.user, room))
             report.answered(clock)
         report.server, report.newest_commit = seen.version, seen.newest_commit
@@ -131,6 +136,8 @@ async def _start(
     """The server, promoted at the target. What goes wrong is told without hints about a directory that will be gone."""
     options = await asyncio.to_thread(_options, programs, room, port)
     libraries, left_out = without_workers(inherited_value(room.data, "shared_preload_libraries"))
+    if silent := acting(libraries):
+        report.notices.append(f"loaded, and none of its workers started: {', '.join(silent)}")
     if left_out:
         options["shared_preload_libraries"] = libraries
         report.notices.append(f"not loaded, for it acts by itself: {', '.join(left_out)}")
@@ -144,6 +151,7 @@ async def _start(
                 reaches=plan.end if plan.stop.kind is TargetKind.LATEST else None,
                 log_file=room.log,
                 options=options,
+                environment=room.environment,
                 progress=watch.replay,
             )
         except (RecoveryError, SourceError) as error:

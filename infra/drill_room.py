@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from infra.postgres.leftovers import MARK, end_family, forget_memory
 from infra.postgres.processes import RunAs, dismiss, give, kill_tree, run_as, started_at, works_in
 from pipeline.errors import ConfigError, SourceError
 
@@ -52,6 +53,8 @@ class Room:
         self._who: RunAs = {}
         self._lock = -1
         self._guard: subprocess.Popen[bytes] | None = None
+        #: Process id of the server, and when it began.
+        self._server = (0, "")
         self.folder = Path()
 
     @property
@@ -70,6 +73,15 @@ class Room:
     def who(self) -> RunAs:
         """The user that the server runs as."""
         return self._who
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the server, so that whatever is started in it can be found in the end."""
+        return {MARK: str(self.folder)}
+
+    def remember(self, pid: int) -> None:
+        """The server that runs in here: its data directory, which says so too, may not outlive the checks."""
+        self._server = (pid, started_at(pid))
 
     def __enter__(self) -> Self:
         self._who = run_as()
@@ -94,7 +106,8 @@ class Room:
         if self._guard is not None:
             dismiss(self._guard)
         if not self._keep:
-            end_server(self.data)
+            end_server(self.data, self._server)
+            _end_rest(self.folder, self.data, self._server[0])
             self._remove()
 
     def _furnish(self) -> None:
@@ -162,7 +175,8 @@ def sweep(work_dir: Path) -> list[Path]:
         if not _NAME.fullmatch(entry.name) or entry.is_symlink() or not entry.is_dir():
             continue
         if entry.lstat().st_uid in owners and _abandoned(entry / _MARKER):
-            end_server(entry / "data")
+            pid = end_server(entry / "data")
+            _end_rest(entry, entry / "data", pid)
             shutil.rmtree(entry, ignore_errors=True)
             removed.append(entry)
     return removed
@@ -188,14 +202,17 @@ def _abandoned(marker: Path) -> bool:
         os.close(handle)
 
 
-def end_server(data: Path) -> None:
-    """End the server that runs on a drill's data directory, if one does: at once, for nobody needs its data."""
+def end_server(data: Path, known: tuple[int, str] = (0, "")) -> int:
+    """End the server that runs on a drill's data directory, if one does: at once, for nobody needs its data.
+
+    ``known``: its process id and when that began, if anybody remembers. Returns the process id; 0 if there was none.
+    """
     try:
         pid = int((data / "postmaster.pid").read_text("latin-1").splitlines()[0])
     except (OSError, ValueError, IndexError):
-        return
-    if pid <= 1 or not _works_on(pid, data):
-        return
+        pid = known[0]
+    if pid <= 1 or not ((pid, started_at(pid)) == known or _works_on(pid, data)):
+        return pid
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGQUIT)  # unlike SIGKILL it leaves no shared memory behind
     deadline = time.monotonic() + _GRACE
@@ -204,6 +221,15 @@ def end_server(data: Path) -> None:
     if _lives(pid):
         with contextlib.suppress(SourceError):  # a process that does not even end then holds files, and no more
             kill_tree(pid)
+    return pid
+
+
+def _end_rest(folder: Path, data: Path, pid: int) -> None:
+    """What is left of a server that has ended: see ``leftovers``."""
+    end_family(folder, data)
+    if pid:
+        with contextlib.suppress(OSError):
+            forget_memory(pid, (folder / _MARKER).stat().st_mtime)
 
 
 def _works_on(pid: int, data: Path) -> bool:

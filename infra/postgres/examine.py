@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
-from collections.abc import Callable, Sequence
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, AsyncCursor
 from psycopg.conninfo import make_conninfo
 
 from handlers.check_file import Answer
@@ -25,6 +28,7 @@ from infra.postgres.programs import Programs
 from pipeline.errors import SourceError
 
 Connection: TypeAlias = AsyncConnection[tuple[Any, ...]]
+Cursor: TypeAlias = AsyncCursor[tuple[Any, ...]]
 
 #: Settings of a role or a database would win over the server's command line; what a client brings wins over both.
 _OPTIONS = "-c statement_timeout=0 -c lock_timeout=0 -c idle_session_timeout=0 -c default_transaction_read_only=off"
@@ -34,6 +38,14 @@ _LINES = 20
 #: Databases that every cluster has, unless somebody dropped them.
 _DATABASES = ("postgres", "template1")
 _BOOLEAN = 16
+#: Seconds beside a statement's own for the server to end it.
+_GRACE = 2.0
+#: Seconds in which a server is back after a crash of its own.
+_BACK = 30.0
+#: What it says until then: refused, or let in by a server that was ending already.
+_RESTARTING = ("the database system is", "terminating connection", "closed the connection", "the connection is")
+#: Bytes of a value that is not even looked at.
+_LONG = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +126,67 @@ class Statements:
         self._door = door
         self._database = ""
         self._connection: Connection | None = None
+        #: Of the server's process that it talks to.
+        self._pid = 0
 
     async def ask(self, database: str, sql: str, timeout: float) -> Answer:
-        """What the statement gave. Raises psycopg.Error, and TimeoutError if the server does not even cancel it."""
-        connection = await self._session(database)
-        async with asyncio.timeout(timeout + 30):
-            await connection.execute(f"set statement_timeout = {max(1, round(timeout * 1000))}".encode())
-            cursor = await connection.execute(sql.encode())
+        """What the statement gave. Raises psycopg.Error, and TimeoutError if it does not end when it is cancelled."""
+        limit = f"set statement_timeout = {max(1, round(timeout * 1000))}".encode()
+        connection = await self._ready(database, limit)
+        cursor = await self._bounded(connection.execute(sql.encode()), timeout)
         result = cursor.pgresult
         assert result is not None
         if not result.nfields:
             return Answer()
         value = result.get_value(0, 0) if result.ntuples else None
+        if value is not None and len(value) > _LONG:
+            return Answer(result.ntuples, result.nfields, long=len(value))
         text = value.decode("utf-8", "replace") if value is not None else None
         return Answer(result.ntuples, result.nfields, text, boolean=result.ftype(0) == _BOOLEAN)
+
+    async def _bounded(self, answer: Awaitable[Cursor], timeout: float) -> Cursor:
+        """PostgreSQL ends a statement after ``timeout`` seconds. One that catches that is ended with its session."""
+        ended = False
+
+        def end() -> None:
+            nonlocal ended
+            ended = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGTERM)
+
+        loop = asyncio.get_running_loop()
+        last = loop.call_later(timeout + _GRACE, end)
+        try:
+            # And what does not even hear a signal, a program that it waits for, is waited for no more.
+            async with asyncio.timeout(timeout + 2 * _GRACE):
+                return await answer
+        except psycopg.Error:
+            if ended:
+                raise TimeoutError from None
+            raise
+        finally:
+            last.cancel()
+
+    async def _ready(self, database: str, limit: bytes) -> Connection:
+        """What was asked before may have ended this session, or all of them: the server is back in a moment."""
+        deadline = time.monotonic() + _BACK
+        while True:
+            try:
+                connection = await self._session(database)
+                await connection.execute(limit)
+            except psycopg.OperationalError as error:
+                await self.close()
+                if time.monotonic() > deadline or not any(words in str(error) for words in _RESTARTING):
+                    raise
+            else:
+                return connection
+            await asyncio.sleep(0.1)
 
     async def _session(self, database: str) -> Connection:
         if self._connection is None or self._connection.closed or database != self._database:
             await self.close()
             self._connection = await self._door.connect(database)
+            self._pid = self._connection.info.backend_pid
             self._database = database
         return self._connection
 

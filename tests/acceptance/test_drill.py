@@ -299,7 +299,11 @@ def test_another_machine_and_pages_that_were_damaged_at_the_source(work: Path) -
             assert server.log(1 << 20).count("connection received") == connections, "nobody asks the source"
             rig.sql("alter system set shared_preload_libraries = 'not_installed_here'")
             rig.json("backup")
-            report, markdown, _ = rehearse(rig, work, expect=13)
+            report, markdown, _ = rehearse(rig, work, "--keep", expect=13)
+            (kept,) = work.glob("walship-drill-*")
+            assert (kept / "server.log").exists()
+            assert not (kept / "data" / FOLDER / CONTEXT).exists(), "nothing that opens the repository is left there"
+            shutil.rmtree(kept)
             assert 'could not access file "not_installed_here"' in report["server_log"]
             assert "--force" not in report["error"]["hint"], "its directory is gone"
             assert "    " + report["server_log"].splitlines()[-1] in markdown

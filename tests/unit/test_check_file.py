@@ -162,3 +162,18 @@ def test_the_documents_show_files_that_are_read() -> None:
     sample = (docs / "drill-sample.md").read_text("utf-8")
     for check in parse((docs / "drill-checks.sql").read_text("utf-8"), "drill-checks.sql"):
         assert f"| {check.name} | passed | {check.database} | {check.expected or 'runs without an error'} |" in sample
+
+
+def test_a_value_that_is_too_long_to_look_at_is_nothing_that_stands_in_a_line() -> None:
+    answer = Answer(1, 1, long=300_000_000)
+    assert str(answer) == "a value of 300000000 bytes"
+    for expected, met in (
+        ("7", False),
+        ("<> 7", False),
+        ("'x'", False),
+        ("<> 'x'", True),
+        ("null", False),
+        ("true", False),
+    ):
+        assert parse_expectation(expected).met_by(answer) == met, expected
+    assert parse_expectation("<> null").met_by(answer)

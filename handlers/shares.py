@@ -92,11 +92,13 @@ async def share_out(plan: RestorePlan, destinations: Sequence[Store]) -> Shares:
 
 
 def check_complete(found: Shares, backup: BackupInfo) -> None:
-    """Raises IntegrityError for the first object of the backup that no destination has."""
+    """Raises IntegrityError for the first object that no destination has: of the backup, or of what it builds on."""
     if found.missing:
+        owner = found.missing[0].split("/")[1]
+        builds = "" if owner == backup.name else f", and {backup.name} builds on it"
         more = f", and {len(found.missing) - 1} more" if len(found.missing) > 1 else ""
         raise IntegrityError(
-            f"{found.missing[0]}{more} is missing from every destination: backup {backup.name} is not complete",
+            f"{found.missing[0]}{more} is missing from every destination: backup {owner} is not complete{builds}",
             hint="choose another one with --backup; `walship list` shows them, and what each can reach",
         )
 

@@ -81,6 +81,24 @@ def test_a_damaged_backup_of_the_chain_spoils_those_behind_it(rig: Rig) -> None:
         assert verdicts[last]["broken_parent"] == middle
     finally:
         part.write_bytes(content)
+    # Gone at all: what is missing is named, of whichever backup it is.
+    aside = part.with_name("aside")
+    part.rename(aside)
+    try:
+        refused = rig.run("restore", "--backup", last, "--target-dir", str(rig.target()), expect=12)
+        assert f"base/{middle}/data/base/00000001" in refused.stderr
+        assert f"backup {middle} is not complete, and {last} builds on it" in refused.stderr
+    finally:
+        aside.rename(part)
+    (manifest,) = (rig.folder / "store").glob(f"*/base/{last}/backup_manifest")
+    aside = manifest.rename(manifest.with_name("aside"))
+    try:
+        refused = rig.run("backup", "--incremental", expect=12)
+        assert f"base/{last}/backup_manifest" in refused.stderr
+        assert f"{last} is not complete" in refused.stderr
+        assert "take a full one: walship backup" in refused.stderr
+    finally:
+        aside.rename(manifest)
 
 
 def test_a_chain_is_rescued_without_walship(rig: Rig) -> None:

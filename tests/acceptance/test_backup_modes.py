@@ -283,5 +283,5 @@ def test_every_mode_brings_the_cluster_back(folder: Path, major: int) -> None:
                 ((number,),) = server.query(_SEQUENCE, dbname="wide")
                 assert drawn <= number <= drawn + 32, mode
                 assert server.query("select count(*) from unlogged", dbname="wide") == [(0,)]
-                server.run("pg_amcheck", "-d", "wide", "-d", "made", "--install-missing", "-h", server.host,
+                server.run("pg_amcheck", "--all", "--install-missing", "-h", server.host,
                            "-p", str(server.port), "-U", "postgres")  # fmt: skip

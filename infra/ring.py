@@ -264,6 +264,22 @@ def read_data_key(ring: Ring | Writer, key_id: str, content: bytes) -> SealedKey
     return SealedKey(key_id, members["ring"], from_hex(name, "sealed", members["sealed"]), maker[1])
 
 
+def unlisted_maker(ring: Ring, key_id: str, content: bytes) -> int | None:
+    """Which of ``ring.former`` a data key was made under that is not listed there; None for all others.
+
+    A writer made it just as the repository's key was replaced; or somebody who has the former writer secret did, later:
+    only people can tell. Raises IntegrityError for what is no data key of that name.
+    """
+    name = data_key_name(key_id)
+    line, mac = two_lines(name, content)
+    for place, old in enumerate(ring.former):
+        if key_id not in old.data_keys and is_mac(derive(old.writer_secret, "data key"), line, mac):
+            members = read_members(name, line, _DATA)
+            if (members["id"], members["system_id"]) == (key_id, ring.system_id):
+                return place
+    return None
+
+
 def open_data_key(ring: Ring, key: SealedKey) -> DataKey:
     """The data key itself. Raises IntegrityError if it was sealed to another repository key."""
     name = data_key_name(key.id)

@@ -31,6 +31,7 @@ VERBS = {
     "drill": "Restore into a throw-away server, check it, and report.",
     "verify": "Check stored bytes, and look for holes in the WAL.",
     "history": "What was done to the repository, and how it ended.",
+    "key": "Who may read the repository: passphrases, recipients, and hosts that only write.",
     "fetch-wal": "Fetch one WAL file (what restore_command calls).",
     "demo": "All of it, on an embedded server, in about a minute.",
 }

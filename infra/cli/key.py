@@ -28,8 +28,8 @@ from pipeline.errors import ConfigError
 _FILE = click.Path(path_type=Path)
 #: Said after every change but one that replaces the repository's key.
 _STAYS = (
-    "the rings before stay in the bucket: who had a secret that opened one, and can read the bucket, still opens it, and"
-    " reads all that is stored and will be. If a passphrase or a private key has leaked, replace the"
+    "the rings before stay in the bucket: who had a secret that opened one, and can read the bucket, still opens it,"
+    " and reads all that is stored and will be. If a passphrase or a private key has leaked, replace the"
     " repository's key: walship key rotate --new-repository-key"
 )
 #: Said once another passphrase stands in the place of the one at hand.

@@ -7,8 +7,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from handlers.target_walk import read_file
+
 #: ``system_identifier`` is the first member of ``ControlFileData`` (``catalog/pg_control.h``), in the machine's order.
 _SYSTEM_ID = 8
+#: Bytes of a PG_VERSION, at most.
+_VERSION = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +43,18 @@ def occupant(folder: Path) -> Occupant:
             except FileNotFoundError:
                 continue
             files += 1
-    return Occupant(folder, files, size, _read(folder / "PG_VERSION").decode("ascii", "replace").strip(), _id(folder))
+    return Occupant(
+        folder, files, size, _read(folder / "PG_VERSION", _VERSION).decode("ascii", "replace").strip(), _id(folder)
+    )
 
 
 def _id(folder: Path) -> str:
-    content = _read(folder / "global/pg_control")[:_SYSTEM_ID]
+    content = b"" if (folder / "global").is_symlink() else _read(folder / "global/pg_control", _SYSTEM_ID)
     return str(int.from_bytes(content, sys.byteorder)) if len(content) == _SYSTEM_ID else ""
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, most) or b""
     except OSError:
         return b""

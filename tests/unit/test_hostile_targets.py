@@ -1,0 +1,393 @@
+"""What may lie where a restore goes: links, pipes, other file systems, marks of restores that were killed.
+
+Nothing outside the folders is read, written, given away or removed, and nothing hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from handlers.fetch import Fetcher
+from handlers.occupant import occupant
+from handlers.restore import Laid, lay_down
+from handlers.target_dir import CONTROL, MARKER, look
+from pipeline.backup import BackupInfo, Tablespace
+from pipeline.errors import ConfigError, RecoveryError
+from tests.laying import PART, VERSION, cluster, store
+from tests.parts import Shelf
+from tests.unit.test_full_disk import small_disk
+
+
+async def lay(
+    shelf: Shelf, info: BackupInfo, directory: Path, moves: dict[str, str] | None = None, *, force: bool = False,
+    delta: bool = False,
+) -> tuple[Laid, tuple[str, ...]]:  # fmt: skip
+    """Look and lay down; what there was to say."""
+    targets = look(info, directory, moves or {}, force=force, delta=delta, wal_margin=0)
+    fetch = Fetcher([shelf.store], shelf.chain, shelf.system_id)
+    return await lay_down(info, targets, fetch=fetch, complete=lambda _: None, part_size=PART), targets.notices
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """All below, as it is; nothing is opened but regular files."""
+    found = {}
+    for path in (folder, *sorted(folder.rglob("*"))):
+        about = path.lstat()
+        what = str(path.readlink()) if path.is_symlink() else path.read_bytes().hex() if path.is_file() else ""
+        found[str(path.relative_to(folder))] = f"{about.st_mode:o} {about.st_uid} {what}"
+    return found
+
+
+def is_whole(directory: Path, files: dict[str, bytes]) -> bool:
+    """Every file is there, and nothing beside but our empty folder."""
+    found = {str(path.relative_to(directory)) for path in directory.rglob("*")}
+    return found == {name.rstrip("/") for name in files} | {"backup_manifest", "pgsql_tmp.walship"} and all(
+        (directory / name).read_bytes() == content for name, content in files.items() if name[-1] != "/"
+    )
+
+
+# -- marks
+
+
+_KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from handlers import lay_seal, restore, target_dir
+from handlers.fetch import Fetcher
+from infra.storage.local import LocalStore
+from pipeline.backup import BackupInfo
+from tests.parts import Shelf
+
+folder, owner, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def kill(*_args, **_more):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr({"restore": restore, "lay_seal": lay_seal}[owner], name, kill)
+info = BackupInfo.decode("b", (folder / "info").read_bytes())
+shelf = Shelf()
+targets = target_dir.look(info, folder / "data", {}, force=True, wal_margin=0)
+fetch = Fetcher([LocalStore(folder / "store")], shelf.chain, "7")
+asyncio.run(restore.lay_down(info, targets, fetch=fetch, complete=lambda _: None, part_size=int(sys.argv[4])))
+"""
+
+
+@pytest.mark.parametrize(("owner", "name"), [("restore", "disarm"), ("lay_seal", "finish")])
+async def test_a_mark_beside_a_control_file_counts_for_nothing(tmp_path: Path, owner: str, name: str) -> None:
+    """Killed where a server can start on the directory: before anything was changed, and when all was done."""
+    shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, directory)
+    (tmp_path / "info").write_bytes(info.encode())
+    for key in shelf.names:
+        path = tmp_path / "store" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join((await shelf.store.get(key)).chunks()))
+    words = [sys.executable, "-c", _KILLED, str(tmp_path), owner, name, str(PART)]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], check=False)  # noqa: ASYNC221 - nothing else goes on
+    assert done.returncode == -signal.SIGKILL
+    assert (directory / MARKER).exists()
+    assert (directory / CONTROL).exists()
+    (directory / "base/1/999").write_bytes(b"the server was started again, and somebody works on it")
+    before = tree(directory)
+    with pytest.raises(RecoveryError, match="is not empty") as caught:
+        await lay(shelf, info, directory)
+    assert "--force" in caught.value.hint
+    assert tree(directory) == before
+    _, notices = await lay(shelf, info, directory, force=True)
+    assert any(f"{MARKER} is of a restore that" in notice for notice in notices)
+    assert is_whole(directory, files)
+
+
+# -- tablespaces of others
+
+
+async def tablespace(tmp_path: Path) -> tuple[Shelf, BackupInfo, Path, dict[str, bytes]]:
+    """A backup, laid down once, with a tablespace in ``space``."""
+    shelf, space = Shelf(), tmp_path / "space"
+    inner = {f"{VERSION}/": b"", f"{VERSION}/1": os.urandom(PART)}
+    info = await store(shelf, {"17": inner, "base": cluster()}, spaces=(Tablespace(17, str(space)),))
+    await lay(shelf, info, tmp_path / "data")
+    assert [path.name for path in space.iterdir()] == [VERSION], "no mark is left in it"
+    return shelf, info, space, inner
+
+
+@pytest.mark.parametrize("more", ["PG_16_202307071", "PG_17_202405161"])
+async def test_the_folder_of_another_version_is_never_touched(tmp_path: Path, more: str) -> None:
+    """pg_upgrade leaves the old cluster's beside the new one's, and the old cluster may run."""
+    shelf, info, space, _ = await tablespace(tmp_path)
+    (space / more).mkdir()
+    (space / more / "precious").touch()
+    before = tree(tmp_path)
+    for force, delta in ((True, False), (False, True), (True, True)):
+        with pytest.raises(RecoveryError, match=f"location of tablespace 17, {space}, holds .*{more}") as caught:
+            await lay(shelf, info, tmp_path / "data", force=force, delta=delta)
+        assert f"--tablespace-map {space}=/another/folder" in caught.value.hint
+    assert tree(tmp_path) == before
+    await lay(shelf, info, tmp_path / "data", {str(space): str(tmp_path / "elsewhere")}, force=True)
+    assert (space / more / "precious").exists()
+
+
+async def test_a_link_in_the_place_of_a_version_folder_is_refused(tmp_path: Path) -> None:
+    shelf, info, space, _ = await tablespace(tmp_path)
+    (space / VERSION).rename(tmp_path / "outside")
+    (space / VERSION).symlink_to(tmp_path / "outside")
+    with pytest.raises(RecoveryError, match="is not empty"):
+        await lay(shelf, info, tmp_path / "data", force=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="what a process does is told by /proc")
+async def test_a_tablespace_that_a_running_server_uses_is_refused(tmp_path: Path) -> None:
+    """The data directory was copied, and the links of the copy lead to the original's."""
+    shelf, info, space, inner = await tablespace(tmp_path)
+    directory, copy = tmp_path / "data", tmp_path / "copy"
+    shutil.copytree(directory, copy, symlinks=True)
+    program = tmp_path / "postgres"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"], cwd=directory) as server:  # noqa: ASYNC220 - ended here
+        try:
+            before = tree(tmp_path)
+            for moves in ({}, {str(space): str(space)}):
+                with pytest.raises(
+                    RecoveryError, match=f"in use by a running server, process {server.pid} in"
+                ) as caught:
+                    await lay(shelf, info, copy, moves, delta=True)
+                assert f"--tablespace-map {space}=/another/folder" in caught.value.hint
+            # Without a postmaster.pid, too.
+            with pytest.raises(RecoveryError, match=f"{directory} belongs to a running server, process {server.pid}"):
+                await lay(shelf, info, directory, force=True)
+            assert tree(tmp_path) == before
+        finally:
+            server.kill()
+    await lay(shelf, info, copy, {str(space): str(tmp_path / "new")}, delta=True)
+    assert (space / VERSION / "1").read_bytes() == inner[f"{VERSION}/1"]
+
+
+async def test_a_copy_of_a_data_directory_does_not_own_what_its_links_lead_to(tmp_path: Path) -> None:
+    shelf, info, space, _ = await tablespace(tmp_path)
+    directory, copy = tmp_path / "data", tmp_path / "copy"
+    (directory / "postmaster.opts").write_text(f'/usr/lib/postgresql/17/bin/postgres "-D" "{directory}" "-p" "1"\n')
+    shutil.copytree(directory, copy, symlinks=True)
+    await lay(shelf, info, directory, delta=True)
+    before = tree(tmp_path)
+    for force in (False, True):
+        with pytest.raises(
+            RecoveryError, match=f"{copy} was last started as {directory}, so it may be a copy"
+        ) as caught:
+            await lay(shelf, info, copy, force=force, delta=True)
+        assert f"--tablespace-map {space}={space} says" in caught.value.hint
+    assert tree(tmp_path) == before
+    await lay(shelf, info, copy, {str(space): str(space)}, delta=True)
+    assert (copy / "pg_tblspc/17").readlink() == space
+
+
+async def test_a_mark_does_not_speak_for_a_folder_that_was_filled_since(tmp_path: Path) -> None:
+    """The restore was given up, and a new cluster uses the folder that its mark names."""
+    shelf, info, space, _ = await tablespace(tmp_path)
+    directory = tmp_path / "data"
+    shutil.rmtree(directory)
+    shutil.rmtree(space)
+    lost = "base/b/data/base/00000003"
+    body = await shelf.store.get(lost)
+    await shelf.store.delete([lost])
+    with pytest.raises(Exception, match="not complete"):
+        await lay(shelf, info, directory)
+    assert (space / VERSION / "1").exists()
+    await shelf.store.put(lost, body)
+    await lay_interrupted_again(shelf, info, tmp_path)
+    shutil.rmtree(space)
+    (space / VERSION).mkdir(parents=True)
+    (space / VERSION / "precious").touch()
+    (directory / CONTROL).unlink()
+    with pytest.raises(RecoveryError, match=f"location of tablespace 17, {space}, is not empty"):
+        await lay(shelf, info, directory)
+    assert (space / VERSION / "precious").exists()
+
+
+async def lay_interrupted_again(shelf: Shelf, info: BackupInfo, tmp_path: Path) -> None:
+    """What was begun goes on without being told to; then its mark is put back, as if it had been killed once more."""
+    mark = (tmp_path / "data" / MARKER).read_bytes()
+    laid, _ = await lay(shelf, info, tmp_path / "data")
+    assert laid.kept > PART
+    (tmp_path / "data" / MARKER).write_bytes(mark)
+
+
+# -- names
+
+
+async def test_folders_may_be_links(tmp_path: Path) -> None:
+    shelf, files = Shelf(), cluster()
+    for name in ("disk1", "disk2"):
+        (tmp_path / name).mkdir()
+    directory, space = tmp_path / "data", tmp_path / "space"
+    directory.symlink_to(tmp_path / "disk1")
+    space.symlink_to(tmp_path / "disk2")
+    inner = {f"{VERSION}/": b"", f"{VERSION}/1": os.urandom(100)}
+    info = await store(shelf, {"17": inner, "base": files}, spaces=(Tablespace(17, str(space)),))
+    for force, delta in ((False, False), (True, False), (False, True)):
+        await lay(shelf, info, directory, force=force, delta=delta)
+        assert (tmp_path / "disk1/pg_tblspc/17").readlink() == space, "by the name that people gave it"
+        assert (tmp_path / "disk1/tablespace_map").read_text() == f"17 {space}\n"
+        assert (tmp_path / "disk2" / VERSION / "1").read_bytes() == inner[f"{VERSION}/1"]
+    assert directory.is_symlink()
+    assert space.is_symlink()
+    # Two names of one folder.
+    for place in (f"{tmp_path}/disk1", f"{tmp_path}/disk2/../data/inside"):
+        with pytest.raises(ConfigError, match="tablespace 17 and the data directory cannot share"):
+            await lay(shelf, info, directory, {str(space): place}, force=True)
+    await lay(shelf, info, directory, {str(space): f"{tmp_path}/disk2/../disk3"}, force=True)
+    assert (directory / "pg_tblspc/17").readlink() == tmp_path / "disk3"
+
+
+# -- what is no file
+
+
+#: What a restore looks at before it removes anything, or comes upon.
+PLACES = ("global/pg_control", "PG_VERSION", "postmaster.pid", "base/1/101", "extra", MARKER, "postgresql.auto.conf",
+          "postmaster.opts", "pgsql_tmp.walship", "pg_tblspc", "pg_wal")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "delta"), [("link", True), ("link to a folder", True), ("pipe", True), ("pipe", False)]
+)
+@pytest.mark.parametrize("name", PLACES)
+async def test_nothing_outside_is_touched_and_nothing_hangs(
+    tmp_path: Path, name: str, kind: str, *, delta: bool
+) -> None:
+    """It is refused, or restored; what lies outside is as it was."""
+    shelf, files, directory, outside = Shelf(), cluster(), tmp_path / "data", tmp_path / "outside"
+    for big in ("base/1/100", "base/1/101", "base/1/103", "base/5/100"):
+        files[big] = b"small"
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, directory)
+    if os.geteuid() == 0:
+        os.chown(directory, 65534, 65534)
+    path = directory / name
+    outside.mkdir(mode=0o755)
+    (outside / "incomplete.json").write_text('{"id": "1"}')
+    (outside / "17").symlink_to(outside)
+    (outside / "victim").write_bytes(path.read_bytes() if path.is_file() else b"99999999\n")
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(outside / "victim" if kind == "link" else outside)
+    before = tree(outside)
+    assert occupant(directory).files
+    refused = False
+    try:
+        await lay(shelf, info, directory, force=True, delta=delta)
+    except RecoveryError as error:
+        refused = True
+        assert error.hint  # noqa: PT017 - either is right
+    assert refused == (name == "postmaster.pid" or (name == "PG_VERSION" and kind != "link"))
+    assert refused or is_whole(directory, files)
+    assert tree(outside) == before
+
+
+async def test_a_link_to_where_wal_lies_is_told(tmp_path: Path) -> None:
+    shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, directory)
+    shutil.move(directory / "pg_wal", tmp_path / "disk")
+    (directory / "pg_wal").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/old").touch()
+    _, notices = await lay(shelf, info, directory, delta=True)
+    assert any(notice.startswith(f"{directory}/pg_wal is a link to {tmp_path}/disk: ") for notice in notices)
+    assert is_whole(directory, files)
+    assert (tmp_path / "disk/old").exists()
+
+
+# -- file systems
+
+
+@contextlib.contextmanager
+def mounted(place: Path) -> Iterator[None]:
+    with small_disk(place, 1 << 20):
+        (place / "lost+found").mkdir(mode=0o700)
+        yield
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+@pytest.mark.parametrize("delta", [False, True])
+async def test_a_mount_point_inside_stays_and_is_emptied(tmp_path: Path, *, delta: bool) -> None:
+    shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, directory)
+    shutil.rmtree(directory / "pg_wal")
+    with mounted(directory / "pg_wal"):
+        (directory / "pg_wal/000000010000000000000009").write_bytes(b"old WAL")
+        await lay(shelf, info, directory, force=True, delta=delta)
+        assert (directory / "pg_wal").is_mount()
+        assert sorted(path.name for path in (directory / "pg_wal").iterdir()) == ["archive_status", "lost+found"]
+    (directory / "extra").write_bytes(b"")
+    subprocess.run(["mount", "--bind", "/dev/null", directory / "extra"], check=True)  # noqa: ASYNC221 - quick
+    try:
+        with pytest.raises(
+            RecoveryError, match=f"{directory}/extra cannot be written: Device or resource busy"
+        ) as caught:
+            await lay(shelf, info, directory, force=True, delta=delta)
+        assert "unmount it" in caught.value.hint
+    finally:
+        subprocess.run(["umount", directory / "extra"], check=True)  # noqa: ASYNC221 - quick
+    await lay(shelf, info, directory)
+    assert is_whole(directory, files)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+async def test_what_only_root_may_look_at_is_left_alone(tmp_path: Path) -> None:
+    """The top of a file system, restored to by the server's user."""
+    shelf, files = Shelf(), cluster()
+    top = tmp_path / "top"
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, top)
+    for path in (top, *top.rglob("*")):
+        os.chown(path, 65534, 65534)
+    (top / "lost+found").mkdir(mode=0o700)
+    opened = [path for path in top.parents if path.stat().st_uid == 0 and not path.stat().st_mode & 0o005]
+    for path in opened:
+        path.chmod(0o755)
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        for delta in (False, True):
+            laid, _ = await lay(shelf, info, top, force=True, delta=delta)
+            assert bool(laid.kept) == delta
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        for path in opened:
+            path.chmod(0o700)
+    assert (top / "lost+found").stat().st_uid == 0
+    shutil.rmtree(top / "lost+found")
+    assert is_whole(top, files)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file immutable")
+async def test_a_file_that_nobody_may_remove_is_named(tmp_path: Path) -> None:
+    shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, directory)
+    stuck = directory / "base/1/stuck"
+    stuck.touch()
+    done = subprocess.run(["chattr", "+i", stuck], capture_output=True, check=False)  # noqa: ASYNC221 - quick
+    if done.returncode:
+        pytest.skip("this file system knows no immutable files")
+    try:
+        with pytest.raises(RecoveryError, match=f"{stuck} cannot be written: Operation not permitted") as caught:
+            await lay(shelf, info, directory, delta=True)
+        assert "chattr -i" in caught.value.hint
+    finally:
+        subprocess.run(["chattr", "-i", stuck], check=True)  # noqa: ASYNC221 - quick
+    await lay(shelf, info, directory)
+    assert is_whole(directory, files)

@@ -266,13 +266,13 @@ def _everything(target: Target, backup: BackupInfo, ending: Ending) -> Target:
     """All that is stored now. To pause or shut down there PostgreSQL needs a target to stop at: the last record.
 
     So does a time or an LSN that lies behind it: WAL that is shipped while the restore runs may hold the very accident
-    that the target was to leave out.
+    that the target was to leave out. PostgreSQL stops at no record in front of the backup's end, so where none is
+    stored behind that, the end itself is the target: without any it would promote, whatever the action.
     """
-    latest = target.kind is TargetKind.LATEST
-    if ending.last_record is None or ending.last_record < backup.stop_lsn:
-        return target.with_kind(TargetKind.LATEST)  # PostgreSQL refuses to stop before it is consistent
-    if latest and target.action is Action.PROMOTE:
+    if target.kind is TargetKind.LATEST and target.action is Action.PROMOTE:
         return target.with_kind(TargetKind.LATEST)
+    if ending.last_record is None or ending.last_record < backup.stop_lsn:
+        return target.with_kind(TargetKind.IMMEDIATE)
     return Target(TargetKind.LSN, lsn=ending.last_record, timeline=target.timeline, action=target.action)
 
 

@@ -37,10 +37,9 @@ def plan_lines(
         f"  backup    {backup.name} ({kind}), finished {show(backup.stopped)}, {age} ago: {human(plan.size)}",
     ]
     if plan.before:
-        names = ", ".join(before.name for before in plan.before)
-        lines.append(f"            it builds on {names}")
-    if plan.before:
-        lines.append(f"            builds on {', '.join(backup.name for backup in reversed(plan.before))}")
+        lines.append(f"            it builds on {', '.join(before.name for before in reversed(plan.before))}")
+    # The last commit is known, and not how far in front of it a time lies.
+    early = plan.stop.kind is TargetKind.TIME
     word = "WAL"
     for leg in plan.legs:
         tail = f", the last {human(leg.tail)} from tails" if leg.tail else ""
@@ -51,9 +50,9 @@ def plan_lines(
         word = ""
     if plan.goal < plan.path.end:
         lines.append(f"  {word:<9} replayed up to LSN {plan.goal}")
-    elif plan.stop.kind is TargetKind.TIME:
+    elif early:
         lines.append(f"  {word:<9} replayed up to the target, which may lie before that end")
-    lines += _fetches(found, delta=delta)
+    lines += _fetches(found, most=delta or early)
     lines += _time(plan, pace)
     for tablespace, path in targets.tablespaces:
         lines.append(f"  tablespace {tablespace.oid}: {tablespace.location} goes to {path}")
@@ -66,10 +65,9 @@ def plan_lines(
     return lines
 
 
-def _fetches(found: Shares, *, delta: bool) -> list[str]:
+def _fetches(found: Shares, *, most: bool) -> list[str]:
     """How much comes from where; a destination that serves both kinds stands once for each."""
-    most = "at most " if delta else ""
-    lines = [f"  fetches   {most}{human(found.size)}, as stored"]
+    lines = [f"  fetches   {'at most ' if most else ''}{human(found.size)}, as stored"]
     for what, shares in (("backup", found.base), ("WAL", found.wal)):
         for share in shares:
             objects = _plural(share.objects, "object")
@@ -89,10 +87,12 @@ def _time(plan: RestorePlan, pace: Pace | None) -> list[str]:
     if not pace.parts:
         return [f"  time      unknown: no part of the backup came within {pace.seconds:.0f} s"]
     base, replay = expected(plan, pace)
+    most = "at most " if plan.stop.kind is TargetKind.TIME else ""
     parts = f"{pace.parts} {_plural(pace.parts, 'part')} ({human(pace.size)})"
     speed = human(min(REPLAY_RATE, pace.rate))
+    took = f"{lasting(base)} for the backup, {most}{lasting(replay)} for the WAL"
     return [
-        f"  time      perhaps {lasting(base + replay)}: {lasting(base)} for the backup, {lasting(replay)} for the WAL",
+        f"  time      perhaps {most}{lasting(base + replay)}: {took}",
         f"            no promise: the first {parts} came at {human(pace.rate)}/s, the WAL is taken to go at {speed}/s",
     ]
 

@@ -133,6 +133,16 @@ async def test_the_plan_in_words_and_as_json() -> None:
     assert "  compares  /restored: a cluster of PostgreSQL 16, system identifier 42, 12 files, 5.0 MB" in kept
     slow = plan_lines(plan, targets, found, [], Pace(0, 0, 10.0), now, delta=False)
     assert "  time      unknown: no part of the backup came within 10 s" in slow
+    chained = replace(plan, before=(replace(plan.backup, name="full"), replace(plan.backup, name="middle")))
+    built = [line for line in plan_lines(chained, targets, found, [], None, now, delta=False) if "builds on" in line]
+    assert built == ["            it builds on middle, full"]
+    early = replace(plan, stop=Target(timeline=2).to_time(NOON))
+    lines = plan_lines(early, targets, found, [], pace, now, delta=False)
+    assert "            replayed up to the target, which may lie before that end".strip() in [
+        line.strip() for line in lines
+    ]
+    assert "  fetches   at most 1.0 MB, as stored" in lines
+    assert "  time      perhaps at most 2 s: 1 s for the backup, at most 1 s for the WAL" in lines
     facts = plan_facts(plan, targets, found, [old], pace)
     assert facts["fetches"][1] == {"kind": "wal", "destination": "far", "objects": 1, "bytes": 2048}
     assert facts["wal_timelines"][1] == {

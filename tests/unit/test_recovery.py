@@ -125,6 +125,20 @@ def test_to_pause_or_shut_down_at_the_latest_there_must_be_a_record_to_stop_at()
         assert (stop.lsn, stop.inclusive, stop.action) == (ENDING.last_record, True, target.action)
 
 
+@pytest.mark.parametrize("last", [None, Lsn(41 * SIZE + SIZE // 4)])
+def test_where_nothing_is_stored_behind_the_backup_its_end_is_where_to_stop(last: Lsn | None) -> None:
+    """PostgreSQL knows no pause without a target, and would promote; and would replay what is shipped meanwhile."""
+    ending = Ending(last, Lsn(41 * SIZE + SIZE // 2), None)
+    for action in (Action.PAUSE, Action.SHUTDOWN):
+        stop, _ = settled(Target(action=action), ending=ending)
+        assert (stop.kind, stop.action) == (TargetKind.IMMEDIATE, action)
+    for target in (Target().to_time(minutes(70)), Target().to_lsn(ending.end)):
+        stop, notice = settled(target, ending=ending)
+        assert stop.kind is TargetKind.IMMEDIATE
+        assert "restoring to that, and no further" in notice
+    assert settled(Target(), ending=ending)[0].kind is TargetKind.LATEST
+
+
 def test_a_time_in_the_future_is_refused() -> None:
     with pytest.raises(RecoveryError, match=r"in the future; the last .* ended at 2026-01-14 13:00:00 UTC") as caught:
         settled(Target().to_time(minutes(91)))

@@ -44,7 +44,7 @@ class Page:
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         while True:
-            message = await self._socket.receive_json(timeout=20)
+            message = await self._socket.receive_json(timeout=60)
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -75,7 +75,7 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def until(self, script: str, *, seconds: float = 20.0) -> Any:
+    async def until(self, script: str, *, seconds: float = 60.0) -> Any:
         """Wait until an expression is true."""
         try:
             async with asyncio.timeout(seconds):
@@ -132,7 +132,7 @@ async def browsing(program: str, folder: Path) -> AsyncIterator[Page]:
 
 
 async def _port(told: Path, browser: asyncio.subprocess.Process) -> int:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (port := await asyncio.to_thread(_read, told)) is None:
             assert browser.returncode is None, "the browser ended"
             await asyncio.sleep(0.02)

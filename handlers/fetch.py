@@ -19,7 +19,7 @@ from handlers.to_the_end import in_thread
 from pipeline.catalog import Catalog, backup_of, checked_info, info_key, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Buffer, Fetch, Fetched, Store
-from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, StoreError
+from pipeline.errors import IntegrityError, ObjectMissing, RecoveryError, Sealed, StoreError
 from pipeline.listing import Listing
 from pipeline.objects import MAX_PLAIN, TRAILER_SIZE, Header
 from pipeline.tail import Stitched
@@ -98,6 +98,8 @@ class Fetcher:
             except ObjectMissing:
                 passed_over.append((store, f"{store.name} lacks {name}"))
                 continue
+            except Sealed:
+                raise  # here it can be read nowhere
             except (StoreError, IntegrityError) as error:
                 failures.append(error)
                 passed_over.append((store, error.fact))
@@ -127,6 +129,8 @@ class Fetcher:
         known = self._learned
         try:
             return await self._read(store, expected)
+        except Sealed:
+            raise
         except IntegrityError:
             if not await self._know_more_than(known):
                 raise
@@ -142,6 +146,8 @@ class Fetcher:
         body = await store.get(expected.name)
         try:
             header, plain, digest = await in_thread(partial(self._decode, expected, body))
+        except Sealed as error:
+            raise Sealed(f"{expected.name} cannot be read: {error.fact}", hint=error.hint) from None
         except IntegrityError as error:
             raise IntegrityError(f"{store.name}: {error.fact}", hint=error.hint) from None
         finally:
@@ -235,6 +241,8 @@ async def read_catalog(
         try:
             fetched = await fetch(wal_key(file), most=_MOST_HISTORY)
             listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
+        except Sealed:
+            listing.add_history(file.timeline, ())  # by itself, then
         except (IntegrityError, StoreError) as error:
             listing.unreadable_history(file.timeline, error.fact)
     size = listing.segment_size or segment_size or await _measured(listing, fetch) or SEGMENT_SIZES[4]
@@ -255,6 +263,8 @@ async def _join(listing: Listing, destinations: Sequence[Store], fetch: Fetch, f
             made = await fetch.tail(file, size, lenient=True)
         except ObjectMissing as error:
             fact = error.fact
+        except Sealed:
+            return  # how far they reach, who can read tells
         except StoreError as error:
             listing.problem(f"the tails of segment {file} cannot be read: {error.fact}")
             return
@@ -300,6 +310,8 @@ async def _read_info(listing: Listing, fetch: Fetch, name: str) -> None:
         listing.add_backup(info)
     except ObjectMissing:
         return  # being taken, or never finished
+    except Sealed:
+        listing.add_sealed(name)
     except (IntegrityError, StoreError) as error:
         listing.problem(f"backup {name} cannot be used: {error.fact}")
 

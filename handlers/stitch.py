@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.contracts import Fetched, Store
-from pipeline.errors import IntegrityError, ObjectMissing, StoreError
+from pipeline.errors import IntegrityError, ObjectMissing, Sealed, StoreError
 from pipeline.tail import HASH_SIZE, Stitched, TailName, TailPart, stitch, tail_folder
 from pipeline.wal import WalFile
 
@@ -115,9 +115,12 @@ class _Reading:
     async def all(self, names: Sequence[TailName]) -> None:
         self.tried.update(names)
         gate = asyncio.Semaphore(_WIDTH)
-        async with asyncio.TaskGroup() as group:
-            for name in names:
-                group.create_task(self.one(name, gate))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in names:
+                    group.create_task(self.one(name, gate))
+        except* Sealed as sealed:
+            raise sealed.exceptions[0] from None
 
     async def one(self, name: TailName, gate: asyncio.Semaphore) -> None:
         """Read it from the first destination that has it whole."""
@@ -130,6 +133,8 @@ class _Reading:
                     self.parts.append(await self._from(store, name))
                 except ObjectMissing:
                     continue
+                except Sealed:
+                    raise  # nothing is wrong with it, and nobody here can read any of them
                 except StoreError as error:
                     failures.append(error)
                     wrong.append((store, error.fact))

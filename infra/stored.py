@@ -9,7 +9,7 @@ from infra.wiring import Site
 from pipeline.backup import BackupInfo
 from pipeline.catalog import backup_of, checked_info, info_key
 from pipeline.contracts import Store
-from pipeline.errors import IntegrityError, ObjectMissing, StoreError
+from pipeline.errors import IntegrityError, ObjectMissing, Sealed, StoreError
 from pipeline.lineage import Lineage
 from pipeline.listing import Listing
 from pipeline.resume import go_on
@@ -103,6 +103,8 @@ async def _backups(fetch: Fetcher, names: set[str]) -> list[BackupInfo]:
             found.append(checked_info(info_key(name), name, fetched.plain))
         except ObjectMissing:
             continue  # being taken, or never finished
+        except Sealed:
+            break  # this host only writes: the stream goes on behind the last run of segments, as without a backup
         except (IntegrityError, StoreError):
             continue  # told by whoever wants to restore from it; an older one only makes us look further back
         if found[-1].timeline == 1 or len(found) == 3:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from pipeline.backup import BackupInfo
 from pipeline.errors import IntegrityError, RecoveryError
@@ -105,6 +106,8 @@ class Catalog:
     problems: tuple[str, ...] = ()
     #: Tails that cannot be joined, one sentence each: recovery ends before them.
     tail_notices: tuple[str, ...] = ()
+    #: Backups whose description cannot be opened here, and when it was stored: this host can only write.
+    sealed: Mapping[str, datetime | None] = field(default_factory=dict)
 
     def backup(self, name: str) -> BackupInfo:
         """The backup of that name. Raises RecoveryError."""
@@ -115,6 +118,8 @@ class Catalog:
         hint = f"complete backups: {known}"
         if fact := next((problem for problem in self.problems if problem.startswith(f"backup {name} ")), ""):
             raise RecoveryError(fact, hint=hint)  # it is there, and of no use
+        if name in self.sealed:
+            raise RecoveryError(f"backup {name} is there, and this host can only write: it cannot look into it")
         raise RecoveryError(f"there is no backup {name} in the repository", hint=hint)
 
     @property

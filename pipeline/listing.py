@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from pipeline.backup import BackupInfo
 from pipeline.backup_chain import whole_ones
 from pipeline.catalog import Catalog, parse_wal_key
@@ -22,6 +24,7 @@ class Listing:
         self._labels: set[str] = set()
         self._unknown: set[str] = set()
         self._backups: dict[str, BackupInfo] = {}
+        self._sealed: dict[str, datetime | None] = {}
         self._histories: dict[int, tuple[Fork, ...]] = {}
         self._unreadable: dict[int, str] = {}
         self._problems: list[str] = []
@@ -76,6 +79,10 @@ class Listing:
                 f"the tails of segment {made.file} reach LSN {end} and no further: {'; '.join(made.notices)}"
             )
 
+    def add_sealed(self, name: str, stored: datetime | None = None) -> None:
+        """A complete backup of which no more is known: this host can only write."""
+        self._sealed[name] = stored
+
     def add_history(self, timeline: int, forks: tuple[Fork, ...]) -> None:
         self._histories[timeline] = forks
 
@@ -118,6 +125,7 @@ class Listing:
             examples=tuple(sorted(unknown)[:5]),
             problems=tuple(self._problems),
             tail_notices=tuple(self._tail_notices),
+            sealed=dict(sorted(self._sealed.items())),
         )
 
     @staticmethod

@@ -326,6 +326,12 @@ async def test_the_server_does_at_the_target_what_it_was_told(
     action: str, start_server: StartServer, server_folder: Path
 ) -> None:
     bank = await small_history(start_server, server_folder)
+    if action == "pause":  # as it is told where no record is stored behind the backup
+        plan = await make_plan(bank.repository(), Target.parse(immediate=True, action=action))
+        place = bank.place("immediate")
+        restored = await restore(bank.repository(), plan, place)
+        with stopped_after(restored.server) as server:
+            assert (server.state, rows(place)) == ("paused", [1])
     plan = await make_plan(bank.repository(), Target.parse(action=action))
     place = bank.place(action)
     restored = await restore(bank.repository(), plan, place)

@@ -138,9 +138,7 @@ async def test_the_plan_in_words_and_as_json() -> None:
     assert built == ["            it builds on middle, full"]
     early = replace(plan, stop=Target(timeline=2).to_time(NOON))
     lines = plan_lines(early, targets, found, [], pace, now, delta=False)
-    assert "            replayed up to the target, which may lie before that end".strip() in [
-        line.strip() for line in lines
-    ]
+    assert any(line.strip() == "replayed up to the target, which may lie before that end" for line in lines)
     assert "  fetches   at most 1.0 MB, as stored" in lines
     assert "  time      perhaps at most 2 s: 1 s for the backup, at most 1 s for the WAL" in lines
     facts = plan_facts(plan, targets, found, [old], pace)

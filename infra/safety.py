@@ -13,8 +13,9 @@ from pipeline.contracts import Clock, Ship, Store
 from pipeline.errors import SourceError
 from pipeline.wal import Lsn, WalFile
 
-#: Seconds between looks.
+#: Seconds between looks; the first ones follow sooner, because the last segment of a backup is on its way already.
 PAUSE = 0.5
+_FIRST_PAUSE = 0.03
 #: Seconds between words to the person who waits.
 EVERY = 5.0
 
@@ -40,6 +41,7 @@ async def wait_for_wal(
     missing = {store.name: {wal_key(file) for file in files} for store in stores}
     total = sum(map(len, missing.values()))
     progressed = said = clock.monotonic()
+    pause = min(_FIRST_PAUSE, PAUSE)
     while True:
         before = sum(map(len, missing.values()))
         for store in stores:
@@ -61,7 +63,8 @@ async def wait_for_wal(
         if now - said >= EVERY:
             said = now
             tell(f"waiting for WAL: {total - left} of {total} segments are safe, next is {first} at {place}")
-        await clock.sleep(PAUSE)
+        await clock.sleep(pause)
+        pause = min(PAUSE, 2 * pause)
 
 
 def wal_safe(

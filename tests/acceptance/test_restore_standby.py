@@ -61,9 +61,13 @@ def test_a_standby_reads_what_is_encrypted_under_later_keys(rig: Rig) -> None:
         rig.json("switch")
         assert {path.name for path in Path(rig.folder, "one").rglob("data-*")} > before, "each run has a key of its own"
         rig.wait(lambda: rows() == [(1,), (2,)], "the standby has what was shipped under another key")
+        refused = rig.run("restore", "--target-dir", str(target), "--force", expect=13)
+        assert f"process {command.pid} restores into {target}" in refused.stderr, "for as long as it feeds the server"
         os.kill(command.pid, signal.SIGINT)
         assert command.wait(30) == 0, said.read_text()
         assert rows() == [(1,), (2,)], "the server goes on"
+        refused = rig.run("restore", "--target-dir", str(target), "--force", expect=13)
+        assert f"{target} belongs to a running server, process {result['pid']}" in refused.stderr
     finally:
         command.kill()
         command.wait()

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pipeline.errors import ConfigError
+from pipeline.policy import Policy, make_policy
 
 Cipher = Literal["aes-256-gcm", "chacha20-poly1305", "aes-256-cbc", "aes-192-cbc", "aes-128-cbc"]
 Codec = Literal["zstd", "lz4", "gzip", "none"]
@@ -103,6 +104,13 @@ class Settings(BaseSettings):
     #: For scheduled drills: a file of checks, and the folder of the reports; empty: none are kept.
     drill_checks: Path | None = _env("WALSHIP_DRILL_CHECKS", default=None)
     drill_reports: Path | None = _env("WALSHIP_DRILL_REPORTS", default=None)
+    #: What ``walship expire`` keeps, each as it was typed; empty: no such rule. See ``retention``.
+    keep_last: str = _env("WALSHIP_KEEP_LAST", default="")
+    keep_window: str = _env("WALSHIP_KEEP_WINDOW", default="")
+    keep_daily: str = _env("WALSHIP_KEEP_DAILY", default="")
+    keep_weekly: str = _env("WALSHIP_KEEP_WEEKLY", default="")
+    keep_monthly: str = _env("WALSHIP_KEEP_MONTHLY", default="")
+    keep_yearly: str = _env("WALSHIP_KEEP_YEARLY", default="")
     #: Folder with the server's programs (postgres, pg_ctl), for ``restore --start``; empty: look in the usual places.
     pg_bin_dir: Path | None = _env("WALSHIP_PG_BIN_DIR", default=None)
     #: Longest wait in seconds for the WAL of a base backup to become safe.
@@ -148,6 +156,14 @@ class Settings(BaseSettings):
         return text
 
     @model_validator(mode="after")
+    def _check_retention(self) -> Settings:
+        if any(
+            (self.keep_last, self.keep_window, self.keep_daily, self.keep_weekly, self.keep_monthly, self.keep_yearly)
+        ):
+            self.retention  # noqa: B018  ConfigError for what contradicts itself
+        return self
+
+    @model_validator(mode="after")
     def _agree(self) -> Settings:
         hosts, ports = len(_split(self.postgres_host)), len(_split(self.postgres_port))
         if not hosts:
@@ -184,6 +200,16 @@ class Settings(BaseSettings):
     def listens(self) -> str:
         """``host:port``, or empty if nothing is to be served."""
         return "" if self.listen == "off" else self.listen
+
+    @property
+    def retention(self) -> Policy | None:
+        """What shall be kept; None: nothing is said, so nothing is ever deleted. Raises ConfigError."""
+        from infra.cron import zone
+
+        generations = {name: str(getattr(self, f"keep_{name}")) for name in ("daily", "weekly", "monthly", "yearly")}
+        return make_policy(
+            last=self.keep_last, window=self.keep_window, generations=generations, zone=zone(self.time_zone)
+        )
 
     def at(self, *servers: tuple[str, int]) -> Self:
         """These settings for some of the servers alone."""

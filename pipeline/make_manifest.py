@@ -13,6 +13,9 @@ from datetime import UTC, datetime
 
 from pipeline.manifest import WalRange
 
+#: The last second that the form of a time can tell; nobody reads it but people.
+_LAST = int(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp())
+
 
 class ManifestMaker:
     """Add the files in any order, then ``finish``. Holds the manifest: about 150 bytes a file."""
@@ -32,7 +35,7 @@ class ManifestMaker:
             name = f'"Path": {json.dumps(path.decode("utf-8"), ensure_ascii=False)}'
         except UnicodeDecodeError:
             name = f'"Encoded-Path": "{path.hex()}"'
-        modified = datetime.fromtimestamp(mtime, UTC).strftime("%Y-%m-%d %H:%M:%S GMT")
+        modified = datetime.fromtimestamp(min(max(mtime, 0), _LAST), UTC).strftime("%Y-%m-%d %H:%M:%S GMT")
         # The bytes of the sum as they lie in memory, on the machines that PostgreSQL is made for: the lowest first.
         self._content += (
             f'{{ {name}, "Size": {size}, "Last-Modified": "{modified}", "Checksum-Algorithm": "CRC32C",'

@@ -207,8 +207,9 @@ def header(
     info.size, info.mode, info.mtime, info.uid, info.gid, info.linkname = size, mode, mtime, uid, gid, linkname
     info.uname = info.gname = "postgres"
     try:
-        # A size above 8 GiB needs GNU's form of a number, as PostgreSQL has it.
-        ustar = size < 8 << 30
+        # Whatever does not fit in octal digits needs GNU's form of a number, as PostgreSQL has it: a size above 8 GiB,
+        # an owner above 2097151 (of a directory service, or as OpenShift invents them), a time before 1970.
+        ustar = size < 8 << 30 and 0 <= mtime < 8 << 30 and max(uid, gid) < 1 << 21
         block = info.tobuf(
             tarfile.USTAR_FORMAT if ustar else tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
         )

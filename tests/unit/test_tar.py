@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import IntegrityError
-from pipeline.tar import BLOCK, Content, Entry, EntryKind, TarReader
+from pipeline.tar import BLOCK, Content, Entry, EntryKind, TarReader, header
 
 NAMES = st.from_regex(r"[a-z]{1,8}(/[a-z0-9_.]{1,8}x)?", fullmatch=True)
 
@@ -77,6 +78,26 @@ def test_a_size_above_8_gib_stands_in_base_256() -> None:
     (entry,) = TarReader("base").feed(info.tobuf(tarfile.GNU_FORMAT))
     assert isinstance(entry, Entry)
     assert entry.size == 9 << 30
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        {"uid": 1_000_660_000, "gid": 1_000_660_000},  # OpenShift
+        {"uid": (1 << 32) - 2},
+        {"gid": 1 << 21},
+        {"mtime": -86_400},
+        {"mtime": 1 << 40},
+        {"size": 9 << 30},
+    ],
+)
+def test_owners_times_and_sizes_of_all_kinds_are_written(unusual: dict[str, int]) -> None:
+    members: dict[str, Any] = {"size": 0, "mode": 0o600, "mtime": 1_700_000_000, "uid": 26, "gid": 26} | unusual
+    block = header("base/1/16384", EntryKind.FILE, **members)
+    (entry,) = TarReader("base").feed(block)
+    assert isinstance(entry, Entry)
+    assert {name: getattr(entry, name) for name in members} == members
+    assert entry.path == "base/1/16384"
 
 
 def test_content_is_a_view_and_no_copy() -> None:

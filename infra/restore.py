@@ -38,7 +38,7 @@ from pipeline.contracts import Clock, Fetch, Store
 from pipeline.errors import ConfigError, RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Action, Target, TargetKind
-from pipeline.wal import Lsn
+from pipeline.wal import Lsn, parse_history
 
 #: Replay keeps restored segments until its next restart point; about max_wal_size, whose default is 1 GB.
 _WAL_MARGIN = 1 << 30
@@ -46,7 +46,8 @@ _WAL_MARGIN = 1 << 30
 #: How the server's sh script starts ``fetch-wal``: this Python, with nothing of the data directory on its path.
 FETCH_WAL = (sys.executable, "-P", "-m", "infra.cli", "fetch-wal")
 
-
+#: Seconds between two looks for a timeline that leaves the one that a standby follows.
+_LOOK = 30.0
 #: Beside what is said of the file with the context.
 _HOLDS_RING = (
     "that file holds the opened key ring, for a standby has to read what is encrypted later: whoever has it reads all"
@@ -298,7 +299,8 @@ async def _start(
             raise failure from error
         if place.standby:
             watch.following(result(server))
-            promoted = await _follow(server, directory, plan, watch.say)
+            wal = WalServer(repository.fetch, plan.lineage)
+            promoted = await _follow(server, directory, plan, wal, watch.say)
     if promoted:
         await asyncio.to_thread(remove_recovery_files, directory)
         if not await asyncio.to_thread(forget_recovery, directory, owner=targets.owner):
@@ -306,7 +308,9 @@ async def _start(
     return server
 
 
-async def _follow(server: Started, directory: Path, plan: RestorePlan, say: Callable[[str], None]) -> bool:
+async def _follow(
+    server: Started, directory: Path, plan: RestorePlan, wal: WalServer, say: Callable[[str], None]
+) -> bool:
     """Until the standby is promoted (True) or ends, or SIGINT or SIGTERM ends the feed and leaves it running."""
     say(
         f"the standby (process {server.pid}, port {server.port}) follows timeline {plan.timeline} of the archive;"
@@ -317,6 +321,7 @@ async def _follow(server: Started, directory: Path, plan: RestorePlan, say: Call
     for number in signals:
         loop.add_signal_handler(number, told.set)
     waits = [asyncio.create_task(told.wait()), asyncio.create_task(standby_ended(server, directory))]
+    looking = asyncio.create_task(_tell_of_fork(plan.timeline, wal, say))
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if told.is_set():
@@ -325,8 +330,28 @@ async def _follow(server: Started, directory: Path, plan: RestorePlan, say: Call
         return waits[1].result()
     finally:
         # The signals stay ours: what remains is done in a moment, and another signal must not cut it short.
-        for task in waits:
+        for task in (*waits, looking):
             task.cancel()
+
+
+async def _tell_of_fork(timeline: int, wal: WalServer, say: Callable[[str], None]) -> None:
+    """A standby stays on its timeline, and would silently stand still once the primary has gone over to another one."""
+    newer = timeline + 1
+    while True:
+        await asyncio.sleep(_LOOK)
+        try:
+            while (history := await wal.read(f"{newer:08X}.history")) is not None:
+                forks = parse_history(f"{newer:08X}.history", bytes(history))
+                if forks and forks[-1].timeline == timeline:
+                    say(
+                        f"timeline {newer} has left timeline {timeline} at LSN {forks[-1].lsn}, and this standby goes"
+                        f" on following timeline {timeline} only; to follow the new one, end it, and restore it again"
+                        " with --standby --delta"
+                    )
+                    return
+                newer += 1
+        except WalshipError:
+            continue  # the feed tells what is wrong with the store
 
 
 def cause(feed: Feed) -> WalshipError | None:

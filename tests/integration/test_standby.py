@@ -6,13 +6,15 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.postgres.wal_script import FEED, FOLDER
-from infra.restore import Place, Watch, make_plan, restore
+from infra.restore import Place, Restored, Watch, make_plan, restore
+from pipeline.recovery import RestorePlan
 from pipeline.targets import Target
 from pipeline.wal import Lsn, WalFile
 from tests.integration.test_restore import alive, ask, rows
@@ -101,3 +103,63 @@ async def test_a_standby_follows_through_growing_tails_and_finished_segments(
         if pid and alive(pid):
             os.kill(pid, signal.SIGQUIT)
             await until(lambda: not alive(pid))
+
+
+async def test_a_standby_stays_on_its_timeline_and_says_so_when_the_primary_leaves_it(
+    start_server: StartServer, server_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Restored again with --delta it follows the new one."""
+    monkeypatch.setattr("infra.restore._LOOK", 0.2)
+    server = start_server(NEWEST, settings=archiving(server_folder / "archive"), segment_mb=1)
+    bank = Bank(server, server_folder / "archive")
+    server.query("create table t (n int)")
+    await bank.back_up()
+    server.query("insert into t values (1)")
+    await bank.ship_wal()
+    said: list[str] = []
+
+    def begin(place: Place, plan: RestorePlan) -> asyncio.Task[Restored]:
+        watch = Watch(say=said.append)
+        return asyncio.create_task(
+            restore(bank.repository(), plan, place, watch=watch, fetch_wal=("/bin/sh", "-c", "exit 126"))
+        )
+
+    async def end(task: asyncio.Task[Restored], place: Place) -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        with suppress(FileNotFoundError, ProcessLookupError):
+            pid = int((place.directory / "postmaster.pid").read_text().split()[0])
+            os.kill(pid, signal.SIGINT)
+            await until(lambda: not alive(pid))
+
+    place = replace(bank.place("standby", wal_retrieve_retry_interval="200ms"), standby=True)
+    task = begin(place, await make_plan(bank.repository(), Target()))
+    try:
+        await until(lambda: task.done() or any("follows timeline 1" in line for line in said))
+        server.query("insert into t values (2)")
+        await bank.ship_wal()
+        await until(shows(place, [1, 2]))
+        await asyncio.to_thread(server.stop)
+        server.configure({"restore_command": "false"})
+        (server.data_dir / "recovery.signal").touch()
+        await asyncio.to_thread(server.start)
+        await until(lambda: server.query("select pg_is_in_recovery()") == [(False,)])
+        server.query("insert into t values (3)")
+        await bank.ship_wal()
+        assert "00000002.history" in bank.shipped
+        await until(lambda: task.done() or any("timeline 2 has left timeline 1 at LSN" in line for line in said))
+        assert not task.done(), task.exception()
+        assert rows(place) == [1, 2], "as much of timeline 1 as there is, and nothing else"
+    finally:
+        await end(task, place)
+    plan = await make_plan(bank.repository(), Target())
+    assert plan.timeline == 2
+    task = begin(replace(place, delta=True), plan)
+    try:
+        await until(lambda: task.done() or any("follows timeline 2" in line for line in said))
+        assert not task.done(), task.exception()
+        server.query("insert into t values (4)")
+        await bank.ship_wal()
+        await until(shows(place, [1, 2, 3, 4]))
+    finally:
+        await end(task, place)

@@ -248,6 +248,8 @@ async def _wanted(
     for info in backups:
         for wanted in objects_of(info):
             yield wanted
+    async for wanted in _sealed(store, catalog if whole else None, tally):
+        yield wanted
     followed = [way for found in ways.values() for way in found]
     needed = {wal_key(file) for way in followed for file in way.path.stored()}
     timelines = {leg.timeline for way in followed for leg in way.lineage.legs} & catalog.histories.keys()
@@ -269,6 +271,20 @@ async def _wanted(
     # With a whole verification, what is left is what another destination has and this one lacks.
     for name in sorted(needed):
         yield _Wanted(name)
+
+
+async def _sealed(store: Store, catalog: Catalog | None, tally: _Tally) -> AsyncIterator[_Wanted]:
+    """What there is of backups that cannot be looked into here: stored bytes need no key to be verified."""
+    for name in catalog.sealed if catalog else ():
+        try:
+            async for entry in store.list(f"base/{name}/"):
+                if not entry.key.endswith("/"):
+                    yield _Wanted(entry.key, "", None)
+        except StoreError as error:
+            tally.faults.append(Fault(store.name, f"base/{name}/", "unreadable", error.fact))
+        said = f"{name} is encrypted, and this host can only write: whether all of it is there, one that reads tells"
+        if said not in tally.warnings:
+            tally.warnings.append(said)
 
 
 async def _tails(

@@ -73,6 +73,8 @@ async def backup(
             alongside(site, shipping, tell),
             recording(site, "backup", arguments, tell=tell) as entry,
         ):
+            if incremental:
+                site.keys.need_reading("an incremental backup")
             os.nice(5)
             ship_history = history_shipper(settings, shipping.command.ship)
             wait = wal_safe(site, tell, ship_history=ship_history)

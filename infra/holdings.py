@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from handlers.fetch import Fetcher
 from infra.reach import Reach, leads_to, unbroken, with_claimed_tails
@@ -12,7 +13,7 @@ from infra.wiring import Site
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog, backup_of, checked_info, info_key, wal_key
 from pipeline.contracts import Fetch, Store
-from pipeline.errors import IntegrityError, ObjectMissing, StoreError
+from pipeline.errors import IntegrityError, ObjectMissing, Sealed, StoreError
 from pipeline.listing import Listing
 from pipeline.runs import Runs
 from pipeline.tail import TailName
@@ -40,8 +41,14 @@ class Holding:
 
     @property
     def newest(self) -> BackupInfo | None:
-        """The newest complete backup there."""
+        """The newest complete backup there, of those that can be read here."""
         return self.catalog.backups[-1] if self.catalog.backups else None
+
+    @property
+    def last_backup(self) -> str:
+        """Name of the newest complete backup, whether it can be read here or not; empty if there is none."""
+        names = [*self.catalog.sealed, *(backup.name for backup in self.catalog.backups)]
+        return self.newest.name if self.newest and not self.catalog.sealed else max(names, default="")
 
     def timeline(self, servers: int | None) -> int:
         """The server's timeline if anything of it is there, else the newest that is."""
@@ -102,6 +109,7 @@ def together(holdings: Sequence[Holding]) -> Catalog:
             for timeline, reaches in tails.items()
         },
         histories=histories,
+        sealed={name: stored for catalog in catalogs for name, stored in catalog.sealed.items()},
         unreadable={timeline: fact for timeline, fact in unreadable.items() if timeline not in histories},
     )
 
@@ -114,10 +122,12 @@ def _union(several: Iterable[Runs]) -> Runs:
 async def _describe(names: Sequence[str], store: Store, fetch: Fetch, listing: Listing, known: Known) -> None:
     few = asyncio.Semaphore(_AT_ONCE)
 
-    async def one(name: str) -> BackupInfo | StoreError | IntegrityError | None:
+    async def one(name: str) -> BackupInfo | StoreError | IntegrityError | datetime | None:
         async with few:
             try:
                 return await _description(name, store, fetch, known)
+            except Sealed:
+                return (await _stored_at(store, info_key(name))) or datetime.fromtimestamp(0, UTC)
             except (StoreError, IntegrityError) as error:
                 return error
 
@@ -127,12 +137,22 @@ async def _describe(names: Sequence[str], store: Store, fetch: Fetch, listing: L
         found = task.result()
         if isinstance(found, StoreError):
             raise found
-        if isinstance(found, IntegrityError):
+        if isinstance(found, datetime):
+            listing.add_sealed(name, found)
+        elif isinstance(found, IntegrityError):
             listing.problem(f"backup {name} cannot be used: {found.fact}")
         elif found is not None:
             listing.add_backup(found)
     for key in [key for key in known if key[0] == store.name and key[1] not in tasks]:
         del known[key]
+
+
+async def _stored_at(store: Store, key: str) -> datetime | None:
+    """When an object was stored, by the store's clock; None if it does not tell."""
+    try:
+        return (await store.head(key)).modified
+    except StoreError:
+        return None
 
 
 async def _description(name: str, store: Store, fetch: Fetch, known: Known) -> BackupInfo | None:
@@ -159,5 +179,7 @@ async def _read_histories(fetch: Fetch, listing: Listing) -> None:
         try:
             fetched = await fetch(wal_key(file), most=_MOST_HISTORY)
             listing.add_history(file.timeline, parse_history(file.name, bytes(fetched.plain)))
+        except Sealed:
+            listing.add_history(file.timeline, ())  # by itself, then
         except IntegrityError as error:
             listing.unreadable_history(file.timeline, error.fact)

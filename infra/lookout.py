@@ -137,6 +137,9 @@ class Lookout:
             if not there:
                 self._unread = ("no destination answers",)
                 continue
+            if not site.keys.reads:
+                self._unread = ()
+                continue  # what can be restored, nobody can tell here: the status says so
             holdings = [*there.values()]
             catalog = together(holdings)
             fetch = Fetcher([s for s in site.stores if s.name in there], site.chain, site.facts.system_id)

@@ -6,17 +6,22 @@ has written past the stored position nothing else would ever notice.
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
+
 import structlog
 
 from infra.postgres.connect import RefusedError
 from infra.postgres.walstream import fetch_part
 from infra.wiring import Site
 from pipeline.catalog import wal_key
-from pipeline.errors import IntegrityError, ObjectMissing, SourceError, StoreError
+from pipeline.contracts import Store
+from pipeline.errors import IntegrityError, ObjectMissing, Sealed, SourceError, StoreError
 from pipeline.lineage import Lineage
 from pipeline.objects import MAX_HEAD, read_header
 from pipeline.resume import GoOn
 from pipeline.runs import Runs
+from pipeline.tail import TailName, tail_folder
 from pipeline.wal import Lsn, WalFile
 
 log = structlog.get_logger()
@@ -62,14 +67,10 @@ async def _compare_segment(site: Site, file: WalFile) -> None:
     name = wal_key(file)
     for store in site.stores:
         try:
-            body = await store.get(name, (0, MAX_HEAD))
-            try:
-                header, _ = read_header(name, b"".join(body.chunks()))
-            finally:
-                body.close()
+            fingerprint = await _fingerprint_at(store, name)
         except (StoreError, IntegrityError):
             continue  # away, absent or damaged there: whoever reads or stores it tells; another one can be compared
-        if header.fingerprint != site.keys.fingerprint(name, server):
+        if fingerprint != site.keys.fingerprint(name, server):
             raise _other_bytes(file, store.name, file.start(site.facts.segment_size))
         return
 
@@ -78,6 +79,9 @@ async def _compare_tail(site: Site, file: WalFile, fork: Lsn | None) -> None:
     size = site.facts.segment_size
     try:
         tail = await site.fetch.tail(file, size, lenient=True)
+    except Sealed:
+        await _compare_sealed_tail(site, file, fork)
+        return
     except ObjectMissing:
         return  # being removed: the finished segment is stored by now
     except StoreError:
@@ -94,6 +98,41 @@ async def _compare_tail(site: Site, file: WalFile, fork: Lsn | None) -> None:
     if server is not None and server != tail.content[:reach]:
         at = next(n for n, (ours, theirs) in enumerate(zip(tail.content, server, strict=False)) if ours != theirs)
         raise _other_bytes(file, "the repository", file.start(size) + at)
+
+
+async def _compare_sealed_tail(site: Site, file: WalFile, fork: Lsn | None) -> None:
+    """The same where tails cannot be read: what the server has gives the fingerprint of the newest one, or does not.
+
+    It covers the bytes before the tail as well, since a tail begins with their hash.
+    """
+    most = site.facts.segment_size if fork is None else fork - file.start(site.facts.segment_size)
+    found: dict[TailName, Store] = {}
+    for store in site.stores:
+        with suppress(StoreError):  # what cannot be compared is not
+            async for info in store.list(tail_folder(file)):
+                if (name := TailName.parse(info.key)) is not None and name.end <= most:
+                    found.setdefault(name, store)
+    for name in sorted(found, key=lambda name: (name.epoch, name.end), reverse=True):
+        try:
+            theirs = await _fingerprint_at(found[name], name.key)
+        except (StoreError, IntegrityError):
+            continue  # damaged, or removed since: the one before it tells as much but for a few bytes
+        server = await _from_server(site, file, name.end)
+        if server is None:
+            return
+        plain = hashlib.sha256(memoryview(server)[: name.start]).digest() + server[name.start :]
+        if theirs != site.keys.fingerprint(name.key, plain):
+            raise _other_bytes(file, found[name].name, file.start(site.facts.segment_size))
+        return
+
+
+async def _fingerprint_at(store: Store, name: str) -> str:
+    """As the header of an object says. Raises StoreError, IntegrityError."""
+    body = await store.get(name, (0, MAX_HEAD))
+    try:
+        return read_header(name, b"".join(body.chunks()))[0].fingerprint
+    finally:
+        body.close()
 
 
 async def _from_server(site: Site, file: WalFile, length: int) -> bytearray | None:

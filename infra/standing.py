@@ -127,6 +127,8 @@ class Status:
     most_on_the_way: int | None = None
     #: The file at which PostgreSQL fails to archive; empty if it does not, or nobody watches the spool.
     archiving_fails_at: str = ""
+    #: False for a host that can only write: what can be restored, one that reads has to tell.
+    reads: bool = True
     #: What can be restored; None if it was not looked at.
     recoverable: Recoverable | None = None
     #: What could not be found out, one sentence each: nothing is safe by that.
@@ -210,6 +212,8 @@ def _safe_words(status: Status) -> str:
     words = f"{where} all WAL{behind}"
     if status.recoverable is not None and (newest := status.recoverable.newest) is not None:
         words += f", and any moment since {newest.begins.astimezone(UTC):%Y-%m-%d %H:%M} UTC can be restored"
+    if not status.reads:
+        words += "; this host only writes: what can be restored, `walship list` tells where a key is at hand"
     return words
 
 

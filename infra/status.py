@@ -165,6 +165,7 @@ def status_of(
         destinations=places,
         most_on_the_way=None if streamed else 4 * site.facts.segment_size,
         archiving_fails_at=server.archiver.last_failed_wal if server and fails else "",
+        reads=site.keys.reads,
     )
 
 
@@ -173,6 +174,8 @@ async def _recoverable(site: Site, holdings: Sequence[Holding], status: Status) 
     answering = [holding for holding in holdings if not holding.error]
     if not answering:
         return None, ["no destination answers"]
+    if not site.keys.reads:
+        return None, []  # where a key is at hand, that can be told
     catalog = together(answering)
     end = catalog.known_end(catalog.lineage(catalog.newest_timeline)) if not catalog.unreadable else None
     written = status.stream.flushed_lsn if status.stream else status.current_lsn
@@ -254,7 +257,7 @@ def destination_status(holding: Holding, server: ServerFacts | None) -> Destinat
     """One destination, by its listing and what the server said at that time."""
     if holding.error:
         return DestinationStatus(holding.name, holding.required, error=brief(holding.error))
-    catalog, newest = holding.catalog, holding.newest
+    catalog = holding.catalog
     timeline = holding.timeline(server.timeline if server else None)
     runs = catalog.segments.get(timeline)
     reach = holding.reach(timeline)
@@ -268,8 +271,8 @@ def destination_status(holding: Holding, server: ServerFacts | None) -> Destinat
         missing=reach.missing.name if reach.missing else "",
         lag_bytes=max(0, server.wal_lsn - reach.lsn) if server and reach.lsn is not None else None,
         holes=sum(hole.count for hole in catalog.holes()),
-        last_backup=newest.name if newest else "",
-        backups=len(catalog.backups),
+        last_backup=holding.last_backup,
+        backups=len(catalog.backups) + len(catalog.sealed),
         problems=tuple(map(brief, holding.problems(timeline))),
     )
 

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
+import structlog
+
 from handlers.fetch import Fetcher
 from handlers.outlet import Outlet, Parcel
 from handlers.ship import Shipper
@@ -36,6 +38,8 @@ from pipeline.resume import GoOn, go_on
 from pipeline.tail import tail_folder
 from pipeline.wal import Lsn, WalFile, WalKind
 
+log = structlog.get_logger()
+
 #: Seconds between looks whether the newest tail is still there.
 LOOK_EVERY = 5.0
 
@@ -47,16 +51,24 @@ CLEAN_EVERY = 3600.0
 
 
 async def keep_clean(site: Site, shipping: Shipping) -> None:
-    """Remove left-over tails at each destination, now and every hour. Runs until cancelled."""
+    """Remove left-over tails at each destination, now and every hour. Runs until cancelled.
+
+    A host that only writes cannot compare them with the finished segment: they stay until one that reads comes by.
+    """
     left_overs = [
         LeftOvers(outlet, Fetcher([outlet.store], site.chain, site.facts.system_id), site.notify)
         for outlet in shipping.uploader.outlets
     ]
+    told = ""
     while True:
         for each in left_overs:
             with suppress(StoreError, IntegrityError):  # whoever stores something there tells; nothing is deleted
                 await site.keys.refresh(each.outlet.store)  # what earlier writers left lies under keys of theirs
-                await each.clean()
+                if site.keys.reads:
+                    await each.clean()
+        if (fact := site.keys.superseded()) and fact != told:
+            told = fact
+            log.warning("keys", error=fact, hint="restart it, with what opens the new ring: walship key list")
         await site.clock.sleep(CLEAN_EVERY)
 
 

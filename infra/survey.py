@@ -11,6 +11,7 @@ money, so they are rare; what is stored meanwhile is told by notices.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -205,6 +206,8 @@ class Survey:
             return False
         reading = await asyncio.to_thread(repository_reading, holding)
         self._metrics.repository_read(store.name, replace(reading, abandoned=abandoned))
+        if not site.keys.reads:  # no more can be read here
+            return bool(holding.last_backup) and holding.reach(holding.catalog.newest_timeline).missing is None
         if opens or readings.is_up("last_commit", store.name) != 1:
             try:
                 async with asyncio.timeout(_LISTING):
@@ -269,8 +272,8 @@ def repository_reading(holding: Holding) -> RepositoryReading:
     return RepositoryReading(
         durable=reach.lsn,
         missing=missing,
-        newest=_backup(newest) if newest else None,
-        backups=len(catalog.backups),
+        newest=_backup(newest) if newest else _sealed_backup(catalog),
+        backups=len(catalog.backups) + len(catalog.sealed),
         first=next((b.stopped.timestamp() for b in catalog.backups if _consistent(catalog, b)), None),
         abandoned=0.0,
     )
@@ -285,6 +288,12 @@ def _backup(backup: BackupInfo) -> BackupReading:
     )
 
 
+def _sealed_backup(catalog: Catalog) -> BackupReading | None:
+    """What the names tell a host that only writes: when the newest was complete. None if there is none."""
+    moments = [stored.timestamp() for stored in catalog.sealed.values() if stored is not None]
+    return BackupReading(max(moments), math.nan, math.nan, 0) if moments else None
+
+
 def _consistent(catalog: Catalog, backup: BackupInfo) -> bool:
     """Whether the WAL that it needs to be restored at all is there."""
     try:
@@ -295,7 +304,7 @@ def _consistent(catalog: Catalog, backup: BackupInfo) -> bool:
 
 async def _abandoned(store: Store, catalog: Catalog, now: datetime) -> float:
     """When the newest of the backups that have parts and no backup_info was last written to; 0 if that is just now."""
-    whole = {backup.name for backup in catalog.backups}
+    whole = {backup.name for backup in catalog.backups} | set(catalog.sealed)
     folders = [entry.key async for entry in store.list("base/", shallow=True)]
     begun = sorted(folder for folder in folders if folder.removeprefix("base/").rstrip("/") not in whole)
     if not begun or (whole and begun[-1].removeprefix("base/").rstrip("/") < max(whole)):

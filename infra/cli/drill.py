@@ -120,6 +120,7 @@ async def _rehearse(order: Order, report: Report, options: dict[str, Any]) -> No
             )
         finally:
             report.steps.append(("find the repository and its keys", time.monotonic() - opening))
+        site.keys.need_reading("walship drill")
         report.cluster = site.facts.system_id
         report.readings += [Reading(store.name) for store in site.stores]
         counted = (Counting(store, r.served) for store, r in zip(site.stores, report.readings, strict=True))

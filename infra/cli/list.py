@@ -35,6 +35,8 @@ async def command(cluster: str, as_json: bool) -> None:
             site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size, notify=say
         )
         moments = await _last_moments(catalog, site)
+        if not site.keys.reads:
+            say("this host can only write (WALSHIP_WRITER_FILE): what can be restored is shown where a key is at hand")
     emit(_result(catalog, moments), _lines(catalog, moments), as_json=as_json)
 
 
@@ -113,6 +115,7 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
         ],
         "holes": [{"first": h.first.name, "last": h.last.name, "segments": h.count} for h in catalog.holes()],
         "unknown": {"objects": catalog.unknown, "examples": list(catalog.examples)},
+        "sealed": list(catalog.sealed),
         "problems": list(catalog.problems),
         "tail_notices": list(catalog.tail_notices),
     }
@@ -120,7 +123,8 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
 
 def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -> list[str]:
     lines = [f"cluster {catalog.system_id}"]
-    if not catalog.backups:
+    lines += [f"{name}  encrypted: this host can only write, and cannot look into it" for name in catalog.sealed]
+    if not catalog.backups and not catalog.sealed:
         lines.append("no base backup yet: `walship backup` takes one")
     for backup in catalog.backups:
         lines.append(

@@ -70,6 +70,8 @@ def _lines(status: Status) -> list[str]:
         lines.append(f"  last backup  {place.last_backup or 'none'}")
     if status.recoverable is not None:
         lines += _recoverable(status.recoverable)
+    if not status.reads:
+        lines.append("restore  not known here: this host can only write (`walship list` tells, where a key is at hand)")
     return [*lines, f"verified {_when(status.last_verify)}", f"drill    {_when(status.last_drill)}"]
 
 

@@ -43,7 +43,9 @@ async def command(context: click.Context, backup: str | None, stored_only: bool,
         catalog = await read_catalog(
             site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size
         )
-        chain = None if stored_only else site.chain
+        if not site.keys.reads:
+            say("this host can only write (WALSHIP_WRITER_FILE): stored bytes are verified, nothing is decrypted")
+        chain = None if stored_only or not site.keys.reads else site.chain
         report = await verify(catalog, site.stores, chain=chain, backup=backup, progress=progress)
         entry.summary |= _recorded(report)
         if not report.ok:

@@ -70,8 +70,8 @@ class BackupReading:
 
     stopped: float
     seconds: float
-    #: Bytes as stored.
-    size: int
+    #: Bytes as stored; NaN, like the seconds, where the description of the backup cannot be read.
+    size: float
     #: Number of the first segment that it needs.
     start: int
 

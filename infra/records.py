@@ -25,7 +25,7 @@ from pipeline import operations
 from pipeline.catalog import data_key_name
 from pipeline.chain import Chain
 from pipeline.contracts import Body, Fetch, Store
-from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError, foreseen
+from pipeline.errors import ObjectConflict, ObjectMissing, StoreError, WalshipError, foreseen
 from pipeline.operations import Record, RecordName
 
 #: Seconds that a destination has to take a record; and where somebody waits for the process to end.
@@ -195,14 +195,14 @@ async def read(fetch: Fetch, name: RecordName) -> Record:
 
 
 async def read_all(fetch: Fetch, names: Sequence[RecordName]) -> list[Record | WalshipError]:
-    """The contents, in that order; in the place of one that cannot be read, why."""
+    """The contents, in that order; in the place of one that cannot be read, why: a host may be able to write only."""
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(name: RecordName) -> Record | WalshipError:
         async with gate:
             try:
                 return await read(fetch, name)
-            except (StoreError, IntegrityError) as error:
+            except WalshipError as error:
                 return error
 
     return await asyncio.gather(*map(one, names))

@@ -24,6 +24,7 @@ from infra.postgres.slots import look
 from infra.postgres.stream_problems import stream_problems
 from infra.repository import find
 from infra.safety import history_shipper, store_history, wal_safe
+from infra.schedule import Scheduler
 from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import holder
@@ -89,7 +90,7 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, monitor: 
                 _holding_lease(site) as lease,
                 monitored(site, shipping, monitor, cluster=chosen),
             ):
-                await _ship_for_ever(spool, site, shipping, lease)
+                await _ship_for_ever(spool, site, shipping, lease, Scheduler(site))
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
             if error is None or not _can_pass(error, spool):
@@ -148,8 +149,14 @@ async def _cluster(settings: Settings) -> str:
     return ""
 
 
-async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lease: Lease | None = None) -> None:
-    """``lease`` is None for a command, which ships for a while and makes no tails."""
+async def _ship_for_ever(
+    spool: Path | None,
+    site: Site,
+    shipping: Shipping,
+    lease: Lease | None = None,
+    scheduler: Scheduler | None = None,
+) -> None:
+    """``lease`` and ``scheduler`` are None for a command, which ships for a while and makes no tails."""
     handle = _handler(site, shipping.service)
     sources: list[Source] = []
     watcher = stream = None
@@ -188,6 +195,8 @@ async def _ship_for_ever(spool: Path | None, site: Site, shipping: Shipping, lea
             group.create_task(lease.run())
             group.create_task(keep_clean(site, shipping))
             group.create_task(shipping.uploader.watch())
+        if scheduler is not None:
+            group.create_task(scheduler.run())
         if watcher is not None:
             group.create_task(_keep_history(site, shipping.service))
         if stream is not None:

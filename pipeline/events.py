@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -254,6 +255,18 @@ class SyncRestored:
     destination: str
 
 
+@dataclass(frozen=True, slots=True)
+class OperationEnded:
+    """A scheduled backup, expire, verify or drill is over."""
+
+    verb: str
+    #: Empty if it went well.
+    error: str
+    hint: str
+    #: When it runs next; None: never.
+    next: datetime | None
+
+
 #: What listeners (log, metrics) are told.
 Notice: TypeAlias = (
     ObjectStored
@@ -276,4 +289,5 @@ Notice: TypeAlias = (
     | TimelineLeft
     | SyncDegraded
     | SyncRestored
+    | OperationEnded
 )

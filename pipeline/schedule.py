@@ -86,13 +86,18 @@ class Schedule:
         found = [job for job in self._jobs if (at := self.due_at(job)) is not None and at <= now]
         return [job for job in found if job != "incremental" or "full" not in found]
 
+    def began(self, job: str, now: datetime) -> None:
+        """It is being done: that time is over, even if the clock is put back meanwhile."""
+        this = self._jobs[job]
+        this.last, this.again = max(this.last, now), None
+
     def ended(self, job: str, now: datetime, outcome: Outcome) -> None:
         """A run is over, and with it what was due of the same job while it lasted. A full backup is both kinds."""
         this = self._jobs[job]
         if outcome == "busy":
             this.again = now + BUSY_AFTER
         elif outcome == "failed":
-            this.last, this.again = max(this.last, now), None
+            this.last = max(this.last, now)
             self._fail(job, now)
         else:
             both = [this, self._jobs["incremental"]] if job == "full" and "incremental" in self._jobs else [this]

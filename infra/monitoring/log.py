@@ -26,6 +26,7 @@ from pipeline.events import (
     GapOpened,
     Notice,
     ObjectStored,
+    OperationEnded,
     SourcesDiffer,
     StreamLost,
     StreamStarted,
@@ -48,6 +49,7 @@ _Shipping: TypeAlias = (
     | FileRefused
     | FileSetAside
     | WatchingHampered
+    | OperationEnded
 )
 
 #: What the stream gives rise to.
@@ -182,6 +184,10 @@ def _log_shipping(notice: _Shipping) -> None:
             log.error("set_aside", what=notice.file.name, object=notice.name, error=notice.fact, hint=notice.hint)
         case WatchingHampered():
             log.warning("watching_hampered", source=notice.source, error=notice.fact, hint=notice.hint)
+        case OperationEnded(error=""):
+            log.info("scheduled_done", verb=notice.verb, next=str(notice.next))
+        case OperationEnded():
+            log.error("scheduled_failed", verb=notice.verb, error=notice.error, hint=notice.hint, next=str(notice.next))
         case _:
             assert_never(notice)
 

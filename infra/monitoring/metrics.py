@@ -36,6 +36,7 @@ from pipeline.events import (
     GapOpened,
     Notice,
     ObjectStored,
+    OperationEnded,
     StreamLost,
     StreamStarted,
     SyncDegraded,
@@ -177,6 +178,8 @@ class Metrics:
             case DestinationCaughtUp():
                 self._of(notice.destination).takes = True
             case EventFailed(event=BackupReady()):
+                self._backup_failed = self._clock.now().timestamp()
+            case OperationEnded(verb="backup") if notice.error:
                 self._backup_failed = self._clock.now().timestamp()
             case SyncDegraded() | SyncRestored():
                 self._of(notice.destination).degraded = isinstance(notice, SyncDegraded)

@@ -13,6 +13,9 @@ from pipeline.errors import SourceError
 #: Key of the lock: the bytes of "walship\0". It goes with the session, however that ends.
 _KEY = int.from_bytes(b"walship\0", "big", signed=True)
 
+#: What is said to whoever comes second.
+TAKEN = "is being taken already"
+
 _HOLDER = """
 select a.pid, coalesce(host(a.client_addr), 'the server itself'), to_char(a.backend_start, 'HH24:MI:SS TZ')
 from pg_locks l join pg_stat_activity a using (pid)
@@ -29,7 +32,7 @@ async def claimed(settings: Settings) -> AsyncIterator[None]:
             found = await rows(connection, _HOLDER, (_KEY,))
             pid, address, since = found[0] if found else ("unknown", "a session that has just ended", "now")
             raise SourceError(
-                f"a base backup of {place(connection)} is being taken already: from {address}, since {since}",
+                f"a base backup of {place(connection)} {TAKEN}: from {address}, since {since}",
                 hint=f"wait for it; if nobody wants it, end it there, or with select pg_terminate_backend({pid})",
             )
         yield

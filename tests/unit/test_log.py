@@ -39,6 +39,8 @@ LINES: list[tuple[events.Notice, tuple[str, str, str] | None]] = [
     (events.TimelineLeft(1, Lsn(512), Lsn(768)), ("warning", "timeline_left", "256 bytes of timeline 1")),
     (events.SyncDegraded("s3://b", "silent"), ("error", "sync_degraded", "silent")),
     (events.SyncRestored("s3://b"), ("info", "sync_restored", "s3://b")),
+    (events.OperationEnded("drill", "", "", None), ("info", "scheduled_done", "drill")),
+    (events.OperationEnded("backup", "full", "buy", None), ("error", "scheduled_failed", "buy")),
 ]
 
 

@@ -8,32 +8,17 @@ from dataclasses import replace
 import pytest
 
 from handlers.fetch import Fetcher
-from infra.keys import Policy, open_keyring
+from infra.keys import Policy
 from infra.records import listed, read, recording
-from infra.repository import Destination, RepositoryFacts
 from infra.ring import fresh_ring, ring_name, seal_ring
-from infra.settings import Settings
 from infra.storage.memory import MemoryStore
-from infra.wiring import Listeners, Site, make_chain
-from pipeline.contracts import Store
 from pipeline.errors import IntegrityError, SourceError, StoreError
 from pipeline.objects import MemoryBody, begin_reading
-from tests.clock import FastClock
 from tests.keys import NOW, SYSTEM_ID, chain, plain_keys, stored
+from tests.sites import site_at
 from tests.stores import Faulty
 
 PASSPHRASE = "correct horse"
-
-
-async def site_at(*stores: Store, passphrase: str = "", writer: bool = False) -> Site:
-    """As ``open_site`` makes it, for a process that reads."""
-    clock, settings = FastClock(), Settings(_env_file=None)
-    keys = await open_keyring(stores[0], SYSTEM_ID, passphrase, clock=clock, writer=writer)
-    facts = RepositoryFacts(SYSTEM_ID, 17, 1 << 20, NOW.isoformat())
-    made = make_chain(settings, keys, SYSTEM_ID)
-    fetch = Fetcher(stores, made, SYSTEM_ID, refresh=lambda: keys.refresh_from(stores))
-    destinations = tuple(Destination(store, required=True) for store in stores)
-    return Site(settings, facts, destinations, stores, keys, made, fetch, clock, Listeners())
 
 
 async def encrypted() -> MemoryStore:

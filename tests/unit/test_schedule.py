@@ -28,6 +28,7 @@ def run(
     while now < end:
         for job in made.due(now)[:1]:
             found.append(f"{now:%d %H:%M} {job}")
+            made.began(job, now)
             now += takes
             made.ended(job, now, "done")
         now += step
@@ -69,6 +70,7 @@ def test_a_backup_that_failed_is_tried_again_three_times_and_then_at_its_next_ti
     while now < NOON + 2 * DAY:
         for job in made.due(now):
             began.append(now)
+            made.began(job, now)
             made.ended(job, now, "failed")
         now += MINUTE
     first = NOON + 15 * HOUR
@@ -88,7 +90,9 @@ def test_who_is_in_the_way_is_waited_for_and_is_no_failure() -> None:
     for minute in range(90):
         now = three + minute * BUSY_AFTER
         assert made.due(now) == ["full"]
+        made.began("full", now)
         made.ended("full", now, "busy")
+        assert made.due(now) == []
     made.ended("full", three + 91 * MINUTE, "done")
     assert made.due_at("full") == three + DAY
 
@@ -127,8 +131,16 @@ def test_where_clocks_change_a_night_has_one_backup(night: datetime, began: list
 def test_a_clock_that_was_an_hour_fast_runs_nothing_twice() -> None:
     made, three = schedule(full="0 3 * * *"), NOON + 15 * HOUR
     assert made.due(three) == ["full"]  # in truth it is 02:00
+    made.began("full", three)
     made.ended("full", three + MINUTE, "done")
     assert run(made, three - HOUR, 20) == []
+
+
+def test_a_clock_that_is_put_back_during_a_run_runs_it_once() -> None:
+    made, three = schedule(full="0 3 * * *"), NOON + 15 * HOUR
+    made.began("full", three)
+    made.ended("full", three - HOUR + MINUTE, "done")
+    assert run(made, three - HOUR + MINUTE, 20) == []
 
 
 def test_a_clock_that_was_an_hour_slow_skips_nothing() -> None:
@@ -142,6 +154,7 @@ def test_a_clock_that_was_years_fast_stops_nothing(outcome: Outcome) -> None:
     made = schedule(full="0 3 * * *")
     future = NOON + 3653 * DAY
     assert made.due(future) == ["full"]
+    made.began("full", future)
     made.ended("full", future, outcome)
     assert len(run(made, NOON, 72)) in (3, 4)  # of which one may be the retry
 
@@ -159,6 +172,7 @@ def test_whatever_the_clock_does_everything_runs_and_nothing_too_often() -> None
                 now = NOON + hour * HOUR + wrong
                 for job in made.due(now)[:1]:
                     counts[job] += 1
+                    made.began(job, now)
                     made.ended(job, now, "done")
         counts["incremental"] += counts["full"]  # it may have been part of it
         for job, count in counts.items():

@@ -1,0 +1,90 @@
+"""A process beside the service: what it says, how it ends, and how it is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.errand import Ended, run
+
+PYTHON = (sys.executable, "-c")
+
+
+async def child(program: str) -> tuple[Ended, list[str]]:
+    said: list[str] = []
+    return await run(["backup"], said.append, program=(*PYTHON, program)), said
+
+
+async def test_its_lines_are_heard_and_its_progress_is_not() -> None:
+    program = """
+import sys
+print("x" * 10_000_000)
+print('{"progress": "base backup", "bytes": 5}', file=sys.stderr)
+print("one\\n\\ntwo", file=sys.stderr)
+print("three", end="", file=sys.stderr)
+"""
+    assert await child(program) == (Ended(0), ["one", "two", "three"])
+
+
+@pytest.mark.parametrize(
+    ("program", "ended"),
+    [
+        (
+            "import json; print(json.dumps({'error': {'fact': 'full', 'hint': 'buy'}})); exit(11)",
+            Ended(11, "full", "buy"),
+        ),
+        (
+            "import sys; print('{}'); print('walship: damaged\\nhint: heal', file=sys.stderr); exit(12)",
+            Ended(12, "damaged", "heal"),
+        ),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            Ended(-9, "`walship backup` was ended by signal 9"),
+        ),
+        ("exit(3)", Ended(3, "`walship backup` ended with exit code 3")),
+    ],
+)
+async def test_why_it_failed_is_known(program: str, ended: Ended) -> None:
+    assert (await child(program))[0] == ended
+
+
+async def test_what_cannot_be_started_is_a_failure() -> None:
+    ended = await run(["drill"], pytest.fail, program=("/nowhere/python",))
+    assert ended == Ended(
+        -1, "`walship drill` could not be started: No such file or directory", "was walship moved or removed?"
+    )
+
+
+@pytest.mark.parametrize("polite", [True, False])
+async def test_it_is_ended_with_the_service(tmp_path: Path, *, polite: bool) -> None:
+    """Asked first; killed if that does not help."""
+    note = tmp_path / "note"
+    program = f"""
+import os, pathlib, signal, time
+note = pathlib.Path({str(note)!r})
+def clean(*_):
+    note.write_text("cleaned")
+    if {polite}:
+        raise SystemExit(130)
+signal.signal(signal.SIGINT, clean)
+note.write_text(str(os.getpid()))
+time.sleep(100)
+time.sleep(100)
+"""
+    work = asyncio.create_task(run(["backup"], pytest.fail, program=(*PYTHON, program), grace=20 if polite else 0.5))
+    deadline = time.monotonic() + 30
+    while not (note.exists() and note.read_text().isdigit()):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    pid = int(note.read_text())
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert note.read_text() == "cleaned"
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -61,7 +61,7 @@ def plan_lines(
         lines.append(f"  {what} {there.folder}: {there}, {human(there.size)}")
     if delta and occupants:
         lines.append("            what differs from the backup is overwritten, what it does not have is removed")
-    lines += [f"  note: {note}" for note in (*found.problems, *plan.notices)]
+    lines += [f"  note: {note}" for note in (*found.problems, *plan.notices, *targets.notices)]
     return lines
 
 

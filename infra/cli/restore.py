@@ -87,6 +87,7 @@ async def command(target_dir: Path, **options: Any) -> None:
     began = time.monotonic()
     wanted = narrowed(settings(), options["source"])
     async with open_site(wanted, cluster=options["cluster"], allow_unencrypted=options["allow_unencrypted"]) as opened:
+        opened.keys.need_reading("walship restore")
         site = await answering(opened)
         repository = repository_of(site, allow_unencrypted=options["allow_unencrypted"])
         plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
@@ -115,7 +116,11 @@ async def command(target_dir: Path, **options: Any) -> None:
                     bar.close()
                     _finish(plan, restored, planned - began, standby=place.standby, as_json=as_json)
 
-                watch = Watch(bar, _replayed(plan, bar), lambda line: say(f"note: {line}"), finish)
+                def note(line: str) -> None:
+                    if line not in targets.notices:  # they stand in the plan
+                        say(f"note: {line}")
+
+                watch = Watch(bar, _replayed(plan, bar), note, finish)
                 restored = await restore(repository, plan, place, watch=watch)
                 if not (place.standby and place.start):  # else that was told when it had caught up
                     finish(restored)

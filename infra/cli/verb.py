@@ -76,8 +76,9 @@ async def until_signalled(work: Coroutine[Any, Any, None]) -> bool:
             raise KeyboardInterrupt from None
         return True
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        if not received:  # else they stay until the loop is closed, which waits for its threads
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
     return False
 
 

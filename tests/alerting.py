@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -204,6 +204,13 @@ class Watch:
         """Wait until none of them is."""
         gone = set(alerts)
         _until(lambda: not gone & self.firing(), f"{alerts} resolve", timeout, lambda: f"{self.firing()}\n{self.log()}")
+
+    def quiet(self, usual: Collection[str], *, timeout: float = 40.0) -> None:
+        """Wait until no alerts but those of these names are firing."""
+        _until(
+            lambda: {name for name, _ in self.firing()} <= set(usual),
+            f"nothing fires but {sorted(usual)}", timeout, lambda: f"{self.firing()}\n{self.log()}",
+        )  # fmt: skip
 
 
 def _answers(url: str) -> bool:

@@ -108,6 +108,17 @@ def _steal_the_slot(rig: Rig) -> None:
     raise AssertionError("the slot is always in use")
 
 
+def _drop_what_is_no_backup(rig: Rig) -> Path:
+    """As a ``pg_basebackup`` into the spool would, whose disk lost half of it. Found when the service starts."""
+    made = rig.spool / "nightly"
+    made.mkdir()
+    (made / "base.tar").write_bytes(b"half of it")
+    (made / "backup_manifest").write_text("{}", "utf-8")
+    for path in (*made.iterdir(), made):
+        give(path, run_as())
+    return made
+
+
 def test_what_is_broken_is_told_and_what_is_mended_is_told_no_more(
     rig: Rig, proxy: Proxy, listen: str, tmp_path: Path
 ) -> None:
@@ -115,11 +126,15 @@ def test_what_is_broken_is_told_and_what_is_mended_is_told_no_more(
     limited = subprocess.run(["mountpoint", "-q", rig.spool], check=False).returncode == 0
     rig.server.start()
     rig.run("init")
+    dropped = _drop_what_is_no_backup(rig)
     service = rig.serve()
     with Watch(tmp_path / "watch", listen, _shorter()) as watch:
+        failed = [("WalshipBackupFailed", local), ("WalshipBackupFailed", remote)]
+        watch.fires(*failed)
+        shutil.rmtree(dropped)
         rig.json("backup")
         rig.wait(rig.streams, "the service streams")
-        watch.resolves(("WalshipBackupTooOld", local), ("WalshipBackupTooOld", remote))
+        watch.resolves(("WalshipBackupTooOld", local), ("WalshipBackupTooOld", remote), *failed)
         # Names and labels of the rules, and of what they are tested with, are those of a service that runs.
         live = scrape(listen)
         tested = [selector for case in (*CASES, STALLED) for selector in case.series]
@@ -127,9 +142,9 @@ def test_what_is_broken_is_told_and_what_is_mended_is_told_no_more(
 
         rig.sql("select pg_switch_wal()")
         rig.wait(lambda: watch.query("walship_wal_lag_seconds == 0") != [], "something is known, and nothing lags")
-        # (Before its first look, Prometheus knew no service at all.)
-        usual = {"WalshipOperationUnknown", "WalshipBackupTooOld"}
-        rig.wait(lambda: {name for name, _ in watch.firing()} <= usual, "nothing else fires")
+        # (Before its first look, Prometheus knew no service at all; and what else runs here fills the same disk.)
+        usual = {"WalshipOperationUnknown", "WalshipBackupTooOld", "WalshipWalVolumeFilling"}
+        watch.quiet(usual)
 
         # The store is away: its WAL waits, and fills the spool; commits no longer wait. Somebody deletes a segment.
         proxy.turn(Mode.DOWN)
@@ -167,9 +182,9 @@ def test_what_is_broken_is_told_and_what_is_mended_is_told_no_more(
         # The service is killed; what it says after the next start is read from the repository.
         taken = watch.query("walship_last_backup_success_timestamp_seconds")
         rig.stop(service, signal.SIGKILL)
-        watch.fires(("WalshipDown", ""))
+        watch.fires(("WalshipDown", ""), ("WalshipMetricsAbsent", ""))
         rig.serve()
-        watch.resolves(("WalshipDown", ""))
+        watch.resolves(("WalshipDown", ""), ("WalshipMetricsAbsent", ""))
         rig.wait(
             lambda: (
                 sorted(value for _, value in watch.query("walship_last_backup_success_timestamp_seconds"))

@@ -8,7 +8,7 @@ ROUNDS = 10
 ARGS =
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test check format kill-test soak bench bench-stream drill-sample lock clean bootstrap
+.PHONY: help demo test check format kill-test soak bench bench-stream drill-sample image-test lock clean bootstrap
 
 help: ## show these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-18s %s\n' "  $$verb" "$$text"; done
@@ -43,6 +43,9 @@ bench-stream: bootstrap ## what the stream costs commits, how far it lags, how f
 
 drill-sample: bootstrap ## write docs/drill-sample.md anew, from a real drill
 	$(PYTHON) -m tests.drill_sample docs/drill-sample.md
+
+image-test: bootstrap ## build the Dockerfile without a registry and run it: root, and Debian's buildah and mmdebstrap
+	IMAGE_TEST=1 $(PYTHON) -m pytest -s tests/image $(ARGS)
 
 lock: bootstrap ## pin the newest versions that fit together, in constraints.lock
 	sh .ci/lock

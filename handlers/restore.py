@@ -253,7 +253,9 @@ def _control_of(backup: BackupInfo, unpackers: Sequence[Unpacker]) -> tuple[byte
 
 
 def _lines(manifest: bytearray) -> dict[str, FileLine]:
-    """The files of a manifest that is whole."""
+    """The files of a manifest that is whole: 310 bytes of memory for each, while they are compared with what is there,
+    beside the manifest's own 150. So a million files take 460 MB, until the comparison is over.
+    """
     read_manifest(manifest)
     return {line.path: line for line in files_of(manifest)}
 

@@ -21,7 +21,7 @@ from handlers.occupant import occupant
 from handlers.restore import Laid, lay_down
 from handlers.target_dir import CONTROL, MARKER, look
 from pipeline.backup import BackupInfo, Tablespace
-from pipeline.errors import ConfigError, RecoveryError
+from pipeline.errors import ConfigError, IntegrityError, RecoveryError
 from tests.laying import PART, VERSION, cluster, store
 from tests.parts import Shelf
 from tests.unit.test_full_disk import small_disk
@@ -197,7 +197,7 @@ async def test_a_mark_does_not_speak_for_a_folder_that_was_filled_since(tmp_path
     lost = "base/b/data/base/00000003"
     body = await shelf.store.get(lost)
     await shelf.store.delete([lost])
-    with pytest.raises(Exception, match="not complete"):
+    with pytest.raises(IntegrityError, match="not complete"):
         await lay(shelf, info, directory)
     assert (space / VERSION / "1").exists()
     await shelf.store.put(lost, body)

@@ -115,12 +115,15 @@ class _Reading:
     async def all(self, names: Sequence[TailName]) -> None:
         self.tried.update(names)
         gate = asyncio.Semaphore(_WIDTH)
+        sealed: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for name in names:
                     group.create_task(self.one(name, gate))
-        except* Sealed as sealed:
-            raise sealed.exceptions[0] from None
+        except* Sealed as found:
+            sealed = found.exceptions[0]
+        if sealed is not None:
+            raise sealed
 
     async def one(self, name: TailName, gate: asyncio.Semaphore) -> None:
         """Read it from the first destination that has it whole."""

@@ -70,7 +70,8 @@ class Hold:
         if self._make:
             for path in (*reversed(folder.parents), folder):
                 if not path.exists():
-                    path.mkdir(mode=0o700, exist_ok=True)
+                    # As any program makes those above it: another user's server has to get through them.
+                    path.mkdir(mode=0o700 if path == folder else 0o777, exist_ok=True)
                     self._made.append(path)
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -22,6 +22,7 @@ from handlers.target_lock import Hold
 from infra.fetch_context import FetchContext
 from infra.keys import RepositoryKeys
 from infra.postgres import programs as installed
+from infra.postgres.neighbours import refuse_shared
 from infra.postgres.recovery_files import (
     FORGET,
     Neutralised,
@@ -132,15 +133,18 @@ async def make_plan(
 ) -> RestorePlan:
     """List the repository and decide. Touches nothing. Raises RecoveryError, StoreError, IntegrityError."""
     catalog = await read_catalog(repository.stores, repository.fetch, repository.system_id)
-    return await plan_restore(
+    plan = await plan_restore(
         catalog, target, fetch=repository.fetch, now=repository.clock.now(), backup=backup, progress=progress
     )
+    await refuse_shared(plan, repository.fetch)
+    return plan
 
 
 async def check_place(plan: RestorePlan, place: Place) -> Targets:
     """All that can be refused before anything is touched: folders, room, programs, port. For ``--dry-run`` too."""
     with Hold(folders(plan.backup, place.directory, place.tablespaces), make=False):
-        return await _check_place(plan, place)
+        pass  # and let go: looking keeps no restore out that begins now
+    return await _check_place(plan, place)
 
 
 async def _check_place(plan: RestorePlan, place: Place) -> Targets:

@@ -65,6 +65,9 @@ def test_folders_that_stay_empty_go_again_with_an_error_only(tmp_path: Path) -> 
     with pytest.raises(KeyError), Hold([deep]):
         raise KeyError((deep / "file").write_text("kept"))
     assert (deep / "file").exists()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert [path.stat().st_mode & 0o777 for path in (deep, deep.parent)] == [0o700, 0o777 & ~mask]
     with Hold([tmp_path / "x"], make=False):
         assert not (tmp_path / "x").exists()
     with Hold([tmp_path / "x"]):

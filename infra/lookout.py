@@ -51,6 +51,7 @@ class Measured(Protocol):
 
     def lag_seconds(self, destination: str) -> float: ...
     def lag_bytes(self, destination: str) -> float: ...
+    def end(self) -> float: ...
     def durable(self, destination: str) -> float: ...
 
 
@@ -173,10 +174,16 @@ class Lookout:
         return replace(
             status,
             now=self._clock.now(),
+            current_lsn=self._current(status.current_lsn),
             most_on_the_way=None,
             recoverable=stored,
             unknown=(*self._unread, *self._stale()),
         )
+
+    def _current(self, seen: str | None) -> str | None:
+        """The stream tells each second where the server is; a look, each few seconds."""
+        told = _known(self._measured.end())
+        return seen if seen is None or told is None else str(max(Lsn.parse(seen), Lsn(int(told))))
 
     def _stale(self) -> Iterator[str]:
         """What was not looked at for so long that nobody knows how it is by now."""

@@ -20,6 +20,17 @@ SLOW = timedelta(minutes=2)
 #: decides how much it is.
 _MOST_SAID = 500
 
+#: What to do first about each kind of trouble.
+_CHECK = "walship check tries it, and says what is wrong and what to do"
+_START_SERVER = "start the server, or find out why it cannot be reached: walship check"
+_START = "start the service: walship run"
+_LATE = "if it does not catch up by itself: the service's log tells what it was refused, walship check tries all of it"
+_REFUSED = "the log says why (refused, not_shipped); remove them once that is understood"
+_VERIFY = "walship verify names all that is damaged, at each destination"
+_HOLE = "take a base backup now, from then on the present can be restored again: walship backup"
+_NO_WAL = "end the open segment, and see whether it arrives: walship switch"
+_BACK_UP = "take one: walship backup"
+
 State = Literal["safe", "lagging", "at_risk", "unsafe", "unknown"]
 
 
@@ -40,6 +51,8 @@ class Reason:
     late: bool = False
     #: WAL does not get where it has to because of it.
     stops: bool = True
+    #: What to do first.
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +161,11 @@ class Status:
         return tuple(r.text if r.destination in r.text else f"{r.destination}: {r.text}" for r in self.found)
 
     @property
+    def hints(self) -> tuple[str, ...]:
+        """What to do first, each once, in the order of the reasons."""
+        return tuple(dict.fromkeys(reason.hint for reason in self.found if reason.hint))
+
+    @property
     def healthy(self) -> bool:
         return not self.found and not self.unknown
 
@@ -155,7 +173,7 @@ class Status:
         """For ``--json``, and for ``/api/status``. Moments are datetimes."""
         state, sentence = judge(self)
         plain = replace(self, most_on_the_way=None)
-        members = {**asdict(plain), "reasons": list(self.reasons)}
+        members = {**asdict(plain), "reasons": list(self.reasons), "hints": list(self.hints)}
         del members["most_on_the_way"]
         if self.recoverable is not None:
             members["recoverable"] |= {"first": self.recoverable.first, "last": self.recoverable.last}
@@ -219,16 +237,16 @@ def _safe_words(status: Status) -> str:
 
 def _reasons(status: Status) -> Iterator[Reason]:
     if status.server_error:
-        yield Reason(f"server: {status.server_error}")
+        yield Reason(f"server: {status.server_error}", hint=_START_SERVER)
     if status.archiving_fails_at:
-        yield Reason(f"server: archiving fails since {status.archiving_fails_at}")
+        yield Reason(f"server: archiving fails since {status.archiving_fails_at}", hint=_CHECK)
     if status.stream is not None:
         if status.stream.problem:
-            yield Reason(f"stream: {status.stream.problem}")
+            yield Reason(f"stream: {status.stream.problem}", hint=_CHECK)
         for error in status.stream.errors:
-            yield Reason(error, stops=False)
+            yield Reason(error, stops=False, hint=_CHECK)
     if status.spool_error:
-        yield Reason(f"spool: {status.spool_error}")
+        yield Reason(f"spool: {status.spool_error}", hint=_CHECK)
     if status.spool is not None:
         yield from _spool_reasons(status.spool, ships=status.service is not None)
     for place in status.destinations:
@@ -237,35 +255,37 @@ def _reasons(status: Status) -> Iterator[Reason]:
 
 def _spool_reasons(spool: SpoolState, *, ships: bool) -> Iterator[Reason]:
     if not ships:
-        yield Reason("no service ships the spool (`walship run`)")
+        yield Reason("no service ships the spool (`walship run`)", hint=_START)
     if spool.oldest_seconds > SLOW.total_seconds():
-        yield Reason(f"spool: {spool.files} files wait, the oldest for {spool.oldest_seconds:.0f} s", late=True)
+        yield Reason(
+            f"spool: {spool.files} files wait, the oldest for {spool.oldest_seconds:.0f} s", late=True, hint=_LATE
+        )
     if spool.refused:
-        yield Reason(f"spool: {spool.refused} files were refused and moved aside", stops=False)
+        yield Reason(f"spool: {spool.refused} files were refused and moved aside", stops=False, hint=_REFUSED)
 
 
 def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reason]:
     """``most`` bytes may be on their way; None: somebody else looks at that."""
     name = place.name
     if place.error:
-        yield Reason(place.error, name)
+        yield Reason(place.error, name, hint=_CHECK)
         return
     for problem in place.problems:
-        yield Reason(problem, name, stops=False)
+        yield Reason(problem, name, stops=False, hint="" if "`walship " in problem else _VERIFY)
     if place.missing:
         fact = f"{place.missing} is missing: what lies behind it cannot be reached"
-        yield Reason(fact, name, stops=False)
+        yield Reason(fact, name, stops=False, hint=_HOLE)
     # Before the newest backup they harm nobody who wants to go back to a moment behind it; ``recoverable`` shows them.
     if place.holes and not place.last_backup:
-        yield Reason(f"{place.holes} segments are missing between stored ones", name, stops=False)
+        yield Reason(f"{place.holes} segments are missing between stored ones", name, stops=False, hint=_HOLE)
     if place.durable_lsn is None:
-        yield Reason("no WAL yet", name, stops=False)
+        yield Reason("no WAL yet", name, stops=False, hint=_NO_WAL)
     elif most is not None and place.lag_bytes is not None and place.lag_bytes > most:
-        yield Reason(f"{place.lag_bytes} bytes of WAL are not there yet", name, late=True)
+        yield Reason(f"{place.lag_bytes} bytes of WAL are not there yet", name, late=True, hint=_LATE)
     if not place.last_backup:
-        yield Reason("no base backup", name, stops=False)
+        yield Reason("no base backup", name, stops=False, hint=_BACK_UP)
     if place.late:
-        yield Reason(place.late, name, late=True)
+        yield Reason(place.late, name, late=True, hint=_LATE)
 
 
 def _span(seconds: float) -> str:

@@ -43,6 +43,7 @@ async def command(cluster: str, as_json: bool) -> None:
 def _lines(status: Status) -> list[str]:
     lines = [judge(status)[1], f"cluster {status.system_id}"]
     lines += [f"  ! {reason}" for reason in (*status.reasons, *status.unknown)]
+    lines += [f"  hint: {hint}" for hint in status.hints]
     lines.append(f"server   {status.server_error or f'WAL written to {status.current_lsn}'}")
     known = "not running" if status.service is None else f"process {status.service}"
     lines.append(f"service  {status.service_words or known}")

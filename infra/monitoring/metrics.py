@@ -266,7 +266,6 @@ class Metrics:
     def _collect_service(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
 
-        current = self.positions.current
         yield InfoMetricFamily("walship_build", "What runs here.", {"version": version("walship")})
         yield GaugeMetricFamily(
             "walship_shipping", "1 while the repository is open and WAL is shipped to it.", float(self._shipping)
@@ -277,7 +276,7 @@ class Metrics:
         yield GaugeMetricFamily(
             "walship_wal_current_lsn_bytes",
             "End of the server's WAL when it last told.",
-            math.nan if current is None else current,
+            self.positions.end(),
         )
         yield CounterMetricFamily(
             "walship_files_set_aside",

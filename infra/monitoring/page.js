@@ -272,6 +272,8 @@ function show() {
   const reasons = [...(status.reasons || []), ...(status.unknown || [])];
   $("why").hidden = !reasons.length;
   fill($("reasons"), reasons);
+  $("first").hidden = !(status.hints || []).length;
+  fill($("hints"), status.hints || []);
   showDestinations();
   if (status.recoverable) showLine();
   if (status.recoverable && status.recoverable.stretches.length && chosen.shown) showCommand();

@@ -130,6 +130,10 @@ class Positions:
     def _of(self, name: str) -> _Place:
         return self._places.setdefault(name, _Place())
 
+    def end(self) -> float:
+        """Of the server's WAL."""
+        return math.nan if self.current is None else self.current
+
     def durable(self, name: str) -> float:
         durable = self._of(name).durable
         return math.nan if durable is None else durable

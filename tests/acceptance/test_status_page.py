@@ -174,11 +174,13 @@ async def picture(live: Live, page: Page) -> bytes:
     """The page as PNG, without the name of a folder that is nobody's business."""
     if not SCREENSHOTS:
         return b""
+    # In what is fetched: the page draws itself anew at any moment.
     await page.read(
-        "(() => { const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);"
-        f" while (walk.nextNode()) walk.currentNode.data = walk.currentNode.data.replaceAll({str(live.folder)!r},"
-        " '/backups'); })()"
+        "(() => { const real = window.real ||= fetch; window.fetch = async (...words) => {"
+        " const said = await (await real(...words)).text();"
+        f" return new Response(said.replaceAll({str(live.folder)!r}, '/backups')); }}; }})()"
     )
+    await page.until(f"!document.body.innerText.includes({str(live.folder)!r})")
     return await page.screenshot()
 
 
@@ -225,6 +227,7 @@ async def test_a_click_gives_the_command_that_restores_that_moment(live: Live, t
         live.lose(live.segments()[-1])
         await page.until("document.getElementById('verdict').className === 'unsafe'")
         assert "is missing" in await page.read("document.getElementById('reasons').textContent")
+        assert "walship backup" in await page.read("document.getElementById('hints').innerText")
         shots["hole.png"] = await picture(live, page)
         live.stop(live._services[0])
         await page.until("document.getElementById('sentence').textContent.includes('does not answer')")

@@ -38,6 +38,9 @@ class Told:
     def lag_bytes(self, destination: str) -> float:
         return self.missing if destination else math.nan
 
+    def end(self) -> float:
+        return self.reached
+
     def durable(self, destination: str) -> float:
         return self.reached if destination else math.nan
 

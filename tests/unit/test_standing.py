@@ -83,6 +83,15 @@ def test_words_from_outside_are_kept_short_and_on_one_line() -> None:
     assert brief("<b>x</b>" * 250_000) == f"{('<b>x</b>' * 63)[:500]}…"
 
 
+def test_what_to_do_first_is_said_once() -> None:
+    assert WELL.hints == ()
+    holed = replace(WELL, destinations=(replace(NEAR, missing="A7"), replace(FAR, missing="A7", late="it lags")))
+    hole, late = holed.hints
+    assert hole.endswith("walship backup")
+    assert "log" in late
+    assert holed.result()["hints"] == [hole, late]
+
+
 def test_where_nothing_was_looked_at_nothing_is_safe() -> None:
     assert judge_absent("the store is away") == ("unsafe", "Not safe: nothing is shipped: the store is away.")
     assert judge_absent("")[0] == "unknown"

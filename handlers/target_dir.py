@@ -105,9 +105,12 @@ def resolved(directory: Path) -> Path:
 
 
 def folders(backup: BackupInfo, directory: Path, mapping: Mapping[str, str]) -> tuple[Path, ...]:
-    """All that a restore has to have for itself while it goes on (``target_lock``). Raises ConfigError."""
+    """All that a restore has to have for itself while it goes on (``target_lock``). Raises as ``look`` does."""
     directory = resolved(directory)
-    places = locate(backup, directory, mapping)
+    try:
+        places = locate(backup, directory, mapping)
+    except OSError as error:
+        raise RecoveryError(f"{error.filename or directory} cannot be looked at: {error.strerror}") from None
     return directory, *(place.path for place in places if not place.path.is_relative_to(directory))
 
 
@@ -132,7 +135,7 @@ def _look(
         full.append(directory)
     old = linked(directory) if force or delta else ()
     for place in outside:
-        if _holds_something(place.path, OURS):
+        if _holds_something(place.path):
             ours = bool(token) and _token(place.path) == token
             check_may_overwrite(place, backup, directory, linked=place.path in old, ours=ours)
             full.append(place.path)
@@ -268,9 +271,10 @@ def _links(directory: Path) -> list[str]:
     ]
 
 
-def _holds_something(folder: Path, *but: str) -> bool:
+def _holds_something(folder: Path) -> bool:
+    """Anything but our own folder, which a restore that was killed at its very beginning has left."""
     try:
-        return any(entry.name not in (LOST_AND_FOUND, *but) for entry in folder.iterdir())
+        return any(entry.name not in (LOST_AND_FOUND, OURS) for entry in folder.iterdir())
     except FileNotFoundError:
         return False
     except NotADirectoryError:

@@ -7,17 +7,21 @@ import contextlib
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from handlers.target_dir import folders
 from infra.postgres.processes import give, run_as
 from infra.postgres.programs import Programs
 from infra.postgres.restored import _open_log, start_restored
 from infra.postgres.throwaway import make_folder
 from infra.postgres.wal_script import FOLDER
+from pipeline.backup import Tablespace
 from pipeline.errors import ConfigError, RecoveryError
-from pipeline.targets import Action
+from pipeline.targets import Action, Target
+from tests.unit.test_recovery_files import plan
 
 
 def folder(directory: Path) -> Path:
@@ -50,6 +54,12 @@ def test_the_log_lies_beside_the_directory_and_in_it_where_that_cannot_be(tmp_pa
     with pytest.raises(ConfigError, match=r"log .*/nowhere/log cannot be written: No such file") as caught:
         opened(data, tmp_path / "nowhere/log")
     assert "pg_ctl" in caught.value.hint
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    backup = replace(plan(Target()).backup, tablespaces=(Tablespace(1, str(tmp_path)),))
+    with pytest.raises(RecoveryError, match="cannot be looked at: File name too long"):
+        folders(backup, tmp_path / ("n" * 256), {})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

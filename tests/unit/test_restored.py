@@ -57,7 +57,8 @@ def test_the_log_lies_beside_the_directory_and_in_it_where_that_cannot_be(tmp_pa
 
 
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
-    backup = replace(plan(Target()).backup, tablespaces=(Tablespace(1, str(tmp_path)),))
+    (tmp_path / "place").mkdir()
+    backup = replace(plan(Target()).backup, tablespaces=(Tablespace(1, str(tmp_path / "place")),))
     with pytest.raises(RecoveryError, match="cannot be looked at: File name too long"):
         folders(backup, tmp_path / ("n" * 256), {})
 

@@ -106,6 +106,15 @@ async def test_a_mark_beside_a_control_file_counts_for_nothing(tmp_path: Path, o
     assert is_whole(directory, files)
 
 
+async def test_killed_while_its_mark_is_written(tmp_path: Path) -> None:
+    shelf, files, directory = Shelf(), cluster(), tmp_path / "data"
+    info = await store(shelf, {"base": files})
+    (directory / MARKER).parent.mkdir(parents=True)
+    (directory / f"{MARKER}.walship").write_text("{")
+    await lay(shelf, info, directory)
+    assert is_whole(directory, files)
+
+
 # -- tablespaces of others
 
 

@@ -111,7 +111,8 @@ def test_a_secret_that_others_may_read_is_warned_of(tmp_path: Path, mode: int, t
     path.chmod(mode)
     said: list[str] = []
     assert read_secret(path, "WALSHIP_IDENTITY_FILE", lambda fact, hint: said.append(fact + hint)) == "text"
-    assert said == ([f"WALSHIP_IDENTITY_FILE: {path} has mode {mode:04o}: others on this host may read itchmod 600 {path}"] if told else [])  # noqa: E501  # fmt: skip
+    warning = f"WALSHIP_IDENTITY_FILE: {path} has mode {mode:04o}: others on this host may read itchmod 600 {path}"
+    assert said == ([warning] if told else [])
 
 
 def test_a_secret_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whose files a restore may overwrite: marks of restores that were killed, tablespaces that may be another cluster's."""
+"""Whose files a restore may overwrite: marks of restores that were killed, tablespaces that may be another's."""
 
 from __future__ import annotations
 

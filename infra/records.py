@@ -102,7 +102,7 @@ async def write(
     name = RecordName(ended, record.verb, record.ok, secrets.token_hex(4))
     try:
         site.keys.write_under_known(site.clock.now())
-        body = await asyncio.to_thread(_encoded, site, name.key, record.encode(), ended)
+        body = await asyncio.to_thread(encoded, site, name.key, record.encode(), ended)
     except WalshipError as error:
         tell(f"no record of this {record.verb} could be made: {error.fact}")
         return None
@@ -110,7 +110,7 @@ async def write(
     return name if any(taken) else None
 
 
-def _encoded(site: Site, key: str, content: bytes, created: datetime) -> Body:
+def encoded(site: Site, key: str, content: bytes, created: datetime) -> Body:
     """Encrypted as the repository's policy for WAL says, whatever the settings of this host do: it must be readable."""
     keys, settings = site.keys, site.settings
     encrypted = keys.policy.wal or (keys.encrypted and settings.wal_encrypted)
@@ -122,7 +122,7 @@ def _encoded(site: Site, key: str, content: bytes, created: datetime) -> Body:
 async def _put(site: Site, store: Store, key: str, body: Body, tell: Callable[[str], None], patience: float) -> bool:
     try:
         async with asyncio.timeout(patience):
-            await _put_key(site, store)
+            await put_key(site, store)
             with contextlib.suppress(ObjectConflict):  # an attempt whose answer was lost: the name is ours alone
                 await store.put(key, body)
     except StoreError as error:
@@ -135,8 +135,8 @@ async def _put(site: Site, store: Store, key: str, body: Body, tell: Callable[[s
     return False
 
 
-async def _put_key(site: Site, store: Store) -> None:
-    """The data key of the record, where it is not yet: a record is worth nothing without."""
+async def put_key(site: Site, store: Store) -> None:
+    """The data key of what was ``encoded``, where it is not yet: a record is worth nothing without."""
     if not site.keys.encrypted:
         return
     name = data_key_name(site.keys.current().id)

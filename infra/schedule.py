@@ -35,7 +35,7 @@ log = structlog.get_logger()
 Errand: TypeAlias = Callable[[Sequence[str], Callable[[str], None]], Awaitable[Ended]]
 
 #: Seconds after the start, in which the stream connects and the spool is read; and between attempts to begin.
-SETTLED, AGAIN = 5.0, 60.0
+SETTLED, AGAIN = 3.0, 60.0
 #: Longest sleep in seconds: a wall clock that was put right is noticed so soon.
 POLL = 30.0
 
@@ -115,7 +115,7 @@ class Scheduler:
         words = [VERBS[job], *(["--incremental"] if job == "incremental" else []), "--json"]
         if VERBS[job] == "backup":  # of the cluster that the server tells
             return await self._run(words, say)
-        words += ["--cluster", self._site.facts.system_id]
+        words += ["--cluster", self._site.facts.system_id, *(["--yes"] if VERBS[job] == "expire" else [])]
         if job != "drill":
             return await self._run(words, say)
         settings = self._site.settings

@@ -22,6 +22,7 @@ REPOSITORY = "repository.json"
 #: Plaintext bytes of one part of a base backup.
 PART_SIZE = 16 << 20
 
+_PIECE = re.compile(r"data/[A-Za-z0-9.]{1,32}/[0-9]{8,}|index/[0-9]{8,}|backup_manifest")
 _INFO = re.compile(r"base/([A-Za-z0-9_.-]{1,200})/backup_info")
 
 
@@ -50,6 +51,12 @@ def manifest_key(backup: str) -> str:
 def info_key(backup: str) -> str:
     """Written last: without it there is no backup."""
     return f"base/{backup}/backup_info"
+
+
+def is_piece(key: str, backup: str) -> bool:
+    """Whether it is a part, an index object or the manifest of that backup: what walship has put there, no info."""
+    below = key.removeprefix(f"base/{backup}/")
+    return below != key and bool(_PIECE.fullmatch(below))
 
 
 def conflict_key(file: WalFile, fingerprint: str) -> str:

@@ -73,8 +73,8 @@ class Decision:
     wal: WalNeeds
     #: Backup → why it cannot be restored.
     broken: Mapping[str, str]
-    #: Kept backups that others go because of: good as far as the catalog tells, and worth a closer look.
-    essential: frozenset[str]
+    #: What stands in for all that goes, good as far as the catalog tells: worth a closer look before anything goes.
+    vital: frozenset[str]
     #: Sentences for people.
     notes: tuple[str, ...]
 
@@ -87,9 +87,8 @@ def decide(held: Holdings, policy: Policy, now: datetime) -> Decision:
     good = [backup for name, backup in known.items() if name not in broken and name not in future]
     lines = lines_of(held.catalog)
     rules = _Rules(held.catalog, lines, policy)
-    chosen = rules.of(good, now)
-    reasons = {name: [*said] for name, said in chosen.items()}
-    for name, said in rules.of([*known.values()], now).items():
+    reasons = {name: [*said] for name, said in rules.of(good, now).items()}
+    for name, said in _Rules(held.catalog, lines, policy).of([*known.values()], now).items():
         reasons.setdefault(name, said)
     # A pin ends when there is a backup behind its end: the clock alone ends none.
     reference = min(now, max((backup.stopped for backup in good), default=now))
@@ -108,7 +107,7 @@ def decide(held: Holdings, policy: Policy, now: datetime) -> Decision:
         deletion_order(going),
         needed_by(held, [each.backup for each in kept]),
         broken,
-        frozenset(chosen) if going else frozenset(),
+        frozenset(rules.vital) if going else frozenset(),
         tuple(_notes(held, broken, future, now, lines)),
     )
 
@@ -228,6 +227,8 @@ class _Rules:
         self._catalog = catalog
         self._lines = lines
         self._policy = policy
+        #: Those on which rests what can be restored at all.
+        self.vital: set[str] = set()
 
     def of(self, pool: Sequence[BackupInfo], now: datetime) -> dict[str, list[str]]:
         """Those that a rule keeps, with what each rule says."""
@@ -242,6 +243,7 @@ class _Rules:
 
         policy, ordered = self._policy, sorted(pool, key=lambda b: (_early(b, pool), b.stop_lsn, b.name))
         keep(ordered[-1], "the newest good one")
+        self.vital.add(ordered[-1].name)
         for backup in ordered[-policy.last :] if policy.last else []:
             keep(backup, f"one of the last {policy.last}")
         edge = None
@@ -270,11 +272,13 @@ class _Rules:
             if not able or (timeline != newest and self._is_over(timeline, pool, cover)):
                 continue
             found.append((timeline, "the newest good one that leads to timeline {timeline}", able[-1:]))
+            self.vital.add(able[-1].name)
             if edge is None:
                 continue
             base = self._base(timeline, pool, edge)
             at = able.index(base) if base else 0
             if base:
+                self.vital.add(base.name)
                 words = f"the newest that leads to timeline {{timeline}} and ended before the window, at {show(edge)}"
                 found.append((timeline, words, [base]))
             # By the order of the WAL, whatever their clocks said.

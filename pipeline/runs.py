@@ -65,6 +65,41 @@ class Runs:
         return self.ranges[-1][1] - 1
 
 
+class Gathering:
+    """Segment numbers on their way to ``Runs``: where they come in order, as listings do, a million take no room."""
+
+    #: Ranges that are not joined yet, at most: so many come where a store lists in no order.
+    _MOST = 4096
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        self._known = 0
+
+    def add(self, number: int) -> None:
+        """In any order, also twice."""
+        if self._ranges and self._ranges[-1][1] == number:
+            self._ranges[-1] = self._ranges[-1][0], number + 1
+            return
+        self._ranges.append((number, number + 1))
+        if len(self._ranges) > 2 * self._known + self._MOST:
+            self._join()
+
+    def runs(self) -> Runs:
+        """All of them."""
+        self._join()
+        return Runs(tuple(self._ranges))
+
+    def _join(self) -> None:
+        joined: list[tuple[int, int]] = []
+        for first, end in sorted(self._ranges):
+            if joined and first <= joined[-1][1]:
+                joined[-1] = joined[-1][0], max(end, joined[-1][1])
+            else:
+                joined.append((first, end))
+        self._ranges = joined
+        self._known = len(joined)
+
+
 @dataclass(frozen=True, slots=True)
 class Hole:
     """Consecutive segments of a timeline that are missing between stored ones."""

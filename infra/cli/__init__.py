@@ -32,6 +32,9 @@ VERBS = {
     "verify": "Check stored bytes, and look for holes in the WAL.",
     "history": "What was done to the repository, and how it ended.",
     "key": "Who may read the repository: passphrases, recipients, and hosts that only write.",
+    "expire": "Delete the backups and the WAL that the policy does not keep.",
+    "pin": "Keep a backup whatever the policy says.",
+    "unpin": "Leave a backup to the policy again.",
     "fetch-wal": "Fetch one WAL file (what restore_command calls).",
     "demo": "All of it, on an embedded server, in about a minute.",
 }

@@ -184,6 +184,10 @@ class Marks:
         #: Our own ``.going``.
         self._ours: set[str] = set()
 
+    def only(self, stores: Sequence[Store]) -> None:
+        """Go on with these destinations alone: the others do not answer."""
+        self._stores = tuple(stores)
+
     async def look(self, backup: str = "") -> None:
         """See how they are now: all, or those on one backup. Raises StoreError if a destination does not tell."""
         prefix = f"{FOLDER}{backup}/" if backup else FOLDER
@@ -243,9 +247,9 @@ class Marks:
                 return
             await self._clock.sleep(self._ttl / _LOOKS)
 
-    async def bury(self, backup: str) -> None:
+    async def bury(self) -> None:
         """Remove the marks of those who are gone. Before what they have left is deleted: see the head of this file."""
-        for seen in [seen for seen in self._of(backup) if self._dead(seen)]:
+        for seen in [seen for seen in self._seen.values() if self._dead(seen)]:
             await seen.store.delete([seen.key])
             self._seen.pop((seen.store.name, seen.key), None)
 

@@ -58,12 +58,12 @@ async def test_what_does_not_change_for_its_time_to_live_is_dead_and_is_buried()
     marks = Marks([store], clock=clock)
     await marks.look()
     assert "process 77 on db9" in marks.word(NAME)
-    await marks.bury(NAME)
+    await marks.bury()
     assert await names(store) == [key]  # in doubt
     await marks.settle([NAME])
     assert clock.passed >= TTL
     assert marks.word(NAME) == ""
-    await marks.bury(NAME)
+    await marks.bury()
     assert await names(store) == []
 
 

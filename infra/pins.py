@@ -1,0 +1,86 @@
+"""Pins of backups, set and removed at every destination: one at any of them counts."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from datetime import datetime
+
+from infra.expiry_look import read_pin
+from infra.records import encoded, put_key
+from infra.wiring import Site
+from pipeline.catalog import info_key
+from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
+from pipeline.pins import Pin, pin_key
+
+
+async def pin(
+    site: Site, backup: str, *, reason: str, until: datetime | None, tell: Callable[[str], None]
+) -> tuple[Pin, list[str]]:
+    """Pin a backup; an earlier pin is replaced. Returns it with the destinations that took it, one at least.
+
+    Raises ConfigError for a backup that no destination lists and for an end that is over, StoreError if none takes it.
+    """
+    now = site.clock.now()
+    if until is not None and until <= now:
+        raise ConfigError(f"--until {until.isoformat()} is over already", hint="name a time to come, or leave it out")
+    await _find(site, backup)
+    made = Pin(backup, reason, until, socket.gethostname(), now)
+    key = pin_key(backup)
+    site.keys.write_under_known(now)
+    body = await asyncio.to_thread(encoded, site, key, made.encode(), now)
+    taken, errors = [], []
+    for store in site.stores:
+        try:
+            await put_key(site, store)
+            await store.put(key, body, replace=True)
+        except StoreError as error:
+            errors.append(error)
+            tell(f"{store.name} did not take the pin; one at any destination counts: {error.fact}")
+        else:
+            taken.append(store.name)
+    if not taken:
+        raise errors[0]
+    # Somebody may have begun to delete it before our pin was there: it is looked for once more.
+    await _find(site, backup)
+    return made, taken
+
+
+async def unpin(site: Site, backup: str) -> list[Pin]:
+    """Remove the pins of a backup everywhere, and return them. ConfigError if there was none.
+
+    StoreError if a destination does not answer: the pin there goes on counting.
+    """
+    found: list[Pin] = []
+    there = False
+    for store in site.stores:
+        try:
+            was = await read_pin(site, store, backup)
+        except IntegrityError:
+            there = True
+        else:
+            there = there or was is not None
+            found += [was] if was is not None and was not in found else []
+    if not there:
+        raise ConfigError(f"backup {backup} is not pinned", hint="`walship list` shows pins and what they are for")
+    for store in site.stores:
+        await store.delete([pin_key(backup)])
+    return found
+
+
+async def _find(site: Site, backup: str) -> None:
+    """Raises ConfigError if no destination lists the backup, StoreError if one cannot tell."""
+    errors: list[StoreError] = []
+    for store in site.stores:
+        try:
+            await store.head(info_key(backup))
+        except ObjectMissing:
+            continue
+        except StoreError as error:
+            errors.append(error)
+        else:
+            return
+    if errors:
+        raise errors[0]
+    raise ConfigError(f"there is no backup {backup}", hint="`walship list` shows them")

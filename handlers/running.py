@@ -33,19 +33,16 @@ def check_not_running(directory: Path, *, ours: bool) -> None:
     nobody is attached to it, the server ran here and is dead. After a reboot the segment is gone: a person has to say
     so then. Only where an interrupted restore of ours left its marker no server can have been started.
     """
-    for pid, works_in in servers():
-        if _is_same(works_in, directory):
-            raise _runs(directory, pid)
     file = directory / "postmaster.pid"
-    if not os.path.lexists(file):
-        return
+    there = os.path.lexists(file)
     lines = (read_file(file, _MOST) or b"").decode("latin-1").split("\n")
     pid = abs(int(lines[0])) if lines[0].strip().lstrip("-").isdecimal() else 0
-    owner = _attached(pid, lines)
-    if owner is _Owner.UNKNOWN and pid and _is_server(pid):
-        owner = _Owner.RUNS
-    if owner is _Owner.RUNS:
+    owner = _attached(pid, lines) if there else _Owner.DEAD
+    if owner is _Owner.RUNS or (owner is _Owner.UNKNOWN and pid and _is_server(pid)):
         raise _runs(directory, pid)
+    for worker, works_in in servers():  # somebody may have removed the file
+        if _is_same(works_in, directory):
+            raise _runs(directory, worker)
     if owner is _Owner.UNKNOWN and not ours:
         named = f"process {pid}" if pid else "no number"
         raise RecoveryError(

@@ -269,8 +269,11 @@ def test_another_machine_and_pages_that_were_damaged_at_the_source(work: Path) -
         "-- expect: 0\nSELECT current_setting('max_logical_replication_workers')::int;\n"
         "-- database: shop\n-- expect: 500\nSELECT count(*) FROM t;\n"
         "-- expect: 3\nSELECT count(*) FROM in_tablespace;\n"
-        "-- name: libraries\n-- expect: '\"pg_stat_statements\"'\n"
-        "SELECT current_setting('shared_preload_libraries');\n",
+        '-- name: libraries\n-- expect: \'"pg_stat_statements", "pg_prewarm"\'\n'
+        "SELECT current_setting('shared_preload_libraries');\n"
+        # pg_prewarm's runs in every server that loads it.
+        "-- name: workers\n-- expect: 0\n"
+        "SELECT count(*) FROM pg_stat_activity WHERE backend_type ~ 'prewarm|logical|worker';\n",
     )
     folder = make_folder("walship-a-")
     # Above the default, or its absence would not be noticed; and who connects is told in the log.
@@ -290,7 +293,7 @@ def test_another_machine_and_pages_that_were_damaged_at_the_source(work: Path) -
             ((path,),) = rig.sql("select pg_relation_filepath('t')", dbname="shop")
             rig.run("init")
             rig.sql("alter system set shared_buffers = '300GB'")
-            rig.sql("alter system set shared_preload_libraries = 'pg_cron', 'pg_stat_statements'")
+            rig.sql("alter system set shared_preload_libraries = 'pg_cron', 'pg_stat_statements', 'pg_prewarm'")
             rig.json("backup")
             rig.json("switch")
             connections = server.log(1 << 20).count("connection received")
@@ -320,7 +323,7 @@ def test_another_machine_and_pages_that_were_damaged_at_the_source(work: Path) -
             report, markdown, said = rehearse(rig, work, "--check", settings, expect=12)
             assert [check["state"] for check in report["checks"][:5]] == ["failed", *["passed"] * 4]
             assert "shop" in report["checks"][0]["found"]
-            assert "of 8 checks FAILED: pg_amcheck" in markdown
-            assert "of 8 checks failed; pg_amcheck: expected" in said
+            assert "of 9 checks FAILED: pg_amcheck" in markdown
+            assert "of 9 checks failed; pg_amcheck: expected" in said
     finally:
         shutil.rmtree(folder)

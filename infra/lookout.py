@@ -11,7 +11,7 @@ import asyncio
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from handlers.fetch import Fetcher
 from handlers.upload import Uploader
+from infra.done import Done
 from infra.holdings import Holding, together
 from infra.postgres.kept import Kept
 from infra.recoverable import Moments, Recoverable, read_moments, recoverable
@@ -76,6 +77,7 @@ class Lookout:
         self._changed = asyncio.Event()
         self._listed: datetime | None = None
         self._stored: Recoverable | None = None
+        self._done: Mapping[str, Done] = {}
         self._unread: tuple[str, ...] = ()
         self._moments: Moments = {}
         #: destination → what it answered when it last refused something.
@@ -97,6 +99,10 @@ class Lookout:
         self._listings[holding.name] = holding, destination_status(holding, server), self._clock.monotonic()
         self._listed = self._clock.now()
         self._fresh.set()
+
+    def done(self, found: Mapping[str, Done]) -> None:
+        """What records say was done. Told by ``infra.survey``."""
+        self._done = found
 
     def waits(self, why: str) -> None:
         """No repository is open, and nothing is shipped, because of that."""
@@ -177,6 +183,8 @@ class Lookout:
             current_lsn=self._current(status.current_lsn),
             most_on_the_way=None,
             recoverable=stored,
+            last_drill=self._done.get("drill", Done()).success,
+            last_verify=self._done.get("verify", Done()).success,
             unknown=(*self._unread, *self._stale()),
         )
 

@@ -79,8 +79,9 @@ async def monitored(
     metrics.opened(site.facts.segment_size)
     site.notify.extend([metrics.notify, lookout.heard])
     lookout.cluster = cluster
+    survey = Survey(site, metrics, listed=lookout.listed, done=lookout.done)
     try:
-        async with beside(Survey(site, metrics, listed=lookout.listed).run(), lookout.run(site, shipping.uploader)):
+        async with beside(survey.run(), lookout.run(site, shipping.uploader)):
             yield
     finally:
         metrics.closed()

@@ -146,7 +146,7 @@ class Status:
     recoverable: Recoverable | None = None
     #: What could not be found out, one sentence each: nothing is safe by that.
     unknown: tuple[str, ...] = ()
-    #: When the last drill and the last verification went well; None: not known, as no records are kept yet.
+    #: When a drill and a verification last went well, by their records; None: never, as far as is known.
     last_drill: datetime | None = None
     last_verify: datetime | None = None
 

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from handlers.fetch import Fetcher
+from infra.done import Done, last_done
 from infra.holdings import Holding, Known, hold, together
 from infra.postgres.control import ServerFacts, read_facts, rows
 from infra.postgres.kept import Kept
@@ -63,7 +64,16 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
     async with Kept(site.settings, site.clock) as kept:
         status, holdings = await _look_until_due(site, kept, waits)
     stored, unread = await _recoverable(site, holdings, status)
-    return replace(status, recoverable=stored, unknown=tuple(unread))
+    done: dict[str, Done] = {}
+    with suppress(StoreError):  # told as the destinations' errors
+        done = await last_done(site)
+    return replace(
+        status,
+        recoverable=stored,
+        unknown=tuple(map(brief, unread)),
+        last_drill=done.get("drill", Done()).success,
+        last_verify=done.get("verify", Done()).success,
+    )
 
 
 async def _look_until_due(site: Site, kept: Kept, waits: Callable[[str], None]) -> tuple[Status, list[Holding]]:

@@ -14,7 +14,7 @@ import asyncio
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -26,6 +26,7 @@ import structlog
 
 from handlers.fetch import Fetcher
 from handlers.serve_wal import WalServer
+from infra.done import VERBS, Done, last_done
 from infra.holdings import Holding, Known, hold
 from infra.monitoring.metrics import Metrics
 from infra.monitoring.missing import Missing
@@ -161,11 +162,19 @@ def _wal_volume_free(server: ServerFacts) -> int | None:
 class Survey:
     """What each destination holds. ``run`` until cancelled."""
 
-    def __init__(self, site: Site, metrics: Metrics, *, listed: Callable[[Holding], None] = lambda _: None) -> None:
-        """``listed`` is told of each listing, also of one that was not answered."""
+    def __init__(
+        self,
+        site: Site,
+        metrics: Metrics,
+        *,
+        listed: Callable[[Holding], None] = lambda _: None,
+        done: Callable[[Mapping[str, Done]], None] = lambda _: None,
+    ) -> None:
+        """``listed`` is told of each listing, also of one that was not answered; ``done`` of what the records say."""
         self._site = site
         self._metrics = metrics
         self._listed = listed
+        self._done = done
         self._known: Known = {}
         #: destination → end of the WAL there, when the last transaction was looked for, and when that one ended.
         self._found: dict[str, tuple[Lsn, float | None]] = {}
@@ -175,6 +184,7 @@ class Survey:
         async with asyncio.TaskGroup() as group:
             for destination, store in zip(self._site.destinations, self._site.stores, strict=True):
                 group.create_task(self._again(store, required=destination.required))
+            group.create_task(self._read_records_for_ever())
 
     async def _again(self, store: Store, *, required: bool) -> None:
         looks = 0
@@ -184,6 +194,26 @@ class Survey:
             interval = self._site.settings.survey_interval
             # Somebody mends it just now, and looks whether it is mended.
             await self._site.clock.sleep(interval if well else min(interval, UNWELL_EVERY))
+
+    async def _read_records_for_ever(self) -> None:
+        while True:
+            await self._read_records()
+            await self._site.clock.sleep(self._site.settings.survey_interval)
+
+    async def _read_records(self) -> None:
+        """When verify and drill last went well."""
+        readings = self._metrics.readings
+        try:
+            async with asyncio.timeout(_LISTING):
+                found = await last_done(self._site)
+        except (StoreError, TimeoutError):
+            for verb in VERBS:
+                readings.failed(verb)
+            return
+        for verb, done in found.items():
+            success, failure = (moment.timestamp() if moment else 0.0 for moment in (done.success, done.failure))
+            readings.operation_read(verb, success=success, failure=failure, **done.figures)
+        self._done(found)
 
     async def _read(self, store: Store, *, required: bool, opens: bool) -> bool:
         """``opens``: read the end of the WAL as well, if there is more than at the last time.

@@ -99,7 +99,7 @@ def _stretch(stretch: Stretch, stored: Recoverable) -> str:
 
 
 def _when(moment: datetime | None) -> str:
-    return show(moment) if moment else "not known"
+    return show(moment) if moment else "never, as far as is known"
 
 
 def _stream(stream: StreamStatus) -> list[str]:

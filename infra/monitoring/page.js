@@ -258,7 +258,7 @@ function showRest() {
     }));
     $("backups").replaceChildren(stored.backups.length ? table : html("p", "None yet: walship backup takes one.", { class: "quiet" }));
   }
-  const when = moment => moment ? `${utc(Date.parse(moment)).slice(0, 19)} UTC` : "not known";
+  const when = moment => moment ? `${utc(Date.parse(moment)).slice(0, 19)} UTC` : "never, as far as is known";
   facts.push(["Last drill", when(status.last_drill)], ["Last verify", when(status.last_verify)]);
   facts.push(["Cluster", status.system_id || "not known"], ["Server", status.server_error || (status.current_lsn ? `WAL written to ${status.current_lsn}` : "not known")]);
   if (status.stream) facts.push(["Stream", status.stream.problem || `streams from the slot ${status.stream.slot}`], ["Commits", status.stream.commits.replace(/^commits /, "")]);

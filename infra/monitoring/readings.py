@@ -133,8 +133,7 @@ class Readings:
         self._sources[("server", "")] = _Source()
         if spool:
             self._sources[("spool", "")] = _Source()
-        # Until records of operations are kept, what became of them is not known; and that is no silence.
-        self._sources |= {(kind, ""): _Source(up=0.0) for kind in OPERATIONS}
+        self._sources |= {(kind, ""): _Source() for kind in OPERATIONS}
 
     def failed(self, kind: str, destination: str = "") -> None:
         """A reading did not succeed; what it told before stays."""

@@ -142,8 +142,9 @@ def test_what_is_broken_is_told_and_what_is_mended_is_told_no_more(
 
         rig.sql("select pg_switch_wal()")
         rig.wait(lambda: watch.query("walship_wal_lag_seconds == 0") != [], "something is known, and nothing lags")
-        # (Before its first look, Prometheus knew no service at all; and what else runs here fills the same disk.)
-        usual = {"WalshipOperationUnknown", "WalshipBackupTooOld", "WalshipWalVolumeFilling"}
+        # (Nothing was ever verified; before its first look, Prometheus knew no service at all; what else runs here
+        # fills the same disk.)
+        usual = {"WalshipVerifyOverdue", "WalshipDrillOverdue", "WalshipBackupTooOld", "WalshipWalVolumeFilling"}
         watch.quiet(usual)
 
         # The store is away: its WAL waits, and fills the spool; commits no longer wait. Somebody deletes a segment.

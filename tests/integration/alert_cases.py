@@ -246,21 +246,21 @@ CASES = (
         {_own("walship_last_verify_success_timestamp_seconds"): "0x5 -777600x300"},
         60,
         70,
-        "The stored bytes were last verified 9d 1h 10m 0s ago",
+        "The stored bytes were last verified 9d 1h 10m 0s ago (56 years: never)",
     ),
     Case(
         "WalshipVerifyFailed",
         {_own("walship_last_verify_failure_timestamp_seconds"): "0x5 86400x300"},
         5,
         6,
-        "The verification at 1970-01-02 00:00:00 +0000 UTC found stored bytes that are not what was written",
+        "The verification at 1970-01-02 00:00:00 +0000 UTC failed: stored bytes are wrong, or cannot be read",
     ),
     Case(
         "WalshipDrillOverdue",
         {_own("walship_last_drill_success_timestamp_seconds"): "0x5 -3024000x300"},
         60,
         70,
-        "A restore was last rehearsed 35d 1h 10m 0s ago",
+        "A restore was last rehearsed 35d 1h 10m 0s ago (56 years: never)",
     ),
     Case(
         "WalshipDrillFailed",
@@ -274,7 +274,7 @@ CASES = (
         {_own("walship_reading_up", kind="drill"): "1x5 0x300"},
         60,
         68,
-        "Nobody knows when walship drill last went well: there are no records of it",
+        "Nobody knows when walship drill last went well: no destination lets its records be listed",
         {"kind": "drill"},
     ),
 )

@@ -60,10 +60,11 @@ def test_a_backup_that_was_given_up_is_told_by_notice_and_by_what_it_left(metric
     assert read(metrics)["last_backup_failure_timestamp_seconds", NEAR] == clock.now().timestamp()
 
 
-def test_operations_without_records_are_unknown_and_that_is_told(metrics: Metrics) -> None:
+def test_operations_are_as_their_records_say_and_unknown_before(metrics: Metrics) -> None:
     page = read(metrics)
     assert math.isnan(page["last_verify_success_timestamp_seconds",])
-    assert page["reading_up", "", "verify"] == page["reading_up", "", "drill"] == 0
+    assert math.isnan(page["reading_up", "", "verify"])
+    metrics.readings.failed("verify")
     metrics.readings.operation_read("drill", success=5000, failure=4000, rto_seconds=12, rpo_seconds=0.5)
     page = read(metrics)
     assert (page["last_drill_success_timestamp_seconds",], page["last_drill_failure_timestamp_seconds",]) == (5e3, 4e3)

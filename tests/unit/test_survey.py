@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
+from infra.done import Done
 from infra.monitoring.metrics import Metrics
+from infra.records import write
 from infra.repository import Destination
 from infra.storage.memory import MemoryStore
 from infra.survey import Survey
 from infra.wiring import Site
 from pipeline.catalog import wal_key
 from pipeline.errors import StoreError
+from pipeline.operations import Record
 from pipeline.wal import WalFile
 from tests.clock import FastClock
 from tests.keys import SYSTEM_ID
@@ -107,3 +111,50 @@ async def test_a_destination_that_does_not_answer_is_a_reading_that_failed(shelf
     assert (surveyed.told("destination_up", near), surveyed.told("destination_up", far)) == (0, 1)
     assert math.isnan(surveyed.told("backups", near))
     assert surveyed.told("backups", far) == 1
+
+
+async def record(site: Site, ended: datetime, verb: str, *, ok: bool, stopped: bool = False) -> None:
+    more = {"rto_seconds": 12.5, "rpo_seconds": None} if ok else {}
+    made = Record(verb, ended, ended, 1.0, ok, "host", "1", error="" if ok else "no", stopped=stopped, summary=more)
+    assert await write(site, made, tell=pytest.fail) is not None
+
+
+async def test_when_it_was_verified_and_rehearsed_is_what_the_records_say(shelf: Shelf) -> None:
+    surveyed = Surveyed(shelf)
+    told: list[Mapping[str, Done]] = []
+    survey = Survey(surveyed.site, surveyed.metrics, done=told.append)
+    moments = [datetime(2026, 1, day, tzinfo=UTC) for day in range(1, 7)]
+
+    def shown(verb: str) -> tuple[float, float, float]:
+        page = read(surveyed.metrics)
+        last = f"last_{verb}"
+        return (
+            page["reading_up", "", verb],
+            page[f"{last}_success_timestamp_seconds",],
+            page[f"{last}_failure_timestamp_seconds",],
+        )
+
+    await survey._read_records()
+    assert shown("verify") == shown("drill") == (1, 0, 0), "never is older than any"
+    await record(surveyed.site, moments[0], "verify", ok=False)
+    await record(surveyed.site, moments[1], "verify", ok=True)
+    await record(surveyed.site, moments[2], "drill", ok=True)
+    await record(surveyed.site, moments[3], "drill", ok=False)
+    await record(surveyed.site, moments[4], "verify", ok=False, stopped=True)
+    await record(surveyed.site, moments[5], "backup", ok=False)
+    await survey._read_records()
+    stamps = [moment.timestamp() for moment in moments]
+    assert shown("verify") == (1, stamps[1], stamps[0]), "an interruption is no damage"
+    assert shown("drill") == (1, stamps[2], stamps[3])
+    page = read(surveyed.metrics)
+    assert page["last_drill_rto_seconds",] == 12.5
+    assert math.isnan(page["last_drill_rpo_seconds",])
+    assert (told[-1]["drill"].success, told[-1]["verify"].success) == (moments[2], moments[1])
+
+    # One destination is enough; without any, what was read stays, and that it is old is told.
+    surveyed.near.down["list"] = StoreError("it is away", passing=True)
+    await survey._read_records()
+    assert shown("verify") == (1, stamps[1], stamps[0])
+    survey = Survey(replace(surveyed.site, stores=(surveyed.near,)), surveyed.metrics)
+    await survey._read_records()
+    assert shown("verify") == (0, stamps[1], stamps[0])

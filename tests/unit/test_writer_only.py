@@ -8,6 +8,7 @@ import pytest
 
 from handlers.fetch import Fetcher, read_catalog
 from handlers.verify import verify
+from infra import overlap
 from infra.at_hand import AtHand
 from infra.holdings import hold
 from infra.keyring import RepositoryKeys
@@ -21,8 +22,10 @@ from infra.survey import repository_reading
 from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import info_key, part_key, wal_key
-from pipeline.errors import ConfigError, Sealed
+from pipeline.errors import ConfigError, Sealed, SourceError
+from pipeline.lineage import Leg, Lineage
 from pipeline.objects import MemoryBody
+from pipeline.resume import GoOn
 from pipeline.wal import Lsn, WalFile
 from tests.clock import FastClock
 from tests.keys import NOW, SYSTEM_ID, chain, plain_keys, read, stored
@@ -165,3 +168,25 @@ async def test_tails_that_cannot_be_read_are_not_damaged(store: MemoryStore) -> 
     site = site_of(store, await writing(store))
     with pytest.raises(Sealed):
         await site.fetch.tail(OPEN, SIZE, lenient=True)
+
+
+@pytest.mark.parametrize(("byte", "same"), [(b"x", True), (b"y", False)])
+async def test_the_open_segment_is_compared_by_fingerprint(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, byte: bytes, same: bool
+) -> None:
+    asked: list[int] = []
+
+    async def from_server(_settings: Settings, file: WalFile, _size: int, length: int) -> bytearray:
+        assert file == OPEN
+        asked.append(length)
+        return bytearray(byte * length)
+
+    monkeypatch.setattr(overlap, "fetch_part", from_server)
+    site = site_of(store, await writing(store))
+    lineage, where = Lineage((Leg(1, Lsn(0), None),), SIZE), GoOn(1, Lsn(4 * SIZE))
+    if same:
+        await overlap.check_overlap(site, lineage, {}, where)
+    else:
+        with pytest.raises(SourceError, match="segment 000000010000000000000004 at bucket has other bytes"):
+            await overlap.check_overlap(site, lineage, {}, where)
+    assert asked == [4096]

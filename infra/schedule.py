@@ -34,6 +34,9 @@ log = structlog.get_logger()
 #: Runs ``walship WORDS``; says its lines.
 Errand: TypeAlias = Callable[[Sequence[str], Callable[[str], None]], Awaitable[Ended]]
 
+#: job → what is typed behind its verb. Nobody is there to be asked.
+_OPTIONS = {"incremental": ("--incremental",), "expire": ("--yes",)}
+
 #: Seconds after the start, in which the stream connects and the spool is read; and between attempts to begin.
 SETTLED, AGAIN = 3.0, 60.0
 #: Longest sleep in seconds: a wall clock that was put right is noticed so soon.
@@ -112,7 +115,7 @@ class Scheduler:
         def say(line: str) -> None:
             log.info("said", job=job, line=line)
 
-        words = [VERBS[job], *(["--incremental"] if job == "incremental" else []), "--json"]
+        words = [VERBS[job], *_OPTIONS.get(job, ()), "--json"]
         if VERBS[job] == "backup":  # of the cluster that the server tells
             return await self._run(words, say)
         words += ["--cluster", self._site.facts.system_id, *(["--yes"] if VERBS[job] == "expire" else [])]

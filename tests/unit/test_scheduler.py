@@ -54,7 +54,7 @@ class Runs:
 
     async def __call__(self, words: Sequence[str], say: Callable[[str], None]) -> Ended:
         say("at it")
-        verb = " ".join(word for word in words[:2] if word not in ("--json", "--cluster"))
+        verb = " ".join(word for word in words[:2] if word not in ("--json", "--yes"))
         self.began.append(f"{self.site.clock.now():%d %H:%M} {verb}")
         self.words.append([*words])
         if self.meanwhile is not None:

@@ -1,6 +1,6 @@
 """A base backup: the server's stream in, parts, index and manifest out, and backup_info when all of it is safe.
 
-    messages → cut into parts of 16 MiB → ship (at most two at a time) → digests in order
+    messages → cut into parts of 16 MiB → ship (at most three at a time) → digests in order
             ↘ read as tar → index lines → ship
     then the manifest, then wait for the WAL, then backup_info: without it there is no backup
 
@@ -40,8 +40,8 @@ from pipeline.objects import MAX_PLAIN
 from pipeline.tar import Entry, TarReader
 from pipeline.wal import Lsn
 
-#: Parts that may be under way at once: one is compressed while the other is stored.
-IN_FLIGHT = 2
+#: Parts that may be under way at once: while two are compressed, one is stored, which is waiting for a disk mostly.
+IN_FLIGHT = 3
 
 #: Plaintext bytes of one index object, about.
 INDEX_SIZE = 4 << 20
@@ -322,8 +322,15 @@ class _Backup:
 
     async def _store(self, name: str, plain: Buffer, free: Callable[[], None] | None) -> Shipped:
         """``free`` is called once ``plain`` is not needed any more: its sender may wait for that, and we for him."""
+
+        def encoded() -> None:
+            nonlocal free
+            if free is not None:
+                free()
+            free = None
+
         try:
-            return await self._ship(name, plain, backup=self._id)
+            return await self._ship(name, plain, backup=self._id, encoded=encoded)
         except ObjectConflict as error:
             self._theirs = True
             raise ObjectConflict(
@@ -331,8 +338,7 @@ class _Backup:
                 hint="take the backup again",
             ) from None
         finally:
-            if free is not None:
-                free()
+            encoded()
 
     async def _settle_oldest(self) -> None:
         """In order of sending, so that digests are in order too."""

@@ -52,9 +52,11 @@ class Shipper:
         """Of an object of WAL that was encoded lately; None if it is not remembered."""
         return self._fingerprints.get(name)
 
-    async def ship(self, name: str, plain: Buffer, *, backup: str = "") -> Shipped:
+    async def ship(
+        self, name: str, plain: Buffer, *, backup: str = "", encoded: Callable[[], None] | None = None
+    ) -> Shipped:
         """Store an object made here. See ``pipeline.contracts.Ship``."""
-        shipped = await self._send(name, lambda: plain, Priority.PART, backup)
+        shipped = await self._send(name, lambda: plain, Priority.PART, backup, encoded)
         if (owed := self._uploader.owed(name)) is not None:
             await owed
         return shipped
@@ -90,16 +92,19 @@ class Shipper:
         )
         return self._uploader.owed(name)
 
-    async def _send(self, name: str, read: Callable[[], Buffer], priority: Priority, backup: str) -> Shipped:
+    async def _send(
+        self, name: str, read: Callable[[], Buffer], priority: Priority, backup: str,
+        encoded: Callable[[], None] | None = None,
+    ) -> Shipped:  # fmt: skip
         """Store it somewhere at least; impatient shippers: at every required destination."""
         while self._patient:
             # Nothing is read and encoded for nobody: an outage must not keep the processors busy.
             await self._uploader.reachable()
             async with self._gate.place(priority):
                 if self._uploader.is_reachable:
-                    return await self._encode_and_store(name, read, backup)
+                    return await self._encode_and_store(name, read, backup, encoded)
         async with self._gate.place(priority):
-            shipped = await self._encode_and_store(name, read, backup)
+            shipped = await self._encode_and_store(name, read, backup, encoded)
         if missing := self._uploader.missing(name):
             raise StoreError(
                 f"{name} could not be stored at {', '.join(missing)}, which is required",
@@ -112,9 +117,13 @@ class Shipper:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(workers or self._workers, self._encode, name, lambda: plain, "")
 
-    async def _encode_and_store(self, name: str, read: Callable[[], Buffer], backup: str) -> Shipped:
+    async def _encode_and_store(
+        self, name: str, read: Callable[[], Buffer], backup: str, encoded: Callable[[], None] | None
+    ) -> Shipped:
         loop = asyncio.get_running_loop()
         parcel = await loop.run_in_executor(self._workers, self._encode, name, read, backup)
+        if encoded is not None:
+            encoded()
         if kind_of(name) == "wal":
             self._fingerprints[name] = parcel.header.fingerprint
             if len(self._fingerprints) > MOST_REMEMBERED:

@@ -8,12 +8,14 @@ import ctypes
 #: 1 to 4 MiB, and to get it anew from the kernel for each tail made commits wait half as long again.
 LARGE = 8 << 20
 
-#: ``M_MMAP_THRESHOLD`` of glibc's ``malloc.h``.
-_MMAP_THRESHOLD = -3
+#: ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` of glibc's ``malloc.h``.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
 
-def give_back_large_blocks() -> None:
+def give_back_large_blocks(*, keep: int = 0) -> None:
     """Have large blocks returned to the system as soon as they are freed. Does nothing where that is not glibc.
+
+    ``keep``: bytes that each heap may hold free at its end, for work that asks for the same sizes again and again.
 
     glibc puts blocks of up to 32 MiB on its heaps once it has seen such a one freed (``mallopt(3)``, "dynamic mmap
     threshold"), and a heap shrinks from its end only. With segments and objects in several threads that kept 40 MB more
@@ -22,3 +24,5 @@ def give_back_large_blocks() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, LARGE)
+        if keep:
+            mallopt(_TRIM_THRESHOLD, keep)

@@ -177,8 +177,13 @@ class Shipped:
 class Ship(Protocol):
     """Encode an object once and store it everywhere. What handlers that make objects are given."""
 
-    async def __call__(self, name: str, plain: Buffer, *, backup: str = "") -> Shipped:
-        """Returns once all required destinations have confirmed; raises StoreError when one has failed for good."""
+    async def __call__(
+        self, name: str, plain: Buffer, *, backup: str = "", encoded: Callable[[], None] | None = None
+    ) -> Shipped:
+        """Returns once all required destinations have confirmed; raises StoreError when one has failed for good.
+
+        ``encoded`` is called as soon as ``plain`` is not needed any more, long before it is stored.
+        """
         ...
 
 

@@ -47,7 +47,14 @@ class Shelf:
         self._now = 0
         self._before = before
 
-    async def __call__(self, name: str, plain: Buffer, *, backup: str = "") -> Shipped:
+    async def __call__(
+        self,
+        name: str,
+        plain: Buffer,
+        *,
+        backup: str = "",
+        encoded: Callable[[], None] | None = None,  # noqa: ARG002
+    ) -> Shipped:
         self._now += 1
         self.most = max(self.most, self._now)
         try:

@@ -9,6 +9,7 @@ from infra.backups import backup
 from infra.cli.json_lines import JsonLines, note
 from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, emit, human, json_option, say, settings, typed
+from infra.malloc import LARGE, give_back_large_blocks
 from infra.monitoring import log
 from infra.postgres.damage import Damage
 from pipeline.moments import show
@@ -35,6 +36,7 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
 
     Example: walship backup
     """
+    give_back_large_blocks(keep=LARGE)
     damaged: list[Damage] = []
     tell = say
     if as_json:  # whatever is read there, it is JSON

@@ -248,7 +248,7 @@ from pipeline.contracts import Shipped
 
 async def main():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    async def ship(name, plain, *, backup=""):
+    async def ship(name, plain, *, backup="", encoded=None):
         await asyncio.sleep(0.02)  # slower than the server can send
         return Shipped(name, len(plain), "00" * 32)
     async def safe(start, stop, timeline):

@@ -125,10 +125,10 @@ async def test_backup_info_is_last_says_all_and_waits_for_the_wal() -> None:
     assert info.stored_size == sum(stored)
 
 
-async def test_no_more_than_two_parts_are_under_way() -> None:
+async def test_no_more_than_three_parts_are_under_way() -> None:
     shelf = Shelf()
     await run(backup({"base": tar({"x": bytes(PART_SIZE * 6)})}), shelf)
-    assert shelf.most == 2
+    assert shelf.most == 3
 
 
 async def test_index_objects_are_cut_and_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,15 @@ base/BACKUP/backup_manifest into each, and run PostgreSQL's own: pg_combinebacku
 `wal` also joins the tails of segments that are not stored finished, and pads them with zeros, as PostgreSQL wants
 them. If several destinations are left, copy them into one FOLDER first: each may have tails that the others lack.
 
-The passphrase is taken from BACKUP_ENCRYPTION_PASSWORD or from --passphrase-file, else asked for.
+The passphrase is taken from BACKUP_ENCRYPTION_PASSWORD or from --passphrase-file, else asked for. Whoever has the
+private key of a recipient needs none: --identity-file names its file, as `walship key new-identity` has made it.
 """
 
 # A script to be read, copied and changed in a hurry, not a library:
 # ruff: noqa: ANN001, ANN002, ANN201, ANN202, ANN204, N818
 
 import argparse
+import base64
 import getpass
 import hashlib
 import hmac
@@ -142,10 +144,21 @@ def decrypt(header, raw, data, secret):
     return bytes(plain)
 
 
-class Repository:
-    """One cluster's folder."""
+def read_identity(path):
+    """The X25519 private key of a recipient, as `walship key new-identity` writes it."""
+    lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    text = "".join(line for line in lines if not line.startswith("#"))
+    prefix = "walship-identity-1-"
+    require(re.fullmatch(f"{prefix}[a-z2-7]{{58}}", text), f"{path} holds no private key of a recipient")
+    raw = base64.b32decode(text.removeprefix(prefix).upper() + "======")
+    require(hashlib.sha256(prefix.encode() + raw[:32]).digest()[:4] == raw[32:], f"the key in {path} is mistyped")
+    return raw[:32]
 
-    def __init__(self, folder, passphrase):
+
+class Repository:
+    """One cluster's folder. `identity` is a recipient's private key, or None: then the passphrase is asked for."""
+
+    def __init__(self, folder, passphrase, identity=None):
         clusters = [f for f in folder.iterdir() if f.is_dir() and f.name.isdigit()]
         if clusters and not folder.name.isdigit():
             require(len(clusters) == 1, f"several clusters here, choose one: {', '.join(sorted(map(str, clusters)))}")
@@ -156,7 +169,7 @@ class Repository:
         self.private, self.makers = None, []
         rings = [name for name in self.names("keys/ring-") if re.fullmatch(r"keys/ring-\d{8}", name)]
         if rings:
-            self.open_ring(rings[-1], passphrase())
+            self.open_ring(rings[-1], passphrase, identity)
 
     def names(self, prefix=""):
         files = (f.relative_to(self.folder).as_posix() for f in self.folder.rglob("*") if f.is_file())
@@ -199,12 +212,23 @@ class Repository:
         right = hmac.digest(key(members), line, "sha256").hex().encode()
         return members if hmac.compare_digest(right, mac) else None
 
-    def open_ring(self, name, passphrase):
+    def open_ring(self, name, passphrase, identity):
         def unwrap(members):
-            for wrap in (w for w in members["wraps"] if w["kind"] == "scrypt"):
+            wraps = [wrap for wrap in members["wraps"] if isinstance(wrap, dict)]
+            for wrap in (w for w in wraps if identity and w.get("kind") == "recipient"):
+                try:
+                    private = hpke_open(bytes.fromhex(wrap["sealed"]), identity, context("recipient", self.system_id))
+                except InvalidTag:
+                    continue
+                self.private = private
+                return hkdf(self.private, 32, context("ring"))
+            if identity:
+                raise SystemExit(f"rescue: the private key opens no wrap of {name}")
+            phrase = unicodedata.normalize("NFC", passphrase()).encode()
+            for wrap in (w for w in wraps if w.get("kind") == "scrypt"):
                 require(wrap["n"] <= 1 << 18 and wrap["r"] == 8 and wrap["p"] <= 16, "unreasonable scrypt parameters")
                 scrypt = Scrypt(bytes.fromhex(wrap["salt"]), 32, wrap["n"], wrap["r"], wrap["p"])
-                key = scrypt.derive(unicodedata.normalize("NFC", passphrase).encode())
+                key = scrypt.derive(phrase)
                 try:
                     sealed, aad = bytes.fromhex(wrap["sealed"]), context("passphrase", self.system_id)
                     self.private = AESGCM(key).decrypt(bytes(12), sealed, aad)
@@ -312,6 +336,7 @@ def main():
     parser.add_argument("verb", choices=("list", "get", "archive", "wal"))
     parser.add_argument("rest", nargs="*", metavar="ARGUMENT", help="see above")
     parser.add_argument("--passphrase-file", type=Path)
+    parser.add_argument("--identity-file", type=Path)
     args = parser.parse_args()
     if len(args.rest) != {"list": 0, "get": 2, "archive": 3, "wal": 1}[args.verb]:
         parser.error(f"wrong number of arguments for {args.verb}")
@@ -322,7 +347,8 @@ def main():
         return os.environ.get("BACKUP_ENCRYPTION_PASSWORD") or getpass.getpass("passphrase: ")
 
     try:
-        repository = Repository(args.folder.resolve(), passphrase)
+        identity = read_identity(args.identity_file) if args.identity_file else None
+        repository = Repository(args.folder.resolve(), passphrase, identity)
         if args.verb == "list":
             list_all(repository)
         elif args.verb == "get":

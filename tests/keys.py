@@ -44,9 +44,9 @@ def stored(chosen: Chain, name: str, plain: Buffer, *, backup: str = "") -> byte
     return b"".join(bytes(piece) for piece in chosen.encode(name, plain, backup=backup, created=NOW))
 
 
-def read(chosen: Chain, name: str, content: bytes, *, backup: str | None = "") -> bytes:
+def read(chosen: Chain, name: str, content: bytes, *, backup: str | None = "", system_id: str = SYSTEM_ID) -> bytes:
     """The plaintext of one object."""
-    return bytes(chosen.decode(Expected(name, SYSTEM_ID, backup), [content])[1])
+    return bytes(chosen.decode(Expected(name, system_id, backup), [content])[1])
 
 
 def cut(content: bytes, sizes: Iterable[int]) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import pytest
 from infra.at_hand import AtHand
 from infra.key_report import look_at_keys
 from infra.keys import open_keyring
-from infra.recipients import parse_identity, parse_recipient, show_recipient
+from infra.recipients import make_identity, parse_identity, parse_recipient, show_recipient
 from infra.sealing import public_of
 from infra.storage.memory import MemoryStore
 from pipeline.errors import ConfigError
@@ -90,7 +90,7 @@ def test_rescue_reads_all_with_a_passphrase_or_a_private_key(tmp_path: Path, wit
 def test_rescue_says_what_does_not_open(tmp_path: Path) -> None:
     assert "the passphrase does not open keys/ring-00000002" in rescue("list", passphrase=FIRST).stderr
     other = tmp_path / "other.key"
-    other.write_text("11" * 32)
+    make_identity(other, FastClock().now())
     assert "the private key opens no wrap of keys/ring-00000002" in rescue("list", "--identity-file", other).stderr
     other.write_text(KEY_FILE.read_text("utf-8").replace("walship-identity-1-", "walship-identity-1-a"))
     assert "holds no private key of a recipient" in rescue("list", "--identity-file", other).stderr

@@ -118,7 +118,7 @@ class Scheduler:
         words = [VERBS[job], *_OPTIONS.get(job, ()), "--json"]
         if VERBS[job] == "backup":  # of the cluster that the server tells
             return await self._run(words, say)
-        words += ["--cluster", self._site.facts.system_id, *(["--yes"] if VERBS[job] == "expire" else [])]
+        words += ["--cluster", self._site.facts.system_id]
         if job != "drill":
             return await self._run(words, say)
         settings = self._site.settings

@@ -115,7 +115,7 @@ async def test_the_words_are_those_that_a_person_types(tmp_path: Path) -> None:
     await runs.until(24)
     cluster = ["--json", "--cluster", SYSTEM_ID]
     folder = ["--check", str(tmp_path / "c.sql"), "--report", str(tmp_path)]
-    assert runs.words == [["expire", *cluster, "--yes"], ["drill", *cluster, *folder]]
+    assert runs.words == [["expire", "--yes", *cluster], ["drill", *cluster, *folder]]
 
 
 async def test_a_repository_that_has_backups_and_no_records_waits_for_the_next_time() -> None:

@@ -272,8 +272,9 @@ def test_another_machine_and_pages_that_were_damaged_at_the_source(work: Path) -
         '-- name: libraries\n-- expect: \'"pg_stat_statements", "pg_prewarm"\'\n'
         "SELECT current_setting('shared_preload_libraries');\n"
         # pg_prewarm's runs in every server that loads it.
-        "-- name: workers\n-- expect: 0\n"
-        "SELECT count(*) FROM pg_stat_activity WHERE backend_type ~ 'prewarm|logical|worker';\n",
+        "-- name: workers\n"
+        "COPY (SELECT 1) TO PROGRAM 'for one in /proc/[0-9]*; do"
+        ' [ "$(readlink $one/cwd)" = "$PWD" ] && grep -q autoprewar[m] $one/cmdline && exit 1; done; exit 0\';\n',
     )
     folder = make_folder("walship-a-")
     # Above the default, or its absence would not be noticed; and who connects is told in the log.

@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from handlers.pages import PAGE
 from infra.postgres.copy_stream import Copy, Shared, Stream
 from infra.postgres.datadir import walk
 from pipeline.make_manifest import ManifestMaker
 from pipeline.manifest import WalRange, files_of
 from pipeline.wal import Lsn
+from tests.unit.test_pages import page
 
 
 def read(root: Path) -> tuple[dict[str, bytes], Copy]:
@@ -37,6 +40,36 @@ def test_a_read_that_is_cut_short_is_not_the_end(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "preadv", lambda handle, rooms, offset: preadv(handle, [rooms[0][:70_001]], offset))
     files, _ = read(tmp_path)
     assert files["base/1/16384"] == content
+
+
+def test_a_damaged_page_is_found_wherever_a_piece_ends(tmp_path: Path) -> None:
+    pages = [page(number) for number in range(13)]
+    for number in (0, 3, 4, 11, 12):
+        pages[number][5000] ^= 1
+    (tmp_path / "base/1").mkdir(parents=True)
+    (tmp_path / "base/1/16384").write_bytes(b"".join(pages))
+    copy = Copy(Lsn(1 << 33), ManifestMaker("7", 17), checksums=True, blocks=131072, piece=4 * PAGE, pieces=1)
+    stream = Stream("base", Shared(walk(tmp_path, 17)), copy)
+    tar, sizes = b"", []
+    while (piece := stream.next()) is not None:
+        tar += piece.data
+        sizes.append(len(piece.data))
+        assert piece.free is not None
+        piece.free()  # the only room there is
+    # Headers lie before the file, so every piece ends within a page.
+    assert sizes[:-1] == [4 * PAGE] * (len(sizes) - 1)
+    assert len(sizes) > 3
+    assert b"".join(pages) in tar
+    assert [found.blocks for found in copy.damaged] == [(0, 3, 4, 11, 12)]
+
+
+def test_whoever_waits_for_room_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "PG_VERSION").write_bytes(bytes(3 * PAGE))
+    copy = Copy(Lsn(1), ManifestMaker("7", 17), checksums=False, blocks=131072, piece=PAGE, pieces=1)
+    stream = Stream("base", Shared(walk(tmp_path, 17)), copy)
+    assert stream.next() is not None
+    threading.Timer(0.2, copy.stop.set).start()
+    assert stream.next() is None
 
 
 def test_the_wal_is_left_out_wherever_it_lies(tmp_path: Path) -> None:

@@ -32,7 +32,12 @@ def main() -> None:
         rows += _with_pgbench(options, peer=peer)
     if "backups" in options.tasks:
         rows += backups.backups(
-            megabytes=options.size_mb, major=options.major, rounds=options.rounds, peer=peer, say=_say
+            megabytes=options.size_mb,
+            blank=options.blank,
+            major=options.major,
+            rounds=options.rounds,
+            peer=peer,
+            say=_say,
         )
     goals = backups.goals(rows)
     if options.json:
@@ -73,6 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--segment-mb", type=int, default=16, help="size of a segment (default 16)")
     parser.add_argument("--scale", type=int, default=65, help="pgbench's, about 15 MB each (default 65)")
     parser.add_argument("--size-mb", type=int, default=2000, help="database of the task backups (default 2000)")
+    parser.add_argument("--blank", action="store_true", help="its rows are mostly filler, as pgbench's are")
     parser.add_argument(
         "--major", type=int, default=backups.MAJOR, help=f"its PostgreSQL (default {backups.MAJOR})", metavar="N"
     )

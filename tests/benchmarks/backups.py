@@ -47,10 +47,12 @@ class PgBasebackup:
         return measure([["/bin/sh", "-c", words]], environment_for(self._ground.bin_dir), self._log)
 
 
-def backups(*, megabytes: int, major: int, rounds: int, peer: bool, say: Callable[[str], None]) -> list[Row]:
-    """A server of its own, and everything in turn."""
+def backups(
+    *, megabytes: int, blank: bool, major: int, rounds: int, peer: bool, say: Callable[[str], None]
+) -> list[Row]:
+    """A server of its own, and everything in turn. ``blank``: see ``Ground.fill``."""
     with Ground(say, major) as ground:
-        ground.fill(megabytes)
+        ground.fill(megabytes, blank=blank)
         walship, plain = Walship(ground), PgBasebackup(ground)
         rival = _rival(ground, say) if peer else None
         settings = {"WALSHIP_COMPRESSION_LEVEL": str(LEVEL)}

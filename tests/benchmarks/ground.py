@@ -28,6 +28,8 @@ _SETTINGS = {
 #: Tables of ``fill``, and bytes of one row with its share of the page, and of the index.
 _TABLES = 4
 _ROW = 200
+#: Characters of a row that are random, or blank.
+_WORDS = 64
 
 
 class Ground:
@@ -53,8 +55,11 @@ class Ground:
         self.server.query("checkpoint")
         self._say(f"a cluster of {self.size >> 20} MB, in {time.monotonic() - began:.0f} s")
 
-    def fill(self, megabytes: int) -> None:
-        """A cluster with tables of about that size together, that compress about four times, and room in each page."""
+    def fill(self, megabytes: int, *, blank: bool = False) -> None:
+        """A cluster with tables of about that size together, and room in each page.
+
+        They compress three times by zstd's level 1; ``blank``: about ten times, as pgbench's do.
+        """
         began = time.monotonic()
         # Vacuum would change pages that nobody asked for.
         settings = {**_SETTINGS, "basic_archive.archive_directory": str(self.archive), "autovacuum": "off"}
@@ -63,11 +68,12 @@ class Ground:
         self.server.init(settings)
         self.server.start()
         each = megabytes * 1_000_000 // _TABLES // _ROW
+        words = f"repeat('x', {_WORDS})" if blank else "md5(n::text) || md5((-n)::text)"
         for number in range(_TABLES):
             self.server.query(
                 f"create table ledger_{number} with (fillfactor = 90) as select n::bigint as id,"
-                " (n::bigint * 7919 % 100003)::int as amount, timestamptz '2026-01-01' + n * interval '1.7 s' as at, md5(n::text) || md5((-n)::text)"
-                " || ' paid by standing order' as note"
+                " (n::bigint * 7919 % 100003)::int as amount, timestamptz '2026-01-01' + n * interval '1.7 s' as at,"
+                f" {words} || ' paid by standing order' as note"
                 f" from generate_series({number * each + 1}, {(number + 1) * each}) n"
             )
             self.server.query(f"alter table ledger_{number} add primary key (id)")

@@ -30,9 +30,9 @@ class Done:
 
 
 async def last_done(site: Site) -> dict[str, Done]:
-    """For each of ``VERBS``. Raises StoreError if no destination answers."""
+    """For each of ``VERBS``, and for ``backup``. Raises StoreError if no destination answers."""
     found = await listed(site.stores)
-    return {verb: await _last(verb, found, site) for verb in VERBS}
+    return {verb: await _last(verb, found, site) for verb in (*VERBS, "backup")}
 
 
 async def _last(verb: str, found: Listed, site: Site) -> Done:

@@ -25,7 +25,7 @@ from infra.holdings import Holding, together
 from infra.postgres.kept import Kept
 from infra.recoverable import Moments, Recoverable, read_moments, recoverable
 from infra.settings import Settings
-from infra.standing import DestinationStatus, Status, brief, judge_absent, stopped_by
+from infra.standing import DestinationStatus, Planned, Status, brief, judge_absent, stopped_by
 from infra.status import GRACE, Outside, destination_status, look_outside, places_of_backups, status_of
 from infra.wiring import Site
 from pipeline.contracts import Buffer, Clock, Fetched
@@ -83,6 +83,8 @@ class Lookout:
         #: destination → what it answered when it last refused something.
         self._refused: dict[str, str] = {}
         self._samples: deque[tuple[int, dict[str, float | None]]] = deque(maxlen=SAMPLES)
+        #: Who knows the schedule.
+        self.planned: Callable[[], tuple[Planned, ...]] = tuple
         #: Given to ``--cluster`` of a restore, where it has to be.
         self.cluster = ""
 
@@ -185,6 +187,7 @@ class Lookout:
             recoverable=stored,
             last_drill=self._done.get("drill", Done()).success,
             last_verify=self._done.get("verify", Done()).success,
+            schedule=self.planned(),
             unknown=(*self._unread, *self._stale()),
         )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from infra.clock import SystemClock
 from infra.settings import Settings
+from infra.standing import Planned
 from infra.storage.lease import LeaseHeldError
 from infra.wiring import Shipping, Site
 from pipeline.errors import ObjectConflict, StoreError, WalshipError
@@ -67,9 +68,17 @@ async def monitoring(settings: Settings, destinations: dict[str, bool]) -> Async
 
 @asynccontextmanager
 async def monitored(
-    site: Site, shipping: Shipping, monitor: Monitor | None, *, cluster: str = ""
+    site: Site,
+    shipping: Shipping,
+    monitor: Monitor | None,
+    *,
+    cluster: str = "",
+    planned: Callable[[], tuple[Planned, ...]] = tuple,
 ) -> AsyncIterator[None]:
-    """Let the monitor hear and see what happens at the site during the block. ``cluster``: if it had to be chosen."""
+    """Let the monitor hear and see what happens at the site during the block. ``cluster``: if it had to be chosen.
+
+    ``planned`` knows the schedule.
+    """
     if monitor is None:
         yield
         return
@@ -77,9 +86,9 @@ async def monitored(
 
     metrics, lookout = monitor.metrics, monitor.lookout
     metrics.opened(site.facts.segment_size)
-    site.notify.extend([metrics.notify, lookout.heard])
-    lookout.cluster = cluster
+    lookout.cluster, lookout.planned = cluster, planned
     survey = Survey(site, metrics, listed=lookout.listed, done=lookout.done)
+    site.notify.extend([metrics.notify, lookout.heard, survey.heard])
     try:
         async with beside(survey.run(), lookout.run(site, shipping.uploader)):
             yield

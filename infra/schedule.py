@@ -23,6 +23,7 @@ from infra.errand import Ended
 from infra.postgres.claim import TAKEN
 from infra.records import listed, write
 from infra.remembered import jobs_of, last_of, remembered
+from infra.standing import Planned
 from infra.wiring import Site
 from pipeline.errors import StoreError
 from pipeline.events import OperationEnded
@@ -53,12 +54,12 @@ class Scheduler:
         #: When it was first found out that somebody else is at the job.
         self._busy: dict[str, datetime] = {}
         #: The job that is being done; empty if none is.
-        self.running = ""
+        self._running = ""
 
-    @property
-    def upcoming(self) -> dict[str, datetime | None]:
+    def planned(self) -> tuple[Planned, ...]:
         """When each job runs next; empty until that is known."""
-        return {job: self._schedule.due_at(job) for job in self._schedule.jobs} if self._schedule else {}
+        known = self._schedule
+        return tuple(Planned(job, known.due_at(job), job == self._running) for job in known.jobs) if known else ()
 
     async def run(self) -> None:
         """Returns at once if nothing is scheduled."""
@@ -96,20 +97,20 @@ class Scheduler:
             schedule.ended(job, began, "done")
             return
         log.info("scheduled", job=job)
-        self.running = job
+        self._running = job
         try:
             ended = await self._run_job(job)
         finally:
-            self.running = ""
+            self._running = ""
         outcome: Outcome = "done" if ended.code == 0 else "busy" if TAKEN in ended.error else "failed"
         schedule.ended(job, clock.now(), outcome)
         if outcome == "busy":
             self._busy[job] = since or began
             log.info("scheduled_waits", job=job, said=ended.error, next=str(schedule.due_at(job)))
             return
-        self._site.notify(OperationEnded(verb, ended.error, ended.hint, schedule.due_at(job)))
         if outcome == "failed":
             await self._keep_record(job, began, clock.monotonic() - start, ended)
+        self._site.notify(OperationEnded(verb, ended.error, ended.hint, schedule.due_at(job)))
 
     async def _run_job(self, job: str) -> Ended:
         def say(line: str) -> None:

@@ -88,9 +88,10 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, monitor: 
                 ) as site,
                 open_shipping(site) as shipping,
                 _holding_lease(site) as lease,
-                monitored(site, shipping, monitor, cluster=chosen),
             ):
-                await _ship_for_ever(spool, site, shipping, lease, Scheduler(site))
+                scheduler = Scheduler(site)
+                async with monitored(site, shipping, monitor, cluster=chosen, planned=scheduler.planned):
+                    await _ship_for_ever(spool, site, shipping, lease, scheduler)
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
             if error is None or not _can_pass(error, spool):

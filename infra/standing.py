@@ -115,6 +115,18 @@ class StreamStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """One job of the schedule."""
+
+    #: full, incremental, expire, verify, drill.
+    job: str
+    #: When it runs, or should have run by now; None: never.
+    next: datetime | None
+    #: It is at work now, as far as is known.
+    running: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """All of it."""
 
@@ -149,6 +161,8 @@ class Status:
     #: When a drill and a verification last went well, by their records; None: never, as far as is known.
     last_drill: datetime | None = None
     last_verify: datetime | None = None
+    #: What the service does by itself, in the order in which it would.
+    schedule: tuple[Planned, ...] = ()
 
     @property
     def found(self) -> tuple[Reason, ...]:

@@ -18,9 +18,10 @@ from infra.postgres.senders import StreamFacts, read_stream_facts
 from infra.postgres.stream_problems import NO_WAIT, commit_problems, stream_problems
 from infra.postgres.sync import meaning
 from infra.recoverable import Moments, Recoverable, read_moments, recoverable
+from infra.remembered import remembered
 from infra.settings import Settings
 from infra.sources.spool import SpoolState, holder, look_at_spool
-from infra.standing import DestinationStatus, Status, StreamStatus, brief
+from infra.standing import DestinationStatus, Planned, Status, StreamStatus, brief
 from infra.storage.lease import newest
 from infra.wiring import Site
 from pipeline.contracts import Store
@@ -65,14 +66,18 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
         status, holdings = await _look_until_due(site, kept, waits)
     stored, unread = await _recoverable(site, holdings, status)
     done: dict[str, Done] = {}
+    planned: tuple[Planned, ...] = ()
     with suppress(StoreError):  # told as the destinations' errors
         done = await last_done(site)
+        schedule = await remembered(site)
+        planned = tuple(Planned(job, schedule.due_at(job)) for job in schedule.jobs)
     return replace(
         status,
         recoverable=stored,
         unknown=tuple(map(brief, unread)),
         last_drill=done.get("drill", Done()).success,
         last_verify=done.get("verify", Done()).success,
+        schedule=planned,
     )
 
 

@@ -42,6 +42,7 @@ from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog
 from pipeline.contracts import Clock, Store
 from pipeline.errors import IntegrityError, RecoveryError, SourceError, StoreError
+from pipeline.events import Notice, OperationEnded
 from pipeline.lineage import Lineage, WalPath
 from pipeline.wal import Lsn, WalFile
 from pipeline.walmarks import transactions
@@ -175,9 +176,16 @@ class Survey:
         self._metrics = metrics
         self._listed = listed
         self._done = done
+        #: A scheduled operation is over, and has left a record.
+        self._ended = asyncio.Event()
         self._known: Known = {}
         #: destination → end of the WAL there, when the last transaction was looked for, and when that one ended.
         self._found: dict[str, tuple[Lsn, float | None]] = {}
+
+    def heard(self, notice: Notice) -> None:
+        """A listener of the pipeline."""
+        if isinstance(notice, OperationEnded):
+            self._ended.set()
 
     async def run(self) -> None:
         """List them now and then; each by itself, so that one that hangs holds up no other."""
@@ -197,11 +205,18 @@ class Survey:
 
     async def _read_records_for_ever(self) -> None:
         while True:
+            self._ended.clear()
             await self._read_records()
-            await self._site.clock.sleep(self._site.settings.survey_interval)
+            interval = asyncio.ensure_future(self._site.clock.sleep(self._site.settings.survey_interval))
+            ended = asyncio.ensure_future(self._ended.wait())
+            try:
+                await asyncio.wait([interval, ended], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                interval.cancel()
+                ended.cancel()
 
     async def _read_records(self) -> None:
-        """When verify and drill last went well."""
+        """When verify and drill last went well, and a backup went wrong."""
         readings = self._metrics.readings
         try:
             async with asyncio.timeout(_LISTING):
@@ -210,9 +225,12 @@ class Survey:
             for verb in VERBS:
                 readings.failed(verb)
             return
-        for verb, done in found.items():
+        for verb in VERBS:
+            done = found[verb]
             success, failure = (moment.timestamp() if moment else 0.0 for moment in (done.success, done.failure))
             readings.operation_read(verb, success=success, failure=failure, **done.figures)
+        if (failed := found["backup"].failure) is not None:
+            self._metrics.backup_failed(failed.timestamp())
         self._done(found)
 
     async def _read(self, store: Store, *, required: bool, opens: bool) -> bool:

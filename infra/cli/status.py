@@ -8,7 +8,7 @@ import click
 
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.recoverable import Recoverable, Stretch
-from infra.standing import Status, StreamStatus, judge
+from infra.standing import Planned, Status, StreamStatus, judge
 from infra.status import read_status
 from infra.storage.retry import LOOK
 from infra.wiring import open_site
@@ -73,7 +73,8 @@ def _lines(status: Status) -> list[str]:
         lines += _recoverable(status.recoverable)
     if not status.reads:
         lines.append("restore  not known here: this host can only write (`walship list` tells, where a key is at hand)")
-    return [*lines, f"verified {_when(status.last_verify)}", f"drill    {_when(status.last_drill)}"]
+    lines += [f"verified {_when(status.last_verify)}", f"drill    {_when(status.last_drill)}"]
+    return lines + [f"next     {_planned(each, status.now)}" for each in status.schedule]
 
 
 def _recoverable(stored: Recoverable) -> list[str]:
@@ -96,6 +97,13 @@ def _stretch(stretch: Stretch, stored: Recoverable) -> str:
     where = "" if stretch.timeline == stored.newest_timeline else f" on timeline {stretch.timeline} (--timeline)"
     why = {"open": "", "hole": f"; {stretch.missing} is missing behind it", "left": ", where that timeline was left"}
     return f"any moment from {show(stretch.begins)} {ends}{where}{why[stretch.ended_by]}"
+
+
+def _planned(planned: Planned, now: datetime) -> str:
+    what = f"{planned.job} backup" if planned.job in ("full", "incremental") else planned.job
+    if planned.next is None:
+        return f"{what}: never"
+    return f"{what}: {show(planned.next)}{'' if planned.next > now else ', and is due'}"
 
 
 def _when(moment: datetime | None) -> str:

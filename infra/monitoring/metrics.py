@@ -159,6 +159,10 @@ class Metrics:
         if reading.durable is not None:
             self.positions.reached(name, reading.durable)
 
+    def backup_failed(self, moment: float) -> None:
+        """One was given up then, in seconds since 1970: as somebody told, or as its record says."""
+        self._backup_failed = max(self._backup_failed, moment)
+
     def page(self, accept: str = "") -> tuple[bytes, str]:
         """The samples of this moment as text, and its content type. ``accept``: that header of the request."""
         from prometheus_client.exposition import choose_encoder
@@ -178,9 +182,9 @@ class Metrics:
             case DestinationCaughtUp():
                 self._of(notice.destination).takes = True
             case EventFailed(event=BackupReady()):
-                self._backup_failed = self._clock.now().timestamp()
+                self.backup_failed(self._clock.now().timestamp())
             case OperationEnded(verb="backup") if notice.error:
-                self._backup_failed = self._clock.now().timestamp()
+                self.backup_failed(self._clock.now().timestamp())
             case SyncDegraded() | SyncRestored():
                 self._of(notice.destination).degraded = isinstance(notice, SyncDegraded)
             case GapOpened() | GapClosed():

@@ -260,6 +260,11 @@ function showRest() {
   }
   const when = moment => moment ? `${utc(Date.parse(moment)).slice(0, 19)} UTC` : "never, as far as is known";
   facts.push(["Last drill", when(status.last_drill)], ["Last verify", when(status.last_verify)]);
+  for (const { job, next, running } of status.schedule || []) {
+    const what = job === "full" || job === "incremental" ? `${job} backup` : job;
+    const due = next && Date.parse(next) <= Date.parse(status.now);
+    facts.push([`Next ${what}`, running ? "running now" : !next ? "never" : `${when(next)}${due ? ", and is due" : ""}`]);
+  }
   facts.push(["Cluster", status.system_id || "not known"], ["Server", status.server_error || (status.current_lsn ? `WAL written to ${status.current_lsn}` : "not known")]);
   if (status.stream) facts.push(["Stream", status.stream.problem || `streams from the slot ${status.stream.slot}`], ["Commits", status.stream.commits.replace(/^commits /, "")]);
   if (status.spool) facts.push(["Spool", `${status.spool.files} files wait (${bytes(status.spool.bytes)}), ${bytes(status.spool.free_bytes)} are free`]);

@@ -16,6 +16,7 @@ from infra.postgres.claim import TAKEN
 from infra.records import listed, read, recording, write
 from infra.remembered import remembered
 from infra.schedule import SETTLED, Scheduler
+from infra.standing import Planned
 from infra.storage.memory import MemoryStore
 from infra.wiring import Site
 from pipeline.catalog import info_key
@@ -202,7 +203,7 @@ async def test_a_manual_backup_is_waited_for_and_makes_a_second_one_needless() -
 
     runs.meanwhile = by_hand
     assert await runs.until(20) == ["15 03:00 backup", "15 03:11 backup", "15 03:22 backup"]
-    assert runs.scheduler.upcoming == {"full": datetime(2026, 1, 16, 3, tzinfo=UTC)}
+    assert runs.scheduler.planned() == (Planned("full", datetime(2026, 1, 16, 3, tzinfo=UTC)),)
 
 
 async def test_a_repository_that_does_not_answer_is_waited_for() -> None:

@@ -250,13 +250,18 @@ def _split(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def load(env_file: Path | None = None) -> Settings:
-    """Read the environment (and ``.env``). Raises ConfigError that names each wrong setting and never its value."""
+def load(env_file: Path | None = None, *, keyless: bool = False) -> Settings:
+    """Read the environment (and ``.env``). Raises ConfigError that names each wrong setting and never its value.
+
+    ``keyless``: for who asks who has the keys, and may have none: nothing is going to be encrypted or read.
+    """
     given = _given(env_file)
     _refuse_unknown(given)
     values: dict[str, Any] = {name: value for name, value in given.items() if value and name in known_names()}
     try:
         values |= {name: _content(name, path) for name, path in _secret_files(given).items()}
+        if keyless:
+            values |= {"BACKUP_ENCRYPTION_ENABLED": "false", "WAL_ENCRYPTION_ENABLED": "false"}
         return Settings(_env_file=None, **values)
     except ValidationError as error:
         wrong = "; ".join(_sentence(dict(e)) for e in error.errors())

@@ -43,5 +43,7 @@ async def command(as_json: bool) -> None:
         lines.append(f"  {place.abilities.remark}")
     lines.append("next: `walship check`, then `walship run` for the WAL and `walship backup` for a first base backup")
     if wanted.backup_encryption_enabled or wanted.wal_encrypted:
-        lines.append("keep the passphrase somewhere else than on this host: without it nothing can be read")
+        what = "passphrase" if wanted.passphrase else "private key"
+        if wanted.passphrase or wanted.identity_file:
+            lines.append(f"keep the {what} somewhere else than on this host: without it nothing can be read")
     emit({**asdict(facts), "destinations": [asdict(place) for place in founded]}, lines, as_json=as_json)

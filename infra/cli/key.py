@@ -20,6 +20,7 @@ from infra.recipients import make_identity, parse_recipient, read_secret, show_r
 from infra.records import recording
 from infra.repository import find
 from infra.ring import ring_name
+from infra.settings import load
 from infra.storage.rooted import Rooted
 from infra.wiring import Site, open_destinations, open_site
 from infra.writer_file import encode_writer
@@ -64,10 +65,11 @@ async def list_(cluster: str, as_json: bool) -> None:
 
     Example: walship key list
     """
-    async with open_destinations(settings()) as destinations:
+    wanted = load(keyless=True)
+    async with open_destinations(wanted) as destinations:
         facts = await find(destinations, cluster)
         stores = [Rooted(destination.root, facts.system_id) for destination in destinations]
-        report = await look_at_keys(stores, facts.system_id, look_at_hand(settings(), _warn))
+        report = await look_at_keys(stores, facts.system_id, look_at_hand(wanted, _warn))
     emit(report.result(), report.lines(), as_json=as_json)
 
 

@@ -142,6 +142,8 @@ async def test_when_it_was_verified_and_rehearsed_is_what_the_records_say(shelf:
     await record(surveyed.site, moments[3], "drill", ok=False)
     await record(surveyed.site, moments[4], "verify", ok=False, stopped=True)
     await record(surveyed.site, moments[5], "backup", ok=False)
+    for ok in (True, False):
+        await record(surveyed.site, datetime(2099, 1, 1, tzinfo=UTC), "verify", ok=ok)  # by a clock that is wrong
     await survey._read_records()
     stamps = [moment.timestamp() for moment in moments]
     assert shown("verify") == (1, stamps[1], stamps[0]), "an interruption is no damage"

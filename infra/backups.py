@@ -10,6 +10,7 @@ from contextlib import aclosing
 from handlers.base_backup import Cluster, Progress, WalSafe, take
 from handlers.fetch import read_catalog
 from handlers.unfinished import clean_unfinished
+from infra.marked import marked
 from infra.pace import Pace
 from infra.postgres import basebackup, local_copy
 from infra.postgres.claim import claimed
@@ -80,10 +81,13 @@ async def backup(
             wait = wal_safe(site, tell, ship_history=ship_history)
             parent = await _newest(site, tell) if incremental else None
             since = await _manifest_of(site, parent) if parent else None
-            async with aclosing(_messages(source, label, since, damaged, tell)) as messages:
+            async with (
+                marked(site, shipping.command.ship, parent, tell=tell) as ship,
+                aclosing(_messages(source, label, since, damaged, tell)) as messages,
+            ):
                 taken = await take(
                     messages,
-                    ship=shipping.command.ship,
+                    ship=ship,
                     cluster=Cluster(server.system_identifier, server.version_num, server.segment_size),
                     wal_safe=_behind_a_switch(settings, server, wait) if settings.backup_host else wait,
                     clock=site.clock,

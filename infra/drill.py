@@ -28,6 +28,7 @@ from infra.postgres.recovery_files import inherited_value, remove_recovery_files
 from infra.postgres.restored import Started, control_data, start_restored
 from infra.postgres.throwaway import free_port
 from infra.restore import Place, Repository, Watch, cause, check_place, feeding, make_plan, restore
+from infra.storage.in_use import using
 from pipeline.errors import IntegrityError, RecoveryError, SourceError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target, TargetKind
@@ -87,6 +88,14 @@ async def _drill(repository: Repository, order: Order, report: Report, watch: Wa
         plan = report.plan = await make_plan(repository, order.target, backup=order.backup)
         report.notices += plan.notices
         programs = await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=order.bin_dir)
+    async with using(repository.stores, plan.backup.name, clock=clock, tell=watch.say, what="drill"):
+        return await _in_room(repository, order, plan, programs, report, watch)
+
+
+async def _in_room(
+    repository: Repository, order: Order, plan: RestorePlan, programs: Programs, report: Report, watch: Watch
+) -> Report:
+    clock = repository.clock
     with Room(order.work_dir, keep=order.keep) as room:
         if order.keep:
             watch.say(f"kept: {room.folder}")

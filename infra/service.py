@@ -15,6 +15,7 @@ from handlers.base_backup import Cluster, take
 from handlers.ship import Shipper
 from infra import systemd
 from infra.keys import KeyReplacedError
+from infra.marked import marked
 from infra.monitored import Monitor, monitored, monitoring
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
@@ -333,14 +334,15 @@ async def _take_dropped(site: Site, shipper: Shipper, folder: Path) -> None:
     # Before the parts: where the WAL never comes, they would be stored anew at each attempt.
     await wait(backup.start_lsn, backup.stop_lsn, backup.stop_timeline)
     major = backup.major or site.facts.server_major
-    taken = await take(
-        dropped_messages(backup),
-        ship=shipper.ship,
-        cluster=Cluster(system_id, major * 10000, segment_size),
-        wal_safe=wait,
-        clock=site.clock,
-        label=backup.label,
-    )
+    async with marked(site, shipper.ship, tell=lambda line: log.info("marks", said=line)) as ship:
+        taken = await take(
+            dropped_messages(backup),
+            ship=ship,
+            cluster=Cluster(system_id, major * 10000, segment_size),
+            wal_safe=wait,
+            clock=site.clock,
+            label=backup.label,
+        )
     log.info("backup_taken", backup=taken.name, dropped=str(folder), bytes=taken.size)
 
 

@@ -23,6 +23,7 @@ from infra.postgres.restored import Replay, Started
 from infra.records import recording
 from infra.restore import Place, Restored, Watch, check_place, make_plan, restore
 from infra.settings import Settings
+from infra.storage.in_use import using
 from infra.wiring import open_site
 from pipeline.errors import ConfigError
 from pipeline.moments import time_remark
@@ -108,12 +109,14 @@ async def command(target_dir: Path, **options: Any) -> None:
         planned = time.monotonic()
         if asked and not await _agreed(targets, delta=place.delta):
             raise click.Abort
-        async with recording(site, "restore", typed(), tell=say) as entry:
+        used = using(repository.stores, plan.backup.name, clock=site.clock, tell=say, what="restore")
+        async with recording(site, "restore", typed(), tell=say) as entry, used as use:
             entry.summary |= {"backup": plan.backup.name, "target": str(plan.target), "directory": str(place.directory)}
             with Bytes("base backup") as bar:
 
                 def finish(restored: Restored) -> None:
                     bar.close()
+                    use.let_go()  # a standby that goes on to be fed needs new WAL only
                     _finish(plan, restored, planned - began, standby=place.standby, as_json=as_json)
 
                 def note(line: str) -> None:

@@ -53,6 +53,7 @@ class Use:
         self._lost: set[tuple[str, str]] = set()
         self._backups: list[str] = []
         self._told: set[str] = set()
+        self._over = False
 
     async def add(self, backup: str) -> None:
         """Mark a backup: before anything of it is stored or read."""
@@ -80,11 +81,16 @@ class Use:
             await marks.settle([backup])
         return marks.word(backup, going=True)
 
+    def let_go(self) -> None:
+        """The backups are not needed any more, although the block goes on: the marks go with the next beat."""
+        self._over = True
+
     async def run(self) -> None:
-        """Write them anew until cancelled."""
-        while True:
+        """Write them anew until cancelled, or let go."""
+        while not self._over:
             await self._clock.sleep(TTL / _BEATS)
             await self._at_all(self._stores, self._backups, self._beat)
+        await self.end()
 
     async def end(self) -> None:
         """Remove them, as far as that goes: what stays is removed by others, one time to live later."""
@@ -92,6 +98,7 @@ class Use:
         async def remove(store: Store, backup: str) -> None:
             if (store.name, backup) in self._written:
                 await store.delete([self._key(backup)])
+                self._written.discard((store.name, backup))
 
         await self._at_all(self._stores, self._backups, remove)
 
@@ -156,7 +163,7 @@ async def using(
         await asyncio.wait([beats])
         await use.end()
         if not beats.cancelled():
-            beats.result()  # it never ends by itself: a defect
+            beats.result()  # a defect, if it ended by itself before it was let go
 
 
 @dataclass(slots=True)

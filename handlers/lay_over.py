@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from crc32c import crc32c
@@ -76,16 +77,19 @@ class LayOver:
             if place != self._targets.directory and place.is_relative_to(self._targets.directory):
                 (place / _OURS).rmdir()  # elsewhere the marker is in it
 
-    def manifest(self, last: bytearray, control: bytearray) -> bytearray:
+    def manifest(self, last: bytearray, control: bytearray, *, left_out: Collection[str] = ()) -> bytearray:
         """PostgreSQL's manifest of what is there now. Reads what was put together. Blocking.
 
-        ``last``: of the backup that was laid over; empty if it has none.
+        ``last``: of the backup that was laid over; empty if it has none. ``left_out``: files that no restore lays
+        down, as the standby.signal of a backup that was taken from a standby.
         """
         if not last:
             return last
         made = ManifestMaker(self._system_id, self._major)
         for line in files_of(last):
             path = plain_path(line.path)
+            if path in left_out:
+                continue
             size, crc = line.size, int.from_bytes(bytes.fromhex(line.checksum), "little")
             mtime = 0
             if path == CONTROL:

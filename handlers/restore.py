@@ -26,7 +26,7 @@ from handlers.lay_parts import Parts
 from handlers.lay_seal import seal
 from handlers.target_dir import CONTROL, MAP, Targets, disarm, give, prepare
 from handlers.to_the_end import in_thread
-from handlers.unpack import Unpacker
+from handlers.unpack import NEVER, Unpacker
 from pipeline.backup import BackupInfo, area_of
 from pipeline.catalog import PART_SIZE, index_key, manifest_key
 from pipeline.contracts import Buffer, Fetch
@@ -168,7 +168,7 @@ class _LayDown:
         await in_thread(over.apply)
         if backup is not self._chain[-1]:
             return manifest, control, mode
-        return await in_thread(partial(over.manifest, manifest, control)), control, mode
+        return await in_thread(partial(over.manifest, manifest, control, left_out=NEVER)), control, mode
 
     def _folder(self, area: str, backup: BackupInfo) -> Path:
         """Where an area of the full backup goes, made if it is not there."""

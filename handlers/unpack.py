@@ -27,7 +27,7 @@ _MOST_CONTROL = 64 << 10
 #: Bytes of a file in one part from which on the kernel is asked to begin to write them out.
 _WORTH_WRITING = 1 << 20
 #: What is never taken from an archive: these would make the new server take itself for another one.
-_NEVER = frozenset({"postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal"})
+NEVER = frozenset({"postmaster.pid", "postmaster.opts", "recovery.signal", "standby.signal"})
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +152,7 @@ class Unpacker:
             self._make_parents(path)
             self.control = bytearray(size)
             file = _File(name, -1, size, size, content=self.control)
-        elif name in self.skip or name in _NEVER or self.prefix + name in self.kept:
+        elif name in self.skip or name in NEVER or self.prefix + name in self.kept:
             return _File(name, -1, size, size)  # nobody waits for the rest of it, which may be in parts left out
         else:
             file = _File(name, self._open_new(name, path), size, size)

@@ -28,7 +28,11 @@ def chain(rig: Rig) -> list[str]:
 
 
 def test_a_restore_of_a_chain_is_killed_and_run_again(rig: Rig) -> None:
+    signal_file = rig.server.data_dir / "standby.signal"  # in a backup of a standby: listed, and not laid down
+    signal_file.touch()
+    give(signal_file, run_as())
     last = chain(rig)[-1]
+    signal_file.unlink()
     target = rig.target()
     words = ("restore", "--backup", last, "--target-dir", str(target))
     for stage in ("pgsql_tmp.walship/increment/base", "pgsql_tmp.walship/increment/global"):

@@ -8,7 +8,7 @@ ROUNDS = 10
 ARGS =
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test check format kill-test soak bench bench-stream drill-sample image-test lock clean bootstrap
+.PHONY: help demo test check format kill-test soak bench bench-stream bench-scrape drill-sample image-test lock clean bootstrap
 
 help: ## show these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-18s %s\n' "  $$verb" "$$text"; done
@@ -40,6 +40,9 @@ bench: bootstrap ## time and memory, beside pgBackRest where it is installed
 
 bench-stream: bootstrap ## what the stream costs commits, how far it lags, how fast it catches up
 	$(PYTHON) -m tests.benchmarks.near_zero $(ARGS)
+
+bench-scrape: bootstrap ## what it costs to be watched, with 30 days of WAL and 60 backups
+	$(PYTHON) -m tests.benchmarks.scrape $(ARGS)
 
 drill-sample: bootstrap ## write docs/drill-sample.md anew, from a real drill
 	$(PYTHON) -m tests.drill_sample docs/drill-sample.md

@@ -57,6 +57,7 @@ async def command(
             hint="--yes deletes without asking, --dry-run only looks",
         )
     async with open_site(wanted, cluster=cluster) as site:
+        site.keys.need_reading("walship expire")
         if dry_run:
             plan = await make_plan(site, policy, marks_of(site), skip=skip_unreachable)
             emit(_result(plan, policy, None), _plan_lines(plan, policy, would=True), as_json=as_json)

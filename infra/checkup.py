@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from infra.at_hand import look_at_hand, weakness
 from infra.backups import refuse_stranger
 from infra.clock import SystemClock
 from infra.keys import open_keyring, policy_of
+from infra.planning import contradictions, doubts, next_runs
 from infra.postgres.basebackup import INCREMENTAL
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, rows
@@ -40,7 +41,8 @@ from pipeline.objects import MemoryBody
 class Finding:
     """One thing that was tried."""
 
-    #: ``server``, ``backups``, ``spool``, ``settings``, ``repository``, ``destinations``, or the name of a destination.
+    #: ``server``, ``backups``, ``spool``, ``settings``, ``schedule``, ``repository``, ``destinations``, or the name of
+    #: a destination.
     subject: str
     severity: Literal["ok", "warning", "error"]
     fact: str
@@ -74,7 +76,7 @@ async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _
             yield finding
     async for finding in _spool(settings):
         yield finding
-    for finding in _secrets(settings):
+    for finding in (*_secrets(settings), *_schedule(settings, server)):
         yield finding
     async with open_destinations(settings, policy=LOOK, waits=waits) as destinations:
         facts: RepositoryFacts | None = None
@@ -131,9 +133,20 @@ async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Fin
                 ((summaries,),) = await rows(connection, "show summarize_wal")
                 able = "is on: incremental backups are possible"
                 unable = "is off: `walship backup --incremental` needs it, full backups do not"
+                if summaries != "on" and settings.schedule_incremental:
+                    fact = "WALSHIP_SCHEDULE_INCREMENTAL is set, and summarize_wal is off: each of them would fail"
+                    raise SourceError(fact, hint="ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf()")
                 yield Finding("backups", "ok", f"summarize_wal {able if summaries == 'on' else unable}")
     except SourceError as error:
         yield _wrong("backups", error)
+
+
+def _schedule(settings: Settings, server: ServerFacts | None) -> Iterator[Finding]:
+    yield Finding("schedule", "ok", next_runs(settings, SystemClock().now()))
+    for error in contradictions(settings, server):
+        yield _wrong("schedule", error)
+    for fact, hint in doubts(settings):
+        yield Finding("schedule", "warning", fact, hint)
 
 
 async def _spool(settings: Settings) -> AsyncIterator[Finding]:

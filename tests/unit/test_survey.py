@@ -150,6 +150,7 @@ async def test_when_it_was_verified_and_rehearsed_is_what_the_records_say(shelf:
     assert shown("drill") == (1, stamps[2], stamps[3])
     page = read(surveyed.metrics)
     assert page["last_drill_rto_seconds",] == 12.5
+    assert page["last_backup_failure_timestamp_seconds", "far"] == stamps[5]
     assert math.isnan(page["last_drill_rpo_seconds",])
     assert (told[-1]["drill"].success, told[-1]["verify"].success) == (moments[2], moments[1])
 

@@ -1,0 +1,60 @@
+"""What ``walship check`` says of the schedule: when each job runs next, and which of them can only fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import datetime
+
+from infra.postgres.basebackup import INCREMENTAL
+from infra.postgres.control import ServerFacts
+from infra.remembered import jobs_of
+from infra.settings import Settings
+from pipeline.errors import ConfigError
+from pipeline.moments import show
+
+
+def next_runs(settings: Settings, now: datetime) -> str:
+    """In a sentence."""
+    jobs = jobs_of(settings)
+    if not jobs:
+        return "nothing is scheduled: backups, expire, verify and drills are somebody else's to start"
+    times = [f"{job} {show(time)}" for job, after in jobs.items() if (time := after(now)) is not None]
+    return f"scheduled by the clock of {settings.time_zone}, next: {', '.join(times)}"
+
+
+def contradictions(settings: Settings, server: ServerFacts | None) -> Iterator[ConfigError]:
+    """What would fail at each of its times."""
+    jobs = jobs_of(settings)
+    if "expire" in jobs and settings.retention is None:
+        yield ConfigError(
+            "WALSHIP_SCHEDULE_EXPIRE is set, and no retention: each run would fail, and nothing would be deleted",
+            hint="say what is kept: WALSHIP_KEEP_WINDOW=14d, for example; `walship expire --dry-run` tells more",
+        )
+    if "incremental" in jobs and server is not None and server.major < INCREMENTAL:
+        yield ConfigError(
+            f"WALSHIP_SCHEDULE_INCREMENTAL is set, and PostgreSQL {server.major} has no incremental backups",
+            hint=f"PostgreSQL {INCREMENTAL} and later do; take full ones, less often",
+        )
+    if "drill" in jobs and settings.drill_checks is not None and not os.access(settings.drill_checks, os.R_OK):
+        yield ConfigError(f"WALSHIP_DRILL_CHECKS: {settings.drill_checks} cannot be read", hint="docs/drill.md has one")
+    reports = settings.drill_reports
+    if "drill" in jobs and reports is not None and not os.access(reports, os.W_OK | os.X_OK):
+        yield ConfigError(
+            f"WALSHIP_DRILL_REPORTS: nothing can be written into {reports}", hint="it is a folder of this user's"
+        )
+
+
+def doubts(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What works, and is not what anybody wants: facts and hints."""
+    jobs = jobs_of(settings)
+    if "incremental" in jobs and "full" not in jobs:
+        yield (
+            "WALSHIP_SCHEDULE_INCREMENTAL is set, and WALSHIP_SCHEDULE_FULL is not: a restore lays down long chains",
+            "schedule a full backup now and then: WALSHIP_SCHEDULE_FULL='30 2 * * 0', on Sundays",
+        )
+    if "expire" in jobs and not {"full", "incremental"} & jobs.keys():
+        yield (
+            "WALSHIP_SCHEDULE_EXPIRE is set, and no backup is scheduled",
+            "somebody else has to take them: without new ones nothing can go",
+        )

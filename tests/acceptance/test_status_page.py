@@ -247,6 +247,10 @@ def test_every_query_of_the_board_returns_data(live: Live, tmp_path: Path) -> No
     queries = [target["expr"].replace("$job", "walship") for panel in panels for target in panel["targets"]]
     assert len(queries) > 20
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    for panel in panels:  # the last known value of hours would stay green when the service is long dead
+        if panel["type"] == "stat":
+            assert panel["options"]["reduceOptions"]["calcs"] == ["last"], panel["title"]
+            assert all(target["instant"] and not target["range"] for target in panel["targets"]), panel["title"]
     write(live)
     live.caught_up()
     live.told(lambda told: told["state"] == "safe", "all is well")

@@ -80,6 +80,30 @@ async def test_folders_may_be_links(tmp_path: Path) -> None:
     assert (directory / "pg_tblspc/17").readlink() == tmp_path / "disk3"
 
 
+async def test_a_target_inside_a_data_directory_is_refused(tmp_path: Path) -> None:
+    info = await store(shelf := Shelf(), {"base": cluster()})
+    (tmp_path / "pg/global").mkdir(parents=True)
+    (tmp_path / "pg/PG_VERSION").write_text("17")
+    (tmp_path / "link").symlink_to(tmp_path / "pg")
+    for place in ("pg/base/new", "link/new"):
+        with pytest.raises(RecoveryError, match="lies inside the data directory"):
+            await lay(shelf, info, tmp_path / place)
+
+
+async def test_a_target_that_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = await store(shelf := Shelf(), {"base": cluster()})
+    with pytest.raises(RecoveryError, match="File name too long"):
+        await lay(shelf, info, tmp_path / ("x" * 300))
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(RecoveryError, match="Too many levels of symbolic links"):
+        await lay(shelf, info, tmp_path / "round")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="relative to a folder that is gone"):
+        await lay(shelf, info, Path("new"))
+
+
 # -- what is no file
 
 

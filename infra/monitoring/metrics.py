@@ -277,11 +277,8 @@ class Metrics:
         yield GaugeMetricFamily(
             "walship_stream_connected", "1 while WAL is streamed from a server.", float(self.positions.connected)
         )
-        yield GaugeMetricFamily(
-            "walship_wal_current_lsn_bytes",
-            "End of the server's WAL when it last told.",
-            self.positions.end(),
-        )
+        end, told = self.positions.end(), "End of the server's WAL when it last told."
+        yield GaugeMetricFamily("walship_wal_current_lsn_bytes", told, end)
         yield CounterMetricFamily(
             "walship_files_set_aside",
             "Archived histories and the like whose names were taken by other bytes.",

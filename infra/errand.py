@@ -1,15 +1,17 @@
 """A verb in a process of its own: its memory, its load and its crash are not the service's.
 
-What it says to people goes to the log line by line; its progress, which is for whoever watches, does not. It is ended
-as a person would end it, and gets time to clean up; one that does not go then is killed.
+What it says to people goes to the log line by line; of its progress, which is for whoever watches, a line a minute. It
+is ended as a person would end it, and gets time to clean up; one that does not go then is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ WALSHIP = (sys.executable, "-P", "-m", "infra.cli")
 GRACE = 15.0
 #: Bytes of a result that are kept; and of a line.
 _MOST, _LINE = 4 << 20, 16 << 10
+#: Seconds between lines of progress that are handed on; and what those look like.
+_EVERY = 60.0
+_PROGRESS = re.compile(r", [\d.]+ [KMGT]?B/s(, \d+ s left)?$|^(verified \d|replaying: |pg_amcheck: )")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class _Said:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
+        self._progressed = time.monotonic()
         self.error = self.hint = ""
 
     async def follow(self, stream: asyncio.StreamReader) -> None:
@@ -53,7 +59,7 @@ class _Said:
 
     def _take(self, line: bytes) -> None:
         words = line[:_LINE].decode("utf-8", "replace").strip()
-        if not words or words.startswith('{"progress"'):
+        if not words or words.startswith('{"progress"') or self._too_soon(words):
             return
         if words.startswith("walship: "):
             self.error, self.hint = words.removeprefix("walship: "), ""
@@ -61,6 +67,15 @@ class _Said:
             self.hint = words.removeprefix("hint: ")
         else:
             self._say(words)
+
+    def _too_soon(self, words: str) -> bool:
+        if not _PROGRESS.search(words):
+            return False
+        now = time.monotonic()
+        if now - self._progressed < _EVERY:
+            return True
+        self._progressed = now
+        return False
 
 
 async def run(

@@ -11,8 +11,12 @@ from pipeline.errors import ConfigError
 #: More is a slip of the keyboard, and no calendar counts so far.
 _LONGEST = timedelta(days=36525)
 _MOST = 10000
-_SPAN = re.compile(r"\s*(\d{1,6})\s*(h|hours?|d|days?|w|weeks?)\s*", re.IGNORECASE)
-_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
+#: Minutes are ``min``: with ``m`` somebody may mean months.
+_SPAN = re.compile(r"\s*(\d{1,9})\s*(s|seconds?|min|minutes?|h|hours?|d|days?|w|weeks?)\s*", re.IGNORECASE)
+_UNITS = {
+    "s": timedelta(seconds=1), "m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1),
+    "w": timedelta(weeks=1),
+}  # fmt: skip
 
 #: The generations, the shortest first: member of the policy and setting.
 GENERATIONS = ("daily", "weekly", "monthly", "yearly")
@@ -73,7 +77,7 @@ def parse_window(text: str) -> timedelta:
     if match is None:
         raise ConfigError(
             f"WALSHIP_KEEP_WINDOW is {text!r}, which is no span of time",
-            hint="it is a whole number of hours, days or weeks: 36h, 14d, 2w; for months and years count the days",
+            hint="it is a whole number of weeks, days, hours, min or s: 2w, 14d, 36h; for months and years count the days",
         )
     span = int(match[1]) * _UNITS[match[2][0].lower()]
     if not span:
@@ -87,10 +91,13 @@ def parse_window(text: str) -> timedelta:
 
 
 def span_words(span: timedelta) -> str:
-    """``14 days``, ``36 hours``."""
-    hours = int(span.total_seconds()) // 3600
-    count, unit = (hours // 24, "day") if hours % 24 == 0 else (hours, "hour")
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    """``14 days``, ``36 hours``, ``90 seconds``."""
+    seconds = int(span.total_seconds())
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")):
+        if seconds % size == 0:
+            count = seconds // size
+            return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    raise AssertionError
 
 
 def _count(name: str, text: str) -> int | None:

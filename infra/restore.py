@@ -8,9 +8,10 @@ import errno
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from handlers.feed import Feed
 from handlers.fetch import read_catalog
@@ -304,7 +305,8 @@ async def _start(
         if place.standby:
             watch.following(result(server))
             wal = WalServer(repository.fetch, plan.lineage)
-            promoted = await _follow(server, directory, plan, wal, watch.say)
+            ended = standby_ended(server, directory, programs)
+            promoted = await _follow(server, ended, plan, wal, watch.say)
     if promoted:
         await asyncio.to_thread(remove_recovery_files, directory)
         if not await asyncio.to_thread(forget_recovery, directory, owner=targets.owner):
@@ -313,7 +315,7 @@ async def _start(
 
 
 async def _follow(
-    server: Started, directory: Path, plan: RestorePlan, wal: WalServer, say: Callable[[str], None]
+    server: Started, ended: Coroutine[Any, Any, bool], plan: RestorePlan, wal: WalServer, say: Callable[[str], None]
 ) -> bool:
     """Until the standby is promoted (True) or ends, or SIGINT or SIGTERM ends the feed and leaves it running."""
     say(
@@ -324,7 +326,7 @@ async def _follow(
     signals = (signal.SIGINT, signal.SIGTERM)
     for number in signals:
         loop.add_signal_handler(number, told.set)
-    waits = [asyncio.create_task(told.wait()), asyncio.create_task(standby_ended(server, directory))]
+    waits = [asyncio.create_task(told.wait()), asyncio.create_task(ended)]
     looking = asyncio.create_task(_tell_of_fork(plan.timeline, wal, say))
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -156,16 +156,18 @@ def _caught_up(follow: _Follower, reaches: Lsn | None) -> bool:
     )
 
 
-async def standby_ended(started: Started, directory: Path) -> bool:
+async def standby_ended(started: Started, directory: Path, programs: Programs) -> bool:
     """Wait until a server that ``start_restored`` gave back as a standby is none any more. True if it was promoted.
 
-    False if it has ended. Cancel it to leave the server alone.
+    False if it has ended. Cancel it to leave the server alone. A server that is being promoted removes its signal file
+    first, and then asks for its timeline's history once more: whoever serves WAL has to stay until it is in production.
     """
     process = next((one for one in _SURVIVORS if one.pid == started.pid), None)
     while True:
         if process is not None and process.poll() is not None:
             return False
-        if not (directory / "standby.signal").exists():
+        left = not (directory / "standby.signal").exists()
+        if left and await asyncio.to_thread(control_state, directory, programs) == "in production":
             return True
         await asyncio.sleep(_PAUSE)
 

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from handlers.fetch import Fetcher
 from infra.postgres.wal_script import FEED, FOLDER
 from infra.restore import Place, Restored, Watch, make_plan, restore
+from pipeline.contracts import Fetched
+from pipeline.objects import MAX_PLAIN
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target
 from pipeline.wal import Lsn, WalFile
@@ -25,6 +28,15 @@ from tests.tails import lay
 __all__ = ["server_folder", "start_server"]
 
 SIZE = 1 << 20
+
+
+class Slow(Fetcher):
+    """Histories take their time. While a server is promoted it asks for one when it is no standby any more."""
+
+    async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
+        if name.endswith(".history"):
+            await asyncio.sleep(0.5)
+        return await super().__call__(name, backup=backup, most=most)
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -60,6 +72,8 @@ async def test_a_standby_follows_through_growing_tails_and_finished_segments(
     server.query("insert into t values (2)")
     offset = await grow_tail(bank, 0)
     repository = bank.repository()
+    assert isinstance(repository.fetch, Fetcher)
+    repository = replace(repository, fetch=Slow(repository.stores, repository.fetch._chain, repository.system_id))
     plan = await make_plan(repository, Target())
     place = replace(bank.place("standby", wal_retrieve_retry_interval="200ms"), standby=True)
     said: list[str] = []

@@ -78,7 +78,7 @@ class Use:
         """Who is deleting the backup, in words; empty if nobody is. Waits up to ``ttl`` to see whether they live."""
         marks = Marks(self._stores, clock=self._clock, ttl=ttl)
         with contextlib.suppress(StoreError):  # who cannot be asked cannot delete there either
-            await marks.settle([backup])
+            await marks.settle([backup], going=True)  # our own is there too, and others who use it are welcome
         return marks.word(backup, going=True)
 
     def let_go(self) -> None:
@@ -244,12 +244,16 @@ class Marks:
         """All that have a mark of somebody who is not known to be gone."""
         return frozenset(seen.backup for seen in self._seen.values() if not self._dead(seen))
 
-    async def settle(self, backups: Collection[str] | None = None) -> None:
-        """Look until it is certain of each mark on them (None: on any) whether its maker lives; one ``ttl`` at most."""
+    async def settle(self, backups: Collection[str] | None = None, *, going: bool | None = None) -> None:
+        """Look until it is certain of each mark on them (None: on any) whether its maker lives; one ``ttl`` at most.
+
+        ``going``: as in ``word``.
+        """
         while True:
             for backup in [""] if backups is None else sorted(backups):
                 await self.look(backup)
             wanted = [s for s in self._seen.values() if backups is None or s.backup in backups]
+            wanted = [seen for seen in wanted if going in (None, seen.going)]
             if all(seen.moved or self._dead(seen) for seen in wanted):
                 return
             await self._clock.sleep(self._ttl / _LOOKS)

@@ -136,6 +136,17 @@ async def test_who_deletes_and_who_uses_see_each_other_in_either_order() -> None
     assert await names(store) == []
 
 
+async def test_who_uses_a_backup_waits_for_no_other_user() -> None:
+    """Neither for himself: each incremental backup would begin with the wait for his own next sign of life."""
+    store, clock = MemoryStore(), Held()
+    async with (
+        using([store], NAME, clock=clock, tell=lambda _: None, what="backup") as use,
+        using([store], NAME, clock=clock, tell=lambda _: None, what="restore"),
+        asyncio.timeout(10),
+    ):
+        assert await use.going(NAME) == ""
+
+
 async def test_a_destination_that_cannot_be_asked_stops_the_deletion() -> None:
     store = Faulty(MemoryStore(), down={"list": StoreError("it is away")})
     with pytest.raises(StoreError):

@@ -77,7 +77,7 @@ def parse_window(text: str) -> timedelta:
     if match is None:
         raise ConfigError(
             f"WALSHIP_KEEP_WINDOW is {text!r}, which is no span of time",
-            hint="it is a whole number of weeks, days, hours, min or s: 2w, 14d, 36h; for months and years count the days",
+            hint="it is a whole number of weeks, days, hours, min or s: 2w, 14d, 36h; of months, count the days",
         )
     span = int(match[1]) * _UNITS[match[2][0].lower()]
     if not span:

@@ -26,6 +26,8 @@ from tests.benchmarks.walship import Walship
 #: With summaries of its WAL, and known to the pgBackRest of Debian 13.
 MAJOR = 17
 LEVEL = 1
+#: As nice as ``walship backup`` makes itself: else a busy machine would slow walship alone.
+NICE = 5
 FILES, SERVER, INCREMENT = "full, from the files", "full, by the server", "incremental"
 #: What issue 5 asks for: rates as a part of the peer's, and bytes of memory.
 _OF_PGBACKREST, _OF_PG_BASEBACKUP, _MOST_MEMORY = 1.2, 0.95, 250_000_000
@@ -44,7 +46,7 @@ class PgBasebackup:
         server, program = self._ground.server, self._ground.bin_dir / "pg_basebackup"
         where = f"-h {server.host} -p {server.port} -U {server.superuser}"
         words = f"exec {program} -D - -F t -X none --checkpoint=fast {where} > /dev/null"
-        return measure([["/bin/sh", "-c", words]], environment_for(self._ground.bin_dir), self._log)
+        return measure([["/bin/sh", "-c", words]], environment_for(self._ground.bin_dir), self._log, nice=NICE)
 
 
 def backups(
@@ -125,7 +127,7 @@ def _rival(ground: Ground, say: Callable[[str], None]) -> PgBackRest | None:
         more["repo1-block"] = "y"
     else:
         say("this pgBackRest has no block-incremental backups yet: its incremental ones hold whole files")
-    return PgBackRest(ground, more)
+    return PgBackRest(ground, more, nice=NICE)
 
 
 @dataclass(frozen=True, slots=True)

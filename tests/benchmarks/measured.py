@@ -41,6 +41,8 @@ class Job:
     count: int = 0
     #: End the command by SIGTERM once nothing in this folder begins like a WAL file.
     empties: str = ""
+    #: How much nicer than usual the commands are.
+    nice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,14 @@ def measure(
     renames: Sequence[tuple[Path, Path]] = (),
     stored: tuple[Path, str, int] | None = None,
     empties: Path | None = None,
+    nice: int = 0,
 ) -> Cost:
     """Run the commands one after the other in a small process. See ``Job``. CommandFailedError if one fails."""
     folder, suffix, count = stored or ("", "", 0)
     job = Job(
         [list(map(str, command)) for command in commands], dict(environment), str(log),
         [(str(before), str(after)) for before, after in renames], str(folder), suffix, count, str(empties or ""),
+        nice,
     )  # fmt: skip
     log.write_bytes(b"")
     done = subprocess.run(
@@ -95,6 +99,7 @@ def _main() -> None:
     job = Job(**json.load(sys.stdin))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    os.nice(job.nice)
     log = os.open(job.log, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 2)
     silent = os.open(os.devnull, os.O_RDONLY)

@@ -43,8 +43,9 @@ class PgBackRest:
 
     name = "pgBackRest"
 
-    def __init__(self, ground: Ground, more: Mapping[str, str] | None = None) -> None:
-        """``more``: lines of its configuration."""
+    def __init__(self, ground: Ground, more: Mapping[str, str] | None = None, *, nice: int = 0) -> None:
+        """``more``: lines of its configuration. ``nice``: of backups."""
+        self._nice = nice
         command = installed()
         assert command is not None
         self._more = dict(more or {})
@@ -96,13 +97,13 @@ class PgBackRest:
         """A full backup. It does not wait for its WAL (walship's does): the server archives elsewhere."""
         self._renew()
         words = self._words("backup", "--type=full", "--no-archive-check")
-        return measure([words], self._environment(), self._log)
+        return measure([words], self._environment(), self._log, nice=self._nice)
 
     def increment(self) -> Cost:
         """What has changed since the last backup, into the same repository."""
         os.sync()
         words = self._words("backup", "--type=incr", "--no-archive-check")
-        return measure([words], self._environment(), self._log)
+        return measure([words], self._environment(), self._log, nice=self._nice)
 
     def restore(self) -> Cost:
         """The base backup that was just taken, into an empty folder, which is removed."""

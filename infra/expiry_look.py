@@ -67,7 +67,9 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
     """
     away: dict[str, StoreError] = {}
     listed: list[tuple[Store, _Listed]] = []
-    answers = await asyncio.gather(*(_list(store) for store in site.stores), return_exceptions=True)
+    answers = await asyncio.gather(
+        *(_list(store, site.facts.system_id) for store in site.stores), return_exceptions=True
+    )
     for store, answer in zip(site.stores, answers, strict=True):
         if isinstance(answer, StoreError):
             away[store.name] = answer
@@ -90,8 +92,7 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
     found = _Found(fetch)
     listing = Listing(site.facts.system_id)
     for _, each in listed:
-        for key in each.wal:
-            listing.add(key)
+        listing.merge(each.wal)
     names = frozenset[str]().union(*(each.folders for _, each in listed))
     await _few(names, found.info)
     await _few(listing.history_files, lambda file: _history(fetch, listing, wal_key(file), file.timeline, file.name))
@@ -131,16 +132,18 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
 class _Listed:
     """The names at one destination."""
 
-    wal: Collection[str]
+    wal: Listing
     tails: Collection[TailName]
     folders: frozenset[str]
     pins: frozenset[str]
 
 
-async def _list(store: Store) -> _Listed:
+async def _list(store: Store, system_id: str) -> _Listed:
     # Tails first: a segment that is finished meanwhile is seen in one of the two listings.
     tails = [tail async for entry in store.list("tail/") if (tail := TailName.parse(entry.key))]
-    wal = [entry.key async for entry in store.list("wal/")]
+    wal = Listing(system_id)
+    async for entry in store.list("wal/"):
+        wal.add(entry.key)
     below = [entry.key async for entry in store.list("base/", shallow=True)]
     pinned = [pins.pinned(entry.key) async for entry in store.list(pins.FOLDER)]
     names = (key.removeprefix("base/").removesuffix("/") for key in below if key.endswith("/"))

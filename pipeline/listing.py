@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 
 from pipeline.backup import BackupInfo
 from pipeline.backup_chain import whole_ones
 from pipeline.catalog import Catalog, parse_wal_key
-from pipeline.runs import Runs
+from pipeline.runs import Gathering, Runs
 from pipeline.tail import Stitched, TailName
 from pipeline.wal import Fork, Lsn, WalFile, WalKind, segments_per_log
 
@@ -17,8 +18,9 @@ class Listing:
 
     def __init__(self, system_id: str) -> None:
         self._system_id = system_id
-        self._segments: dict[int, set[tuple[int, int]]] = {}
-        self._partials: dict[int, set[tuple[int, int]]] = {}
+        #: Timeline → log << 32 | seg: what that makes of numbers is known once the segment size is.
+        self._segments: dict[int, Gathering] = {}
+        self._partials: dict[int, Gathering] = {}
         self._tails: dict[int, dict[int, int]] = {}
         self._tail_notices: list[str] = []
         self._labels: set[str] = set()
@@ -44,9 +46,9 @@ class Listing:
         if file is None:
             self._unknown.add(key)
         elif file.kind is WalKind.SEGMENT:
-            self._segments.setdefault(file.timeline, set()).add((file.log, file.seg))
+            self._segments.setdefault(file.timeline, Gathering()).add(file.log << 32 | file.seg)
         elif file.kind is WalKind.PARTIAL:
-            self._partials.setdefault(file.timeline, set()).add((file.log, file.seg))
+            self._partials.setdefault(file.timeline, Gathering()).add(file.log << 32 | file.seg)
         elif file.kind is WalKind.HISTORY:
             self.history_files.add(file)
         else:
@@ -60,13 +62,15 @@ class Listing:
 
     def unfinished(self, segment_size: int) -> list[WalFile]:
         """Segments of which tails were listed and nothing finished, and that some backup may need: to be joined."""
-        done = {(timeline, *member) for timeline, members in self._segments.items() for member in members}
+        done = {timeline: members.runs() for timeline, members in self._segments.items()}
         per_log = segments_per_log(segment_size)
         first = min((backup.start_lsn for backup in self._backups.values()), default=Lsn(0))
         return sorted(
             file
             for file in self.tail_files
-            if file.seg < per_log and file.end(segment_size) > first and (file.timeline, file.log, file.seg) not in done
+            if file.seg < per_log
+            and file.end(segment_size) > first
+            and (file.log << 32 | file.seg) not in done.get(file.timeline, _NONE)
         )
 
     def add_tail(self, made: Stitched) -> None:
@@ -98,8 +102,8 @@ class Listing:
     def any_segment(self) -> WalFile | None:
         """Some finished segment, by which the segment size can be found out."""
         for timeline, members in self._segments.items():
-            log, seg = min(members)
-            return WalFile.parse(f"{timeline:08X}{log:08X}{seg:08X}")
+            first = members.runs().ranges[0][0]
+            return WalFile.parse(f"{timeline:08X}{first >> 32:08X}{first & _SEGS:08X}")
         return None
 
     @property
@@ -128,19 +132,41 @@ class Listing:
             sealed=dict(sorted(self._sealed.items())),
         )
 
+    def merge(self, other: Listing) -> None:
+        """All names of another listing as well."""
+        for mine, theirs in ((self._segments, other._segments), (self._partials, other._partials)):
+            for timeline, members in theirs.items():
+                for first, end in members.runs().ranges:
+                    mine.setdefault(timeline, Gathering()).add(first, end)
+        self._labels |= other._labels
+        self._unknown |= other._unknown
+        self.history_files |= other.history_files
+        self.tail_files |= other.tail_files
+
     @staticmethod
-    def _runs(
-        found: dict[int, set[tuple[int, int]]], segment_size: int, unknown: set[str], suffix: str
-    ) -> dict[int, Runs]:
+    def _runs(found: dict[int, Gathering], segment_size: int, unknown: set[str], suffix: str) -> dict[int, Runs]:
         per_log = segments_per_log(segment_size)
         runs: dict[int, Runs] = {}
         for timeline, members in found.items():
-            numbers = []
-            for log, seg in members:
-                if seg < per_log:
-                    numbers.append(log * per_log + seg)
-                else:
+            numbers = Gathering()
+            for log, first, end in _by_logs(members.runs()):
+                if first < per_log:
+                    numbers.add(log * per_log + first, log * per_log + min(end, per_log))
+                for seg in range(max(first, per_log), end):
                     unknown.add(f"wal/{timeline:08X}{log:08X}/{timeline:08X}{log:08X}{seg:08X}{suffix}")
-            if numbers:
-                runs[timeline] = Runs.of(numbers)
+            if made := numbers.runs():
+                runs[timeline] = made
         return runs
+
+
+def _by_logs(members: Runs) -> Iterator[tuple[int, int, int]]:
+    """(log, first, end) for each stretch of segments of one log."""
+    for first, end in members.ranges:
+        for log in range(first >> 32, (end - 1 >> 32) + 1):
+            base = log << 32
+            yield log, max(first, base) - base, min(end - base, 1 << 32)
+
+
+#: The last eight digits of a segment's name.
+_SEGS = 0xFFFFFFFF
+_NONE = Runs()

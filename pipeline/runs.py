@@ -75,12 +75,13 @@ class Gathering:
         self._ranges: list[tuple[int, int]] = []
         self._known = 0
 
-    def add(self, number: int) -> None:
-        """In any order, also twice."""
+    def add(self, number: int, end: int | None = None) -> None:
+        """A number, or all from it up to ``end``, which is not one of them. In any order, also twice."""
+        behind = number + 1 if end is None else end
         if self._ranges and self._ranges[-1][1] == number:
-            self._ranges[-1] = self._ranges[-1][0], number + 1
+            self._ranges[-1] = self._ranges[-1][0], behind
             return
-        self._ranges.append((number, number + 1))
+        self._ranges.append((number, behind))
         if len(self._ranges) > 2 * self._known + self._MOST:
             self._join()
 

@@ -12,7 +12,7 @@ from pipeline.catalog import Catalog, wal_key
 from pipeline.errors import RecoveryError
 from pipeline.lineage import Leg, Lineage
 from pipeline.listing import Listing
-from pipeline.runs import Runs
+from pipeline.runs import Gathering, Runs
 from pipeline.wal import Fork, Lsn, WalFile, history_name
 
 SIZE = 1 << 20
@@ -264,3 +264,27 @@ def test_a_month_without_a_hole_is_one_step() -> None:
     path = lineage.path(stored, Lsn(7 * SIZE + 40), Lsn(9 * SIZE + 1))
     assert (path.end, [file.start(SIZE) // SIZE for file in path.files()]) == (10 * SIZE, [7, 8, 9])
     assert stored.questions < 20
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 9))))
+def test_numbers_that_are_gathered_in_any_order_are_the_same_set(stretches: list[tuple[int, int]]) -> None:
+    gathering = Gathering()
+    gathering._MOST = 3  # join often
+    for first, count in stretches:
+        gathering.add(first, first + count)
+        gathering.add(first)
+    assert gathering.runs() == Runs.of(n for first, count in stretches for n in range(first, first + count))
+
+
+def test_listings_are_merged() -> None:
+    one, other = Listing("7"), Listing("7")
+    for number in range(0, 40, 2):
+        one.add(wal_key(WalFile.segment(1, number * SIZE, SIZE)))
+        other.add(wal_key(WalFile.segment(1, (number + 1) * SIZE, SIZE)))
+    # With segments of 1 MB the last eight digits end at FFF, and the next log follows without a gap.
+    for number in (4095, 4096):
+        other.add(wal_key(WalFile.segment(1, number * SIZE, SIZE)))
+    other.add("wal/00000002.history")
+    one.merge(other)
+    assert one.catalog(SIZE).segments == {1: Runs(((0, 40), (4095, 4097)))}
+    assert one.history_files

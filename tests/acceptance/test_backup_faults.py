@@ -310,6 +310,6 @@ def test_progress_for_programs(rig: Rig) -> None:
     lines = [line for line in told if line.get("phase") == "files"]
     assert len(lines) >= 2
     assert all(line["progress"] == "base backup" and line["tablespace"] == "base" for line in lines)
-    assert 0 < lines[0]["bytes"] < lines[-1]["bytes"] <= lines[-1]["of_bytes"]
-    assert lines[0]["bytes_per_second"] > 0
-    assert lines[0]["seconds_left"] is not None
+    assert lines[0]["bytes"] < lines[-1]["bytes"] <= lines[-1]["of_bytes"]
+    assert lines[-1]["bytes_per_second"] > 0
+    assert any(line["seconds_left"] is not None for line in lines)

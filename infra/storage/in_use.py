@@ -175,8 +175,9 @@ class _Seen:
     backup: str
     going: bool
     content: bytes
-    #: Monotonic seconds since when it is so, and whether it was ever seen to change.
+    #: Monotonic seconds: since when it is so, and when it was last looked at. And whether it was ever seen to change.
     since: float
+    last: float
     moved: bool = False
 
 
@@ -223,9 +224,11 @@ class Marks:
         now = self._clock.monotonic()
         known = self._seen.get((store.name, key))
         if known is None:
-            seen = _Seen(store, key, match["backup"], bool(match["going"]), content, now)
+            seen = _Seen(store, key, match["backup"], bool(match["going"]), content, now, now)
             self._seen[store.name, key] = seen
-        elif known.content != content:
+            return
+        known.last = now
+        if known.content != content:
             known.content, known.since, known.moved = content, now, True
 
     def word(self, backup: str, *, going: bool | None = None) -> str:
@@ -260,7 +263,9 @@ class Marks:
 
     async def bury(self) -> None:
         """Remove the marks of those who are gone. Before what they have left is deleted: see the head of this file."""
-        for seen in [seen for seen in self._seen.values() if self._dead(seen)]:
+        # Who writes one of his marks is alive, and may have been unable to write the others.
+        alive = {seen.key for seen in self._seen.values() if not self._dead(seen)}
+        for seen in [seen for seen in self._seen.values() if seen.key not in alive]:
             await seen.store.delete([seen.key])
             self._seen.pop((seen.store.name, seen.key), None)
 
@@ -291,4 +296,5 @@ class Marks:
     def _dead(self, seen: _Seen) -> bool:
         there = Heartbeat.decode(seen.content)
         ended = there is not None and (there.released or there.holder.ended())
-        return ended or self._clock.monotonic() - seen.since >= self._ttl
+        # By what was seen: time in which nobody looked proves nothing.
+        return ended or seen.last - seen.since >= self._ttl

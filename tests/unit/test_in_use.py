@@ -90,6 +90,30 @@ async def test_a_process_of_this_machine_that_ended_is_not_waited_for() -> None:
     assert (marks.word(NAME), clock.passed) == ("", 0)
 
 
+async def test_time_in_which_nobody_looked_proves_nothing() -> None:
+    store, clock = MemoryStore(), FastClock()
+    await left_behind(store)
+    marks = Marks([store], clock=clock)
+    await marks.look()
+    clock.passed += 10 * TTL
+    assert marks.word(NAME)
+    await marks.look()
+    assert not marks.word(NAME)
+
+
+async def test_who_writes_at_one_destination_keeps_his_marks_at_all() -> None:
+    stores, clock = [MemoryStore("a"), MemoryStore("b")], FastClock()
+    keys = [await left_behind(store) for store in stores]
+    marks = Marks(stores, clock=clock)
+    await marks.look()
+    clock.passed += TTL
+    await left_behind(stores[0], counter=2)
+    await marks.look()
+    await marks.bury()
+    assert await names(stores[1]) == keys[1:]
+    assert marks.backups == {NAME}
+
+
 async def test_what_cannot_be_read_as_a_mark_counts_as_one() -> None:
     store = MemoryStore()
     await store.put(f"use/{NAME}/0000000c", MemoryBody([b"?"]))

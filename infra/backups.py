@@ -18,7 +18,7 @@ from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, switch_wal
 from infra.postgres.damage import Damage
 from infra.postgres.problems import problems
-from infra.records import recording
+from infra.records import backup_summary, recording
 from infra.safety import history_shipper, wal_safe
 from infra.service import alongside
 from infra.settings import Settings
@@ -95,16 +95,7 @@ async def backup(
                     report=report,
                     parent=parent,
                 )
-            entry.summary |= {
-                "name": taken.name,
-                "kind": taken.kind,
-                "parent": taken.parent or None,
-                "size": taken.size,
-                "stored_size": taken.stored_size,
-                "timeline": taken.timeline,
-                "start_lsn": str(taken.start_lsn),
-                "stop_lsn": str(taken.stop_lsn),
-            }
+            entry.summary |= backup_summary(taken)
             await _clear_up(site, taken, tell)
     except (WalshipError, BaseExceptionGroup, asyncio.CancelledError) as caught:
         if taken is None or not _told(taken, caught, tell):

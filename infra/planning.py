@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from datetime import datetime
 
+from infra.postgres import programs
 from infra.postgres.basebackup import INCREMENTAL
 from infra.postgres.control import ServerFacts
 from infra.remembered import jobs_of
 from infra.settings import Settings
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SourceError, WalshipError
 from pipeline.moments import show
 
 
@@ -23,9 +24,14 @@ def next_runs(settings: Settings, now: datetime) -> str:
     return f"scheduled by the clock of {settings.time_zone}, next: {', '.join(times)}"
 
 
-def contradictions(settings: Settings, server: ServerFacts | None) -> Iterator[ConfigError]:
+def contradictions(settings: Settings, server: ServerFacts | None) -> Iterator[WalshipError]:
     """What would fail at each of its times."""
     jobs = jobs_of(settings)
+    if "drill" in jobs and server is not None:
+        try:
+            programs.find(server.major, bin_dir=settings.pg_bin_dir)
+        except SourceError as error:
+            yield SourceError(f"WALSHIP_SCHEDULE_DRILL is set, and {error.fact}", hint=error.hint)
     if "expire" in jobs and settings.retention is None:
         yield ConfigError(
             "WALSHIP_SCHEDULE_EXPIRE is set, and no retention: each run would fail, and nothing would be deleted",

@@ -22,6 +22,7 @@ from handlers.compress import Compress
 from handlers.encrypt import Encrypt
 from infra.wiring import Site
 from pipeline import operations
+from pipeline.backup import BackupInfo
 from pipeline.catalog import data_key_name
 from pipeline.chain import Chain
 from pipeline.contracts import Body, Fetch, Store
@@ -92,6 +93,20 @@ async def recording(
             summary=entry.summary,
         )
         await write(site, record, tell=tell, patience=patience)
+
+
+def backup_summary(taken: BackupInfo) -> dict[str, Any]:
+    """What the record of a backup says of it; ``kind`` tells the schedule which of them it was."""
+    return {
+        "name": taken.name,
+        "kind": taken.kind,
+        "parent": taken.parent or None,
+        "size": taken.size,
+        "stored_size": taken.stored_size,
+        "timeline": taken.timeline,
+        "start_lsn": str(taken.start_lsn),
+        "stop_lsn": str(taken.stop_lsn),
+    }
 
 
 async def write(

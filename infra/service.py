@@ -23,6 +23,7 @@ from infra.postgres.problems import problems
 from infra.postgres.senders import read_stream_facts
 from infra.postgres.slots import look
 from infra.postgres.stream_problems import stream_problems
+from infra.records import backup_summary, recording
 from infra.repository import find
 from infra.safety import history_shipper, store_history, wal_safe
 from infra.schedule import Scheduler
@@ -343,6 +344,9 @@ async def _take_dropped(site: Site, shipper: Shipper, folder: Path) -> None:
             clock=site.clock,
             label=backup.label,
         )
+    # Failures are told, and tried again for hours: a record of each would bury the others.
+    async with recording(site, "backup", ["dropped"], tell=lambda line: log.warning("record", error=line)) as entry:
+        entry.summary |= backup_summary(taken)
     log.info("backup_taken", backup=taken.name, dropped=str(folder), bytes=taken.size)
 
 

@@ -60,6 +60,8 @@ def test_it_is_shipped_listed_restored_and_gone_from_the_spool(rig: Rig, options
     assert not (rig.spool / "nightly").exists()
     (backup,) = rig.json("list")["backups"]
     assert backup["server_version"] // 10000 == rig.major
+    (record,) = rig.json("history")
+    assert (record["ok"], record["summary"]["name"]) == (True, backup["name"])
     assert rig.json("verify")["ok"]
     target, port = rig.target(), free_port()
     rig.json("restore", "--target-dir", str(target), "--start", "--port", str(port))

@@ -57,10 +57,16 @@ def test_a_schedule_is_kept_over_stops_and_kills(rig: Rig) -> None:
     service.wait()
     rig.wait(lambda: rig.sql(CLAIMED) == [], "nothing of it is left")
 
-    service = rig.serve(**FAR, WALSHIP_SCHEDULE_VERIFY="*/2 * * * * *", WALSHIP_SCHEDULE_DRILL="0 0 29 2 *")
+    rig.extra |= {**FAR, "WALSHIP_SCHEDULE_VERIFY": "*/2 * * * * *", "WALSHIP_SCHEDULE_DRILL": "0 0 29 2 *"}
+    service = rig.serve()
     rig.wait(lambda: bool(events(rig, "scheduled_done")), "something is done")
     rig.wait(lambda: any(e["verb"] == "verify" for e in events(rig, "scheduled_done")), "it is verified", 90)
     rig.wait(lambda: any(e["verb"] == "backup" for e in events(rig, "scheduled_done")), "it is backed up", 90)
+    # It says when which is next, and so does a command.
+    jobs = {each["job"]: each["next"] for each in rig.json("status")["schedule"]}
+    assert [*jobs] == ["full", "verify", "drill"]
+    assert jobs["full"] == jobs["drill"] == "2028-02-29 00:00:00+00:00"
+    assert "next     full backup: 2028-02-29 00:00:00 UTC\n" in rig.run("status").stdout
     assert rig.stop(service) == 0
     done = {entry["verb"] for entry in rig.json("history") if entry["ok"]}
     assert done == {"backup", "verify"}

@@ -9,7 +9,6 @@ import pytest
 
 from infra.planning import contradictions, doubts, next_runs
 from infra.settings import load
-from pipeline.errors import ConfigError
 
 NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
 
@@ -29,7 +28,7 @@ def test_what_can_only_fail_is_an_error(
     monkeypatch.setenv("WALSHIP_DRILL_CHECKS", "/nowhere/checks.sql")
     for job, expression in changed.items():
         monkeypatch.setenv(f"WALSHIP_SCHEDULE_{job}", expression)
-    found: list[ConfigError] = [*contradictions(load(), None)]
+    found = [*contradictions(load(), None)]
     assert [said in error.fact for error in found] == [True] * bool(said)
     assert all(error.hint for error in found)
 

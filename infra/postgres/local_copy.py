@@ -131,7 +131,7 @@ async def stream(
         tablespaces = await asyncio.to_thread(linked_tablespaces, directory)
         inside = _within(tablespaces, begun.root)
         copy = Copy(
-            start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks, pieces=workers + 2
+            start, ManifestMaker(begun.system_id, begun.major), begun.checksums, begun.blocks, pieces=workers + 1
         )
         if pace is not None:
             copy.pace = pace.wait

@@ -1,4 +1,4 @@
-"""When verifications and drills last went well, and wrong, by the records that they leave in the repository."""
+"""When verify, drill and expire last went well, and wrong, by the records that they leave in the repository."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infra.wiring import Site
 from pipeline.errors import WalshipError
 from pipeline.operations import Record, RecordName
 
-VERBS = ("verify", "drill")
+VERBS = ("verify", "drill", "expire")
 #: Figures of a drill that are shown.
 _FIGURES = ("rto_seconds", "rpo_seconds")
 #: A record of later than this from now on was made by a clock that is wrong: it would be the newest one for years.

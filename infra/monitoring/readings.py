@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # only the service pays for loading it
     from prometheus_client.core import GaugeMetricFamily, Metric
 
 #: Operations whose last success is read from their records.
-OPERATIONS = ("verify", "drill")
+OPERATIONS = ("verify", "drill", "expire")
 #: What may be full one day.
 ROOMS = ("slot", "spool", "wal_volume")
 

@@ -55,11 +55,11 @@ WELL: dict[str, str] = {
     **{_own("walship_full_seconds", kind=kind): "1e12x300" for kind in ("slot", "spool", "wal_volume")},
     **{
         series: "0+60x300"
-        for kind in ("verify", "drill")
+        for kind in ("verify", "drill", "expire")
         for series in (_own(f"walship_last_{kind}_success_timestamp_seconds"),)
     },
-    **{_own(f"walship_last_{kind}_failure_timestamp_seconds"): NEVER for kind in ("verify", "drill")},
-    **{_own("walship_reading_up", kind=kind): "1x300" for kind in ("server", "spool", "verify", "drill")},
+    **{_own(f"walship_last_{kind}_failure_timestamp_seconds"): NEVER for kind in ("verify", "drill", "expire")},
+    **{_own("walship_reading_up", kind=kind): "1x300" for kind in ("server", "spool", "verify", "drill", "expire")},
     **{
         series: values
         for destination, required in ((NEAR, "1x300"), (FAR, "0x300"))
@@ -268,6 +268,13 @@ CASES = (
         5,
         6,
         "The rehearsal of a restore at 1970-01-02 00:00:00 +0000 UTC failed: a real one would as well",
+    ),
+    Case(
+        "WalshipExpireFailed",
+        {_own("walship_last_expire_failure_timestamp_seconds"): "0x5 86400x300"},
+        5,
+        6,
+        "Deleting what retention lets go failed at 1970-01-02 00:00:00 +0000 UTC: the store goes on growing",
     ),
     Case(
         "WalshipOperationUnknown",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 
 from handlers.base_backup import Cluster, Progress, WalSafe, take
+from handlers.expire import Expirer
 from handlers.fetch import read_catalog
 from handlers.unfinished import clean_unfinished
 from infra.marked import marked
@@ -22,12 +23,13 @@ from infra.records import backup_summary, recording
 from infra.safety import history_shipper, wal_safe
 from infra.service import alongside
 from infra.settings import Settings
+from infra.storage.in_use import Marks
 from infra.wiring import Site, open_shipping, open_site
 from pipeline.backup import BackupInfo, BackupMessage
 from pipeline.backup_chain import LONGEST, chain_of
 from pipeline.catalog import manifest_key
 from pipeline.contracts import Buffer
-from pipeline.errors import IntegrityError, ObjectMissing, SourceError, WalshipError, foreseen
+from pipeline.errors import IntegrityError, ObjectMissing, SourceError, StoreError, WalshipError, foreseen
 from pipeline.wal import Lsn
 
 
@@ -77,6 +79,7 @@ async def backup(
             if incremental:
                 site.keys.need_reading("an incremental backup")
             os.nice(5)
+            marks = await _looked_at(site, tell)
             ship_history = history_shipper(settings, shipping.command.ship)
             wait = wal_safe(site, tell, ship_history=ship_history)
             parent = await _newest(site, tell) if incremental else None
@@ -96,19 +99,45 @@ async def backup(
                     parent=parent,
                 )
             entry.summary |= backup_summary(taken)
-            await _clear_up(site, taken, tell)
+            await _clear_up(site, taken, marks, tell)
     except (WalshipError, BaseExceptionGroup, asyncio.CancelledError) as caught:
         if taken is None or not _told(taken, caught, tell):
             raise
     return taken
 
 
-async def _clear_up(site: Site, taken: BackupInfo, tell: Callable[[str], None]) -> None:
+async def _clear_up(site: Site, taken: BackupInfo, marks: Marks, tell: Callable[[str], None]) -> None:
+    """``marks`` were looked at when the backup began: those that have not changed since are of processes that died."""
+
+    def claim(name: str) -> AbstractAsyncContextManager[str]:
+        return marks.claim(name, what="backup")
+
+    expirer = Expirer(site.stores, claim=claim, tell=tell, progress=lambda _: None)
     try:
-        await clean_unfinished(site.stores, finished=taken.name, tell=tell)
+        await marks.look()
+        await marks.bury()
+        names = await clean_unfinished(site.stores, remove=expirer.unlisted, tell=tell)
     except (WalshipError, asyncio.CancelledError) as caught:
         if not _told(taken, caught, tell):
             raise
+        return
+    for store, freed in expirer.freed.items():
+        if freed.objects:
+            size = f"{freed.size / 1e6:.0f} MB"
+            tell(f"{store}: {freed.objects} objects ({size}) of {', '.join(names)}, never finished, were deleted")
+    for refusal in expirer.refusals:
+        where = f" at {refusal.destination}" if refusal.destination else ""
+        tell(f"{refusal.what} could not be deleted{where}: {refusal.fact}")
+
+
+async def _looked_at(site: Site, tell: Callable[[str], None]) -> Marks:
+    """The marks on backups, as they are now."""
+    marks = Marks(site.stores, clock=site.clock)
+    try:
+        await marks.look()
+    except StoreError as error:
+        tell(f"who uses which backup is not known: {error.fact}")
+    return marks
 
 
 def _told(taken: BackupInfo, caught: BaseException, tell: Callable[[str], None]) -> bool:

@@ -20,7 +20,7 @@ from infra.keyring import RepositoryKeys
 from infra.keys import open_with
 from infra.ring import Former, Front, Ring, fresh_ring, read_front, ring_name, seal_ring, unlisted_maker
 from infra.wraps import Wrap, label_of, unwrap, wrap_recipient
-from pipeline.catalog import data_key_name
+from pipeline.catalog import REPOSITORY, data_key_name
 from pipeline.contracts import Body, Clock, Store
 from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError
 
@@ -87,7 +87,12 @@ async def open_current(stores: Sequence[Store], system_id: str, at_hand: AtHand)
 
 async def _listing(store: Store) -> KeyListing | StoreError:
     try:
+        await store.head(REPOSITORY)  # or it was emptied, or is another disk: not for us to begin a repository there
         return await list_keys(store)
+    except ObjectMissing:
+        return StoreError(
+            f"{store.name} has no {REPOSITORY}", hint="`walship init` makes or joins the repository there"
+        )
     except StoreError as error:
         return error
 

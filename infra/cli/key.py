@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from infra.settings import load
 from infra.storage.rooted import Rooted
 from infra.wiring import Site, open_destinations, open_site
 from infra.writer_file import encode_writer
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ObjectConflict
 
 _FILE = click.Path(path_type=Path)
 #: Said after every change but one that replaces the repository's key.
@@ -174,9 +174,19 @@ async def _replace_key(current: Current, site: Site, passphrases: list[str], lef
             f"{current.name} has {current.front.passphrases} passphrases, and {len(given)} will open the new ring: one"
             " that is not given cannot be carried over"
         )
+    await _store_record_key(site)
     if current.front.strange:
         say(f"{current.front.strange} ways to open {current.name} that a newer walship knows are not carried over")
     return await key_changes.replace_key(current, site.clock, given, recipients, say)
+
+
+async def _store_record_key(site: Site) -> None:
+    """The record of this is written under a data key of the former ring, which has to be there to be listed."""
+    site.keys.write_under_known(site.clock.now())
+    if site.keys.key_object is not None:
+        for store in site.stores:
+            with suppress(ObjectConflict):
+                await store.put(*site.keys.key_object)
 
 
 @command.command("accept", short_help="Take a data key for ours that key list names.")

@@ -2,93 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from infra import key_changes
 from infra.at_hand import AtHand
-from infra.key_changes import Changed, Current, open_current
+from infra.key_changes import open_current
 from infra.key_objects import openers
 from infra.key_report import look_at_keys
-from infra.keyring import KeyReplacedError, RepositoryKeys
-from infra.keys import Policy, create_ring, open_keyring, open_keys
+from infra.keys import create_ring, open_keyring
 from infra.recipients import show_recipient
-from infra.ring import ring_name, seal_ring
-from infra.settings import Settings
+from infra.ring import ring_name
 from infra.storage.memory import MemoryStore
-from pipeline.catalog import data_key_name
-from pipeline.contracts import Body, Store
-from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, StoreError
+from pipeline.catalog import REPOSITORY
+from pipeline.contracts import Body
+from pipeline.errors import ConfigError, ObjectConflict, StoreError
 from pipeline.objects import MemoryBody
-from tests.clock import FastClock
-from tests.keys import SYSTEM_ID, chain, read, stored
+from tests.changing import (
+    BOTH,
+    CLOCK,
+    NAME,
+    NEW,
+    OLD,
+    PRIVATE,
+    PUBLIC,
+    Change,
+    KilledError,
+    content,
+    current,
+    make_cheap,
+    opened,
+    opens,
+    repository,
+    rings,
+    write,
+)
+from tests.keys import SYSTEM_ID, chain, read
 from tests.stores import Faulty
-
-OLD, NEW = "correct horse battery", "staple of another day"
-IDENTITY = X25519PrivateKey.generate()
-PUBLIC = IDENTITY.public_key().public_bytes_raw()
-PRIVATE = IDENTITY.private_bytes_raw()
-CLOCK = FastClock()
-BOTH = Policy(wal=True, base=True)
-NAME = "wal/0000000100000000/000000010000000000000001"
-
-Change = Callable[[Current], Awaitable[Changed]]
-
-
-class KilledError(BaseException):
-    """The process ends here."""
 
 
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What opening costs stands in the ring; making one is slow on purpose."""
-    assert seal_ring.__kwdefaults__ is not None
-    monkeypatch.setitem(seal_ring.__kwdefaults__, "scrypt_n", 16)
-
-
-async def repository(*names: str) -> list[Faulty]:
-    """Destinations that have the same first ring."""
-    stores = [Faulty(MemoryStore(name)) for name in names or ("a", "b")]
-    await create_ring(stores[0], SYSTEM_ID, OLD, BOTH, CLOCK)
-    for store in stores[1:]:
-        await store.put(ring_name(1), await stores[0].get(ring_name(1)))
-    return stores
-
-
-async def current(stores: list[Faulty], passphrase: str = OLD, identity: bytes = b"") -> Current:
-    return await open_current(stores, SYSTEM_ID, AtHand(passphrase, identity))
-
-
-async def opened(stores: list[Faulty], passphrase: str = "", *, writer: bool = False) -> RepositoryKeys:
-    """As every command opens it."""
-    settings = Settings(
-        BACKUP_ENCRYPTION_PASSWORD=passphrase, BACKUP_ENCRYPTION_ENABLED=bool(passphrase), WALSHIP_DESTINATIONS=()
-    )
-    return await open_keys(stores, settings, SYSTEM_ID, CLOCK, writer=writer, allow_unencrypted=False)
-
-
-async def opens(store: Store, at_hand: AtHand) -> bool:
-    try:
-        await open_keyring(store, SYSTEM_ID, at_hand, clock=CLOCK)
-    except ConfigError:
-        return False
-    return True
-
-
-async def write(stores: list[Faulty], keys: RepositoryKeys, text: bytes) -> bytes:
-    """What a service does: its data key first, at every destination, then an object."""
-    assert keys.key_object is not None
-    for store in stores:
-        await store.put(*keys.key_object)
-        await keys.confirm(store)
-    return stored(chain(keys, "zstd", "aes-256-gcm"), NAME, text)
-
-
-async def rings(store: Store) -> list[str]:
-    return sorted([entry.key async for entry in store.list("keys/ring-")])
+    make_cheap(monkeypatch)
 
 
 # -- what each does
@@ -207,8 +163,12 @@ async def test_a_recipient_whose_key_is_no_point_of_the_curve() -> None:
 
 
 async def test_without_a_ring_there_is_nothing_to_change() -> None:
+    store = Faulty(MemoryStore("a"))
+    with pytest.raises(StoreError, match=r"a has no repository\.json"):
+        await current([store])
+    await store.put(REPOSITORY, MemoryBody([b"{}"]))
     with pytest.raises(ConfigError, match="has no key ring: nothing in it is encrypted"):
-        await current([Faulty(MemoryStore("a"))])
+        await current([store])
 
 
 # -- several destinations, several people
@@ -252,14 +212,11 @@ async def test_a_store_that_overwrites_is_noticed() -> None:
 
     store = Careless("careless")
     await create_ring(store, SYSTEM_ID, OLD, BOTH, CLOCK)
+    await store.put(REPOSITORY, MemoryBody([b"{}"]))
     now = await open_current([store], SYSTEM_ID, AtHand(OLD))
     store._objects["to come"] = (b"somebody's ring", CLOCK.now())
     with pytest.raises(ConfigError, match="somebody else has changed the keys at this moment"):
         await key_changes.rotate(now, CLOCK, NEW)
-
-
-async def content(store: Store, key: str) -> bytes:
-    return b"".join((await store.get(key)).chunks())
 
 
 async def test_rings_of_one_number_that_differ_are_told_and_made_one_by_the_next_change() -> None:
@@ -365,146 +322,10 @@ async def test_an_answer_that_got_lost_is_no_conflict_with_oneself(kind: str) ->
     first = await repository()
     await key_changes.add(await current(first), CLOCK, recipient=PUBLIC)
     for store, other in zip(stores, first, strict=True):
-        async for entry in other.list("keys/"):
+        async for entry in other.list(""):
             try:
                 await store.put(entry.key, await other.get(entry.key))
             except ObjectConflict:
                 continue
     done = await CHANGES[kind][0](await current(stores, OLD, PRIVATE))
     assert done.stored == ("a", "b")
-
-
-# -- another repository key
-
-
-async def test_a_new_repository_key_reads_all_and_shuts_out_the_former_secrets() -> None:
-    stores = await repository()
-    writer = await opened(stores, OLD, writer=True)
-    before = await write(stores, writer, b"before")
-    former = (await opened(stores, OLD)).ring
-    assert former is not None
-    done = await key_changes.replace_key(await current(stores), CLOCK, [NEW], {PUBLIC: "safe"}, print)
-    assert done.number == 2
-    # The service that runs goes on with its data key, which is listed.
-    meanwhile = stored(chain(writer, "zstd", "aes-256-gcm"), NAME, b"meanwhile")
-    later = await opened(stores, NEW, writer=True)
-    after = await write(stores, later, b"after")
-    reader = await opened(stores, NEW)
-    for text, sealed in ((b"before", before), (b"meanwhile", meanwhile), (b"after", after)):
-        assert read(chain(reader), NAME, sealed) == text
-    assert reader.fingerprint(NAME, b"x") == writer.fingerprint(NAME, b"x")
-    # Whoever has the former ring reads what was, and nothing that is new.
-    thief = RepositoryKeys(SYSTEM_ID, former, BOTH, store=None, allow_unencrypted=False)
-    await thief.refresh(stores[0])
-    assert read(chain(thief), NAME, before) == b"before"
-    with pytest.raises(IntegrityError):
-        read(chain(thief), NAME, after)
-    # Nor is anything taken that was made with the former writer secret from now on.
-    thief._begin_writing(former, CLOCK.now())
-    assert thief.key_object is not None
-    await stores[0].put(*thief.key_object)
-    await reader.refresh()
-    with pytest.raises(IntegrityError, match="was not made by a writer of this repository"):
-        read(chain(reader), NAME, stored(chain(thief, "zstd", "aes-256-gcm"), NAME, b"planted"))
-    report = await look_at_keys(stores, SYSTEM_ID, AtHand(NEW))
-    assert report.former == 1
-    assert report.refused == report.acceptable == [thief.current().id]
-    assert "a new repository key: in force" in "\n".join(report.lines())
-
-
-async def test_a_second_new_key_keeps_the_first_one_readable() -> None:
-    stores = await repository()
-    texts, before = {}, ""
-    for number, passphrase in enumerate((OLD, NEW, "third")):
-        if before:
-            await key_changes.replace_key(await current(stores, before), CLOCK, [passphrase], {}, print)
-        before = passphrase
-        texts[b"%d" % number] = await write(stores, await opened(stores, passphrase, writer=True), b"%d" % number)
-    reader = await opened(stores, "third")
-    assert all(read(chain(reader), NAME, sealed) == text for text, sealed in texts.items())
-
-
-async def test_a_new_repository_key_needs_every_destination() -> None:
-    stores = await repository()
-    stores[1].down = {"list": StoreError("b is away", passing=True)}
-    with pytest.raises(StoreError, match="b does not answer, and the data keys there have to be listed"):
-        await key_changes.replace_key(await current(stores), CLOCK, [NEW], {}, print)
-    assert await rings(stores[0]) == [ring_name(1)]
-
-
-async def test_a_writer_that_began_before_and_stores_its_key_after_notices() -> None:
-    stores = await repository()
-    writer = await opened(stores, OLD, writer=True)
-    await key_changes.replace_key(await current(stores), CLOCK, [NEW], {}, print)
-    with pytest.raises(KeyReplacedError, match="the repository has a new key since keys/ring-00000002"):
-        await write(stores, writer, b"text")
-
-
-async def test_a_writer_that_stores_its_key_just_before_the_ring_is_listed_by_a_second_ring() -> None:
-    """He has looked for rings before ours was there, and we for keys before his was: we look once more."""
-    stores = await repository()
-    writer = await opened(stores, OLD, writer=True)
-
-    class Meanwhile(Faulty):
-        async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: Any = None) -> None:
-            if key == ring_name(2) and writer.key_object is not None and self.name == "a":
-                await self.store.put(*writer.key_object)
-                await writer.confirm(self.store)
-            await super().put(key, body, replace=replace, keep_until=keep_until)
-
-    stores[0] = Meanwhile(stores[0].store)
-    done = await key_changes.replace_key(await current(stores), CLOCK, [NEW], {}, print)
-    assert done.number == 3
-    sealed = stored(chain(writer, "zstd", "aes-256-gcm"), NAME, b"text")
-    assert read(chain(await opened(stores, NEW)), NAME, sealed) == b"text"
-
-
-async def test_a_data_key_that_was_missed_can_be_accepted() -> None:
-    """The change of the key was killed before it had looked once more."""
-    stores = await repository()
-    writer = await opened(stores, OLD, writer=True)
-    await key_changes.replace_key(await current(stores), CLOCK, [NEW], {}, print)
-    assert writer.key_object is not None
-    await stores[1].put(*writer.key_object)
-    missed = writer.current().id
-    report = await look_at_keys(stores, SYSTEM_ID, AtHand(NEW))
-    assert report.acceptable == [missed]
-    assert any(f"walship key accept {missed}" in problem for problem in report.problems)
-    await key_changes.accept(await current(stores, NEW), CLOCK, missed)
-    sealed = stored(chain(writer, "zstd", "aes-256-gcm"), NAME, b"text")
-    assert read(chain(await opened(stores, NEW)), NAME, sealed) == b"text"
-    with pytest.raises(ConfigError, match=f"{data_key_name('0' * 32)} is not there"):
-        await key_changes.accept(await current(stores, NEW), CLOCK, "0" * 32)
-
-
-# -- whichever ring is the newest, anywhere
-
-
-async def test_nothing_is_written_under_a_key_that_was_replaced_elsewhere() -> None:
-    stores = await repository()
-    await key_changes.replace_key(await current(stores[1:]), CLOCK, [NEW], {}, print)
-    assert await rings(stores[0]) == [ring_name(1)]
-    with pytest.raises(ConfigError, match="BACKUP_ENCRYPTION_PASSWORD does not open the key ring keys/ring-00000002"):
-        await opened(stores, OLD, writer=True)
-    assert (await opened(stores, OLD)).reads, "what was stored can still be read"
-    assert (await opened(stores, NEW, writer=True)).ring is not None
-
-
-async def test_with_the_same_repository_key_an_older_ring_will_do() -> None:
-    """The change was killed after the first destination: whoever has the old passphrase ships on."""
-    stores = await repository()
-    await key_changes.rotate(await current(stores[1:]), CLOCK, NEW)
-    writer = await opened(stores, OLD, writer=True)
-    sealed = await write(stores, writer, b"text")
-    assert read(chain(await opened(stores, NEW)), NAME, sealed) == b"text"
-
-
-async def test_a_ring_of_a_newer_form_is_refused_by_name() -> None:
-    stores = await repository("a")
-    newer = bytearray(await content(stores[0], ring_name(1)))
-    newer[7] = 2
-    await stores[0].put(ring_name(2), MemoryBody([bytes(newer)]))
-    with pytest.raises(IntegrityError, match="keys/ring-00000002 is of format 2; this walship reads format 1"):
-        await current(stores)
-    with pytest.raises(IntegrityError, match="is of format 2"):
-        await opened(stores, OLD)

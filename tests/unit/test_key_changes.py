@@ -329,3 +329,13 @@ async def test_an_answer_that_got_lost_is_no_conflict_with_oneself(kind: str) ->
                 continue
     done = await CHANGES[kind][0](await current(stores, OLD, PRIVATE))
     assert done.stored == ("a", "b")
+
+
+async def test_a_process_that_runs_notices_a_newer_ring() -> None:
+    stores = await repository()
+    running = await opened(stores, OLD, writer=True)
+    await running.refresh(stores[0])
+    assert running.superseded() == ""
+    await key_changes.rotate(await current(stores), CLOCK, NEW)
+    await running.refresh(stores[0])
+    assert running.superseded().startswith("keys/ring-00000002 is there: the keys of the repository were changed")

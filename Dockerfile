@@ -27,8 +27,8 @@ RUN /opt/build/bin/python -m build --wheel --no-isolation --outdir /dist \
 # owner alone. It is made first: packages take the system's numbers from the top.
 FROM ${BASE} AS shipper
 RUN groupadd --gid 999 walship \
-    && useradd --uid 999 --gid walship --home-dir /var/lib/walship --create-home --shell /usr/sbin/nologin walship \
-    && install -d -o walship -g walship -m 0700 /spool /backups /restored
+    && useradd --uid 999 --gid walship --home-dir /var/lib/walship --no-create-home --shell /usr/sbin/nologin walship \
+    && install -d -o walship -g walship -m 0700 /var/lib/walship /spool /backups /restored
 COPY --from=build /opt/walship /opt/walship
 ENV PATH=/opt/walship/bin:$PATH PYTHONUNBUFFERED=1 WALSHIP_LISTEN=0.0.0.0:9432
 USER walship
@@ -43,7 +43,8 @@ ENTRYPOINT ["walship"]
 CMD ["run"]
 
 # And the programs of PostgreSQL, from Debian where it has that major, else from PostgreSQL's own packages. tini is the
-# first process: it buries what a server that is restored or drilled here leaves behind.
+# first process: it buries what a server that is restored or drilled here leaves behind. Debian's servers put their
+# sockets into /run/postgresql.
 FROM shipper
 ARG PG_MAJORS=18
 USER root
@@ -56,7 +57,8 @@ RUN set -eu; export DEBIAN_FRONTEND=noninteractive; \
         apt-get install --yes --no-install-recommends "postgresql-$major"; \
     done; \
     apt-get clean; \
-    rm -rf /var/lib/apt/lists/* /var/lib/postgresql /etc/ssl/private/ssl-cert-snakeoil.key /etc/ssl/certs/ssl-cert-snakeoil.pem
+    rm -rf /var/lib/apt/lists/* /var/lib/postgresql /etc/ssl/private/ssl-cert-snakeoil.key /etc/ssl/certs/ssl-cert-snakeoil.pem; \
+    install -d -o walship -g walship -m 0755 /run/postgresql
 USER walship
-ENTRYPOINT ["tini", "--", "walship"]
+ENTRYPOINT ["tini", "-s", "--", "walship"]
 CMD ["run"]

@@ -26,7 +26,10 @@ CONTENT = "select count(*), md5(string_agg(t::text, ',' order by n)) from t"
 def rig() -> Iterator[Rig]:
     folder = make_folder("walship-keys-")
     places = [f"file://{folder}/near", f"file://{folder}/far"]
-    with Rig(folder, NEWEST, places, sources="watch,stream", server_settings={"summarize_wal": "on"}) as made:
+    with Rig(
+        folder, NEWEST, places, sources="watch,stream", server_settings={"summarize_wal": "on"},
+        settings={"WALSHIP_TAIL_INTERVAL": "0.2"},
+    ) as made:  # fmt: skip
         yield made
     shutil.rmtree(folder)
 
@@ -69,7 +72,7 @@ def test_a_host_that_only_writes(rig: Rig) -> None:
     assert len(listed["sealed"]) == 1
     assert (listed["backups"], listed["problems"]) == ([], [])
     verified = rig.run("verify")
-    assert "0 objects" not in verified.stdout
+    assert not verified.stdout.startswith("0 objects")
     assert "this host can only write" in verified.stderr
     keys = rig.json("key", "list")
     assert keys["at_hand"] == {"passphrase": False, "identity": False, "writer": True}

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from infra.keys import Policy, RepositoryKeys, create_ring, new_ring, open_keyring
-from infra.ring import fresh_ring, make_data_key, ring_name, seal_ring
+from infra.ring import Ring, fresh_ring, make_data_key, ring_name, seal_ring
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import data_key_name
 from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, StoreError
@@ -218,8 +218,8 @@ async def test_a_damaged_ring_or_one_of_another_cluster_is_named() -> None:
 
 async def test_an_older_ring_put_back_is_noticed() -> None:
     store = await encrypted()
-    ring = (await open_(store))._ring
-    assert ring is not None
+    ring = (await open_(store)).ring
+    assert isinstance(ring, Ring)
     newer = fresh_ring(SYSTEM_ID, BOTH)
     later = type(newer)(2, SYSTEM_ID, BOTH, ring.writer_secret, ring.private_key)
     key, sealed = make_data_key(later, NOW)

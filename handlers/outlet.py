@@ -7,25 +7,27 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from handlers.checksum import check_stored
+from handlers.verbatim import Parcel, create
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Abilities, Body, Store
-from pipeline.errors import IntegrityError, ObjectConflict
-from pipeline.objects import Header
+from pipeline.errors import ObjectConflict, StoreError
+
+__all__ = ["Backlog", "Outlet", "Parcel", "copy_order"]  # whoever has to do with an outlet gives it parcels
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """An encoded object on its way."""
+@dataclass(slots=True)
+class Backlog:
+    """What a destination is being filled with, as listings told, less what is there since."""
 
-    header: Header
-    body: Body
-    #: SHA-256 trailer, as hex.
-    digest: str
+    objects: int
+    #: Bytes.
+    size: int
+    #: Names of those that nobody could give: some of them, if they are many.
+    stuck: set[str] = field(default_factory=set)
 
-    @property
-    def name(self) -> str:
-        return self.header.name
+    def less(self, size: int) -> None:
+        """One of them is there."""
+        self.objects, self.size = max(0, self.objects - 1), max(0, self.size - size)
 
 
 @dataclass(slots=True)
@@ -50,8 +52,14 @@ class Outlet:
     keeps_all: bool = False
     #: When it was last told that it is still away, in monotonic seconds.
     told: float = float("-inf")
-    #: What others have and it lacks is known, and owed to it.
-    compared: bool = False
+    #: Destinations that have nothing which it lacks, as their listings told, but for what could not be copied.
+    compared: set[str] = field(default_factory=set)
+    #: What others have and it lacks is being copied there: how much of it is left.
+    backlog: Backlog | None = None
+    #: Something was copied to it, or it was down: that it has caught up is news.
+    late: bool = False
+    #: Names of data keys that are known to be there.
+    keys: set[str] = field(default_factory=set)
     #: What the store was found to be able to do; None until the first object is delivered.
     abilities: Abilities | None = None
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -66,22 +74,39 @@ class Outlet:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody has to wait for it
             self.owed[name] = future
+        self.late = True
         self.behind.set()
+
+    def settle(self, name: str, error: Exception | None = None) -> None:
+        """It is owed no more: it is there, or (``error``) nobody can give it."""
+        if (owed := self.owed.pop(name, None)) is not None and not owed.done():
+            if error is None:
+                owed.set_result(None)
+            else:
+                owed.set_exception(error)
+        if error is None and self.backlog is not None and name in self.backlog.stuck:
+            self.backlog.stuck.discard(name)
+            self.backlog.less(0)
 
     def lacks_parts_of(self, name: str) -> bool:
         """Whether ``name`` is the backup_info of a backup that is still incomplete here."""
         folder, _, last = name.rpartition("/")
         return last == "backup_info" and any(n.startswith(f"{folder}/") and n != name for n in self.owed)
 
+    def emptied(self) -> StoreError:
+        """What is to be said where its repository is gone."""
+        return StoreError(
+            f"{self.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place",
+            hint="nothing counts as stored there; after walship init what other destinations have is copied",
+            passing=True,
+        )
+
     async def deliver(self, parcel: Parcel) -> None:
         """Create the object here. The same object being here already is success; other bytes are ObjectConflict."""
         async with self._preparing:
             if self.abilities is None:
                 self.abilities = await self._prepare()
-        try:
-            await self.store.put(parcel.name, parcel.body)
-        except ObjectConflict:
-            await self._compare(parcel)
+        await create(self.store, parcel)
 
     async def _prepare(self) -> Abilities:
         """Before the first object: does "only if absent" hold here, and is our data key here?
@@ -99,26 +124,9 @@ class Outlet:
                 await self.confirm(self.store)
         return abilities
 
-    async def _compare(self, parcel: Parcel) -> None:
-        """Something of that name is here: an earlier attempt of ours, the same file shipped before, or a stranger."""
-        stored = await self.store.get(parcel.name)
-        try:
-            header, digest = await asyncio.to_thread(check_stored, parcel.name, stored.chunks())
-        except IntegrityError as error:
-            raise IntegrityError(
-                f"{error.fact}, at {self.name}; it was to be stored again",
-                hint="the source still has it: move the damaged object away, and it is shipped at the next attempt",
-            ) from None
-        finally:
-            stored.close()
-        mine = parcel.header
-        same = (header.name, header.system_id, header.plain_size) == (mine.name, mine.system_id, mine.plain_size)
-        if digest == parcel.digest or (same and header.fingerprint == mine.fingerprint):
-            return
-        raise ObjectConflict(
-            f"{parcel.name} is stored at {self.name} with other bytes (made {header.created or 'at an unknown time'})",
-            hint="two servers write to one repository, or this one was rolled back: find the other one; a clone needs"
-            " archive_mode=off, or a destination of its own. Nothing was overwritten",
-            ours=mine.fingerprint,
-            theirs=header.fingerprint,
-        )
+
+def copy_order(name: str) -> tuple[int, str]:
+    """Keys first, so that nothing lies there unreadable; backup_info last, so that no backup is listed that is none."""
+    if name.startswith("keys/"):
+        return 0, name
+    return (2 if name.endswith("/backup_info") else 1), name

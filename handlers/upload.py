@@ -6,21 +6,32 @@
 An object is encoded once; its bytes go to every destination and into every retry. A destination that fails is taken for
 down: nothing waits for its time-outs any more, and once it answers again, what it lacks is copied to it verbatim from a
 destination that has it. So a long outage costs names in memory, never bytes, as long as any destination answers; while
-none does, nothing is read. What an earlier process left owing is found by comparing listings at the start.
+none does, nothing is read. What an earlier process left owing, or a new destination lacks, is found by comparing
+listings, and copied as ``walship copy`` does it (``handlers.copy``): that costs neither names nor bytes in memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 
-from handlers.checksum import check_stored
-from handlers.outlet import Outlet, Parcel
-from pipeline.catalog import REPOSITORY, data_key_name
-from pipeline.contracts import Clock
+from handlers.copy import Means, Trouble, copy, estimate, not_held
+from handlers.difference import Wanted
+from handlers.outlet import Backlog, Outlet, Parcel, copy_order
+from handlers.verbatim import NoneServes, bring
+from pipeline.catalog import REPOSITORY
+from pipeline.contracts import Clock, Store
 from pipeline.errors import IntegrityError, ObjectConflict, ObjectMissing, StoreError, WalshipError
-from pipeline.events import DestinationCaughtUp, DestinationFailed, DestinationHampered, Notice, ObjectStored
+from pipeline.events import (
+    DestinationCaughtUp,
+    DestinationFailed,
+    DestinationFilling,
+    DestinationHampered,
+    Notice,
+    ObjectStored,
+)
 
 #: Seconds between attempts to reach a destination that is down: first and longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 5.0
@@ -34,13 +45,32 @@ WATCH_EVERY = 5.0
 #: So many objects that a destination refuses, one after the other, and it is left alone for a while.
 MOST_REFUSALS = 10
 
+#: Seconds until the listings are compared again: a command may have stored what a destination did not take.
+COMPARE_EVERY = 3600.0
+
+#: Objects and bytes of what a destination is filled with that are held at a time: beside what is shipped.
+_AT_ONCE, _BYTES_AT_ONCE = 4, 32 << 20
+#: Names that are remembered of what nobody can give.
+_MOST_STUCK = 1000
+
+#: Marks a backup at a store as in use while it is copied from there: see ``handlers.copy.Means``.
+Hold = Callable[[Store, str], AbstractAsyncContextManager[str]]
+
 
 class Uploader:
     """Stores parcels at all destinations. ``run`` must be running for destinations that are down to catch up."""
 
-    def __init__(self, outlets: Sequence[Outlet], *, clock: Clock, notify: Callable[[Notice], None]) -> None:
+    def __init__(
+        self,
+        outlets: Sequence[Outlet],
+        *,
+        clock: Clock,
+        notify: Callable[[Notice], None],
+        hold: Hold = lambda _store, backup: not_held(backup),
+    ) -> None:
         self.outlets = tuple(outlets)
         self._clock = clock
+        self._hold = hold
         #: Whoever is to be told.
         self.notify = notify
         self._up = asyncio.Event()
@@ -123,8 +153,9 @@ class Uploader:
     async def run(self) -> None:
         """Bring destinations up to date that were down, or lack what others have. Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._owe_differences())
             for outlet in self.outlets:
+                if len(self.outlets) > 1:
+                    outlet.behind.set()  # until the listings are compared
                 group.create_task(self._revive(outlet))
 
     async def watch(self) -> None:
@@ -140,7 +171,7 @@ class Uploader:
                 try:
                     await outlet.store.head(REPOSITORY)
                 except ObjectMissing:
-                    await self.failed(outlet, REPOSITORY, _emptied(outlet))
+                    await self.failed(outlet, REPOSITORY, outlet.emptied())
                 except StoreError:
                     continue  # whoever stores something there tells
 
@@ -166,8 +197,7 @@ class Uploader:
         """Store it at this destination alone, whoever else has it. Raises as ``Outlet.deliver`` does."""
         began = self._clock.monotonic()
         await outlet.deliver(parcel)
-        if (owed := outlet.owed.pop(parcel.name, None)) is not None and not owed.done():
-            owed.set_result(None)
+        outlet.settle(parcel.name)
         self.notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, self._clock.monotonic() - began))
 
     async def failed(self, outlet: Outlet, name: str, error: WalshipError) -> None:
@@ -188,57 +218,68 @@ class Uploader:
         outlet.down = down
         if down:
             outlet.outages += 1
+            outlet.late = True
             outlet.behind.set()
-            outlet.compared = False
+            outlet.compared.clear()
+            outlet.keys.clear()
             outlet.abilities = None  # what comes back may be another disk, or an emptied bucket: look at it anew
+        else:
+            for other in self.outlets:  # what it has may be lacking there
+                if other is not outlet and outlet.name not in other.compared:
+                    other.behind.set()
         if all(each.down for each in self.outlets):
             self._up.clear()
         else:
             self._up.set()
 
-    async def _owe_differences(self) -> None:
-        """What an earlier process left undone: names at any destination minus names here are owed here.
-
-        One that cannot be listed is behind until it could be: what it lacks is not known.
-        """
-        if len(self.outlets) < 2:
-            self.outlets[0].compared = True
-            return
-        listings = await asyncio.gather(*map(_names, self.outlets))
-        everywhere = set().union(*(names for names in listings if names is not None))
-        for outlet, names in zip(self.outlets, listings, strict=True):
-            outlet.compared = names is not None
-            if names is None:
-                outlet.behind.set()
-                continue
-            for name in sorted(everywhere - names, key=copy_order):
-                outlet.owe(name)
-
     async def _revive(self, outlet: Outlet) -> None:
         while True:
-            await outlet.behind.wait()
+            if not outlet.behind.is_set():
+                await self._idle(outlet)
             pause = FIRST_PAUSE
             while outlet.behind.is_set():
                 await self._clock.sleep(pause)
                 pause = min(LONGEST_PAUSE, pause * 2)
                 await self._catch_up(outlet)
 
+    async def _idle(self, outlet: Outlet) -> None:
+        """Until it lacks something, or it is time to look whether it does."""
+        try:
+            async with asyncio.timeout(COMPARE_EVERY if len(self.outlets) > 1 else None):
+                await outlet.behind.wait()
+        except TimeoutError:
+            outlet.compared.clear()
+            outlet.behind.set()
+
     async def _catch_up(self, outlet: Outlet) -> None:
-        """Copy what is owed. The destination counts as up as soon as it answers."""
+        """Copy what is owed, then what others have. The destination counts as up as soon as it answers."""
+        if (outlet.down or outlet.owed) and not await self._answers(outlet):
+            return
+        # Fresh objects go straight to it again, while older ones are still being copied.
+        if outlet.down:
+            self._set_down(outlet, down=False)
+        if not (await self._copy_owed(outlet) and await self._fill(outlet)):
+            return
+        if not outlet.owed and not outlet.down:
+            outlet.behind.clear()
+            if outlet.late and not outlet.backlog:
+                outlet.late = False
+                self.notify(DestinationCaughtUp(outlet.name))
+
+    async def _answers(self, outlet: Outlet) -> bool:
         try:
             await outlet.store.head(REPOSITORY)
         except StoreError as error:
             now = self._clock.monotonic()
             if not outlet.down or now - outlet.told >= TELL_EVERY:
                 outlet.told = now
-                known = _emptied(outlet) if isinstance(error, ObjectMissing) else error
+                known = outlet.emptied() if isinstance(error, ObjectMissing) else error
                 await self.failed(outlet, REPOSITORY, known)
-            return
-        # Fresh objects go straight to it again, while older ones are still being copied.
-        if outlet.down:
-            self._set_down(outlet, down=False)
-        if not outlet.compared:
-            await self._owe_differences()
+            return False
+        return True
+
+    async def _copy_owed(self, outlet: Outlet) -> bool:
+        """What was stored elsewhere meanwhile: somebody waits for it. False: the destination refuses."""
         refused = 0
         for name in sorted(outlet.owed, key=copy_order):
             if outlet.lacks_parts_of(name):
@@ -249,82 +290,97 @@ class Uploader:
                 await self.failed(outlet, name, error)
                 refused += 1
                 if outlet.down or refused == MOST_REFUSALS:
-                    return
-        if outlet.compared and not outlet.owed and not outlet.down:
-            outlet.behind.clear()
-            self.notify(DestinationCaughtUp(outlet.name))
+                    return False
+        return True
 
     async def _copy(self, name: str, outlet: Outlet) -> None:
         """Verbatim, from the first other destination that has the object whole."""
         others = [other for other in self.outlets if other is not outlet and name not in other.owed]
-        failures: list[WalshipError] = []
-        for other in others:
-            if other.down:
-                continue
-            try:
-                body = await other.store.get(name)
-                header, digest = await asyncio.to_thread(check_stored, name, body.chunks())
-            except (StoreError, IntegrityError) as error:
-                failures.append(error)
-                continue
-            began = self._clock.monotonic()
-            try:
-                await self._copy_key(header.key, other, outlet)
-                await outlet.deliver(Parcel(header, body, digest))
-            finally:
-                body.close()
-            if (owed := outlet.owed.pop(name, None)) is not None and not owed.done():
-                owed.set_result(None)
-            self.notify(ObjectStored(outlet.name, name, body.size, self._clock.monotonic() - began))
-            return
-        lost = len(failures) == len(others) and all(isinstance(e, ObjectMissing | IntegrityError) for e in failures)
-        # Nobody can give it any more. Whoever has it at its source ships it anew.
-        if lost and (owed := outlet.owed.pop(name, None)) is not None and not owed.done():
-            owed.set_exception(StoreError(f"{name} is lost where it was stored", passing=True))
-        raise IntegrityError(
-            f"{name} is owed to {outlet.name}, and no other destination can give it"
-            + (f": {failures[0].fact}" if failures else "")
-        )
-
-    async def _copy_key(self, key_id: str, source: Outlet, target: Outlet) -> None:
-        """The object may have been made by an earlier process, under a data key that the target has not seen."""
-        if not key_id:
-            return
-        name = data_key_name(key_id)
+        up = [other.store for other in others if not other.down]
+        began = self._clock.monotonic()
         try:
-            await target.store.head(name)
-        except ObjectMissing:
-            body = await source.store.get(name)
-            with suppress(ObjectConflict):
-                await target.store.put(name, body)
+            size = await bring(name, up, outlet.store, give=outlet.deliver, keys=outlet.keys)
+        except NoneServes as error:
+            if len(up) == len(others) and error.lost:
+                # Nobody can give it any more. Whoever has it at its source ships it anew.
+                outlet.settle(name, StoreError(f"{name} is lost where it was stored", passing=True))
+            raise IntegrityError(
+                f"{name} is owed to {outlet.name}, and no other destination can give it"
+                + (f": {error.fact}" if error.failures else "")
+            ) from None
+        outlet.settle(name)
+        self.notify(ObjectStored(outlet.name, name, size, self._clock.monotonic() - began))
+
+    async def _fill(self, outlet: Outlet) -> bool:
+        """Copy what others have: names there minus names here. False: it is not known yet what that is, or not done."""
+        for other in self.outlets:
+            if other is outlet or other.down or other.name in outlet.compared:
+                continue
+            try:
+                if not await self._fill_from(other, outlet):
+                    return False
+            except StoreError:
+                return False  # one of them could not be listed: told when something is stored there, and tried again
+            outlet.compared.add(other.name)
+        return True
+
+    async def _fill_from(self, other: Outlet, outlet: Outlet) -> bool:
+        lacking = (await estimate(other.store, outlet.store, WANTED)).total
+        if not lacking.objects:
+            if outlet.backlog is not None:
+                self._tell_backlog(outlet, None)
+            return True
+        outlet.late = True
+        self._tell_backlog(outlet, Backlog(lacking.objects, lacking.size))
+        means = Means(
+            give=partial(self._give_copy, outlet),
+            hold=partial(self._hold, other.store),
+            before=partial(self._between, outlet),
+            trouble=partial(self._told, outlet),
+            at_once=_AT_ONCE,
+            bytes_at_once=_BYTES_AT_ONCE,
+        )
+        others = [each.store for each in self.outlets if each not in (outlet, other) and not each.down]
+        done = await copy([other.store], outlet.store, WANTED, means, others=others)
+        stuck = {trouble.name for trouble in done.troubles}
+        backlog = Backlog(len(stuck), 0, set(sorted(stuck)[:_MOST_STUCK])) if stuck else None
+        self._tell_backlog(outlet, backlog)
+        return not outlet.down
+
+    async def _between(self, outlet: Outlet, _size: int) -> None:
+        """What is shipped just now comes before all that is old."""
+        if outlet.owed:
+            await self._copy_owed(outlet)
+        if outlet.down:
+            raise StoreError(f"{outlet.name} is down", passing=True)
+
+    async def _give_copy(self, outlet: Outlet, parcel: Parcel) -> None:
+        began = self._clock.monotonic()
+        try:
+            await outlet.deliver(parcel)
+        except StoreError as error:
+            if not isinstance(error, ObjectConflict) and not outlet.down:
+                await self.failed(outlet, parcel.name, error)
+            raise
+        outlet.settle(parcel.name)
+        if outlet.backlog is not None:
+            outlet.backlog.less(parcel.body.size)
+        self.notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, self._clock.monotonic() - began))
+
+    def _told(self, outlet: Outlet, trouble: Trouble) -> None:
+        if trouble.kind != "refused":  # that was told when it happened
+            fact = f"{trouble.name} cannot be copied to {outlet.name}: {trouble.fact}"
+            hint = "walship verify names all that is damaged; it is tried again in an hour, and at the next start"
+            self.notify(DestinationFailed(outlet.name, trouble.name, fact, hint))
+
+    def _tell_backlog(self, outlet: Outlet, backlog: Backlog | None) -> None:
+        outlet.backlog = backlog
+        objects, size = (backlog.objects, backlog.size) if backlog else (0, 0)
+        self.notify(DestinationFilling(outlet.name, objects, size))
 
 
-def _emptied(outlet: Outlet) -> StoreError:
-    return StoreError(
-        f"{outlet.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place",
-        hint="nothing counts as stored there; after walship init what other destinations have is copied",
-        passing=True,
-    )
-
-
-async def _names(outlet: Outlet) -> set[str] | None:
-    """What a copy of the repository consists of at this destination; None if it does not answer."""
-    names: set[str] = set()
-    try:
-        for prefix in ("keys/", "wal/", "conflict/", "base/"):
-            names.update([entry.key async for entry in outlet.store.list(prefix) if not entry.key.endswith("/")])
-    except StoreError:
-        return None  # found out, and told, when something is stored there
-    complete = {name.rpartition("/")[0] for name in names if name.endswith("/backup_info")}
-    # Parts of a backup that never became one are nobody's loss.
-    return {name for name in names if not name.startswith("base/") or "/".join(name.split("/")[:2]) in complete}
-
-
-def copy_order(name: str) -> tuple[int, str]:
-    """Keys first, so that nothing lies there unreadable; backup_info last, so that no backup is listed that is none."""
-    if name.startswith("keys/"):
-        return 0, name
-    return (2 if name.endswith("/backup_info") else 1), name
+#: What any destination has to have: all but tails, which each gets at its own pace, and what is no data.
+WANTED = Wanted()
 
 
 def _hand_on(done: asyncio.Future[list[None]], future: asyncio.Future[None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from handlers.outlet import Outlet
 from handlers.ship import Shipper
 from handlers.upload import Uploader
 from infra.clock import SystemClock
+from infra.held import held
 from infra.keys import RepositoryKeys, open_keys
 from infra.monitoring.log import log_notice
 from infra.monitoring.stages import STAGES, Observe, TimedStage
@@ -150,7 +151,11 @@ async def open_shipping(site: Site) -> AsyncIterator[Shipping]:
     """Ready to write: worker threads, the gate, and an outlet for each destination. Nothing is contacted yet."""
     pairs = zip(site.destinations, site.stores, strict=True)
     outlets = [Outlet(store, d.required, site.keys.key_object, site.keys.confirm) for d, store in pairs]
-    uploader = Uploader(outlets, clock=site.clock, notify=site.notify)
+
+    def hold(store: Store, backup: str) -> AbstractAsyncContextManager[str]:
+        return held((store,), backup, clock=site.clock, tell=lambda line: log.info("marks", said=line))
+
+    uploader = Uploader(outlets, clock=site.clock, notify=site.notify, hold=hold)
     gate = Gate(PLACES)
     with ThreadPoolExecutor(site.settings.workers, thread_name_prefix="encode") as workers:
 

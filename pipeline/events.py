@@ -92,6 +92,16 @@ class DestinationCaughtUp:
 
 
 @dataclass(frozen=True, slots=True)
+class DestinationFilling:
+    """Others have what a destination lacks: it is copied there. Told when that is found out, and once it is over."""
+
+    destination: str
+    #: So many objects, and bytes as stored, are left; what stays in the end could not be copied. 0: nothing is.
+    objects: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class DestinationHampered:
     """A destination works, but cannot do something that others can."""
 
@@ -272,6 +282,7 @@ Notice: TypeAlias = (
     ObjectStored
     | DestinationFailed
     | DestinationCaughtUp
+    | DestinationFilling
     | DestinationHampered
     | Acknowledged
     | EventFailed

@@ -17,6 +17,7 @@ from pipeline.events import (
     DeleteRefused,
     DestinationCaughtUp,
     DestinationFailed,
+    DestinationFilling,
     DestinationHampered,
     Event,
     EventFailed,
@@ -140,6 +141,10 @@ def log_notice(notice: Notice) -> None:
     match notice:
         case ObjectStored() | WalMoved():
             pass
+        case DestinationFilling():
+            structlog.get_logger().info(
+                "destination_filling", destination=notice.destination, objects=notice.objects, bytes=notice.size
+            )
         case TailsRemoved():
             structlog.get_logger().debug("tails_removed", destination=notice.destination, count=notice.count)
         case (

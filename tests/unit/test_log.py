@@ -20,6 +20,7 @@ LINES: list[tuple[events.Notice, tuple[str, str, str] | None]] = [
     (events.ObjectStored("s3://b", "wal/x", 1, 0.1), None),
     (events.DestinationFailed("s3://b", "wal/x", "503", "wait"), ("error", "destination_failed", "wal/x")),
     (events.DestinationCaughtUp("s3://b"), ("info", "destination_caught_up", "s3://b")),
+    (events.DestinationFilling("s3://b", 12, 3456), ("info", "destination_filling", "s3://b")),
     (events.DestinationHampered("s3://b", "no conditions"), ("warning", "destination_hampered", "no conditions")),
     (events.Acknowledged(events.BackupReady("watch", "/spool/b")), ("info", "shipped", "/spool/b")),
     (events.EventFailed(events.SegmentReady("watch", FIRST, 1), "no", ""), ("error", "not_shipped", FIRST.name)),

@@ -68,6 +68,12 @@ async def backup(
     if settings.backup_host:
         refuse_stranger(await look_at_server(source), server, settings.backup_host)
     taken: BackupInfo | None = None
+    found: list[Damage] = []
+
+    def hurt(damage: Damage) -> None:
+        found.append(damage)
+        damaged(damage)
+
     try:
         async with (
             open_site(settings, cluster=server.system_identifier, writer=True) as site,
@@ -86,7 +92,7 @@ async def backup(
             since = await _manifest_of(site, parent) if parent else None
             async with (
                 marked(site, shipping.command.ship, parent, tell=tell) as ship,
-                aclosing(_messages(source, label, since, damaged, tell)) as messages,
+                aclosing(_messages(source, label, since, hurt, tell)) as messages,
             ):
                 taken = await take(
                     messages,
@@ -98,7 +104,7 @@ async def backup(
                     report=report,
                     parent=parent,
                 )
-            entry.summary |= backup_summary(taken)
+            entry.summary |= {**backup_summary(taken), "damaged": len(found)}
             await _clear_up(site, taken, marks, tell)
     except (WalshipError, BaseExceptionGroup, asyncio.CancelledError) as caught:
         if taken is None or not _told(taken, caught, tell):

@@ -58,7 +58,7 @@ class _Said:
         self._take(rest)
 
     def _take(self, line: bytes) -> None:
-        words = line[:_LINE].decode("utf-8", "replace").strip()
+        words = _note(line[:_LINE].decode("utf-8", "replace").strip())
         if not words or words.startswith('{"progress"') or self._too_soon(words):
             return
         if words.startswith("walship: "):
@@ -133,6 +133,16 @@ async def _kept(stream: asyncio.StreamReader) -> bytes:
     while piece := await stream.read(1 << 16):
         kept += piece[: _MOST - len(kept)]
     return bytes(kept)
+
+
+def _note(words: str) -> str:
+    """``{"note": "some words"}`` → ``some words``: see ``infra.cli.json_lines``."""
+    if not words.startswith('{"note"'):
+        return words
+    try:
+        return str(json.loads(words)["note"])
+    except (ValueError, KeyError):
+        return words
 
 
 def _error(result: bytes) -> tuple[str, str]:

@@ -113,8 +113,11 @@ class Scheduler:
         self._site.notify(OperationEnded(verb, ended.error, ended.hint, schedule.due_at(job)))
 
     async def _run_job(self, job: str) -> Ended:
+        unread = ""
+
         def say(line: str) -> None:
-            log.info("said", job=job, line=line)
+            if not unread or unread not in line:  # the report that goes with the folder
+                (log.warning if line.startswith("DAMAGED") else log.info)("said", job=job, line=line)
 
         words = [VERBS[job], *_OPTIONS.get(job, ()), "--json"]
         if VERBS[job] == "backup":  # of the cluster that the server tells

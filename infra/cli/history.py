@@ -116,7 +116,8 @@ def _backup(summary: dict[str, Any]) -> str:
         return ""
     kind = "" if summary.get("kind") == "full" else f" ({summary.get('kind')})"
     stored = _number(summary, "stored_size")
-    return f"{summary['name']}{kind}" + (f", {human(stored)} stored" if stored is not None else "")
+    said = f"{summary['name']}{kind}" + (f", {human(stored)} stored" if stored is not None else "")
+    return f"{said}, {damaged:.0f} DAMAGED files" if (damaged := _number(summary, "damaged")) else said
 
 
 def _verify(summary: dict[str, Any]) -> str:
@@ -129,6 +130,15 @@ def _verify(summary: dict[str, Any]) -> str:
 
 def _restore(summary: dict[str, Any]) -> str:
     return " ".join(f"{word} {summary[key]}" for word, key in _RESTORED if isinstance(summary.get(key), str))
+
+
+def _expire(summary: dict[str, Any]) -> str:
+    deleted, freed, refused = (summary.get(key) for key in ("deleted", "freed", "refused"))
+    if not isinstance(deleted, list) or not isinstance(freed, dict):
+        return ""
+    size = sum(_number(each, "bytes") or 0 for each in freed.values() if isinstance(each, dict))
+    words = f"{len(deleted)} backups deleted, {human(size)} freed"
+    return f"{words}, {len(refused)} refused" if isinstance(refused, list) and refused else words
 
 
 _RESTORED = (("of", "backup"), ("to", "target"), ("in", "directory"))
@@ -151,5 +161,5 @@ def _anything(summary: dict[str, Any]) -> str:
 
 
 _SAYS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "backup": _backup, "verify": _verify, "restore": _restore, "drill": _drill,
+    "backup": _backup, "expire": _expire, "verify": _verify, "restore": _restore, "drill": _drill,
 }  # fmt: skip

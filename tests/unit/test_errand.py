@@ -28,9 +28,10 @@ print('{"progress": "base backup", "bytes": 5}', file=sys.stderr)
 print("one\\n\\ntwo", file=sys.stderr)
 print("base backup: base/5/1259: 15.0 MB of 2.0 GB, 3.1 MB/s, 600 s left", file=sys.stderr)
 print("expire: 12 B, 0 B/s", file=sys.stderr)
-print("three", end="", file=sys.stderr)
+print('{"note": "three"}', file=sys.stderr)
+print("four", end="", file=sys.stderr)
 """
-    assert await child(program) == (Ended(0), ["one", "two", "three"])
+    assert await child(program) == (Ended(0), ["one", "two", "three", "four"])
 
 
 @pytest.mark.parametrize(

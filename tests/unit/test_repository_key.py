@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from handlers.outlet import Outlet, Parcel
+from handlers.outlet import Outlet
+from handlers.verbatim import Parcel
 from infra import key_changes
 from infra.at_hand import AtHand
 from infra.key_report import look_at_keys

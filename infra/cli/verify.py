@@ -7,7 +7,8 @@ import time
 import click
 
 from handlers.fetch import read_catalog
-from handlers.verify import Report, verify
+from handlers.verify import verify
+from handlers.verify_report import Report
 from infra.cli import exits
 from infra.cli.progress import EVERY
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
@@ -33,7 +34,7 @@ async def command(context: click.Context, backup: str | None, stored_only: bool,
     """
     said = time.monotonic()
 
-    def progress(objects: int, size: int) -> None:
+    def progress(objects: int, size: int, _trusted: int) -> None:
         nonlocal said
         if time.monotonic() - said > EVERY:
             said = time.monotonic()

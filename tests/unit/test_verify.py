@@ -160,7 +160,7 @@ async def test_a_destination_that_lost_a_key_is_told_of_although_another_has_it(
     ring = stored(chain(plain_keys(), "none"), "keys/ring-00000001", b"another ring")
     report = await repository.report(backup=backup, **{"keys/ring-00000001": ring})
     assert [(f.destination, f.kind, f.fact) for f in report.faults] == [
-        ("second", "damaged", "keys/ring-00000001 differs from the one at first")
+        ("second", "conflict", "keys/ring-00000001 differs from the one at first")
     ]
 
 

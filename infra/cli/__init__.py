@@ -30,6 +30,7 @@ VERBS = {
     "restore": "Bring the cluster back to a moment.",
     "drill": "Restore into a throw-away server, check it, and report.",
     "verify": "Check stored bytes, and look for holes in the WAL.",
+    "copy": "Copy a repository, or part of it, to another destination.",
     "history": "What was done to the repository, and how it ended.",
     "key": "Who may read the repository: passphrases, recipients, and hosts that only write.",
     "expire": "Delete the backups and the WAL that the policy does not keep.",

@@ -129,7 +129,7 @@ async def add(
             raise ConfigError("that recipient opens the key ring already", hint="`walship key list` shows all of them")
         carried += [label_of(recipient, label)] if label else []
         return await _next(current, clock, [], [recipient], carried, [current.at_hand])
-    if await _places(current, AtHand(passphrase)):
+    if await opens(current, passphrase):
         raise ConfigError("that passphrase opens the key ring already", hint="nothing was changed")
     return await _next(current, clock, [passphrase], [], carried, [current.at_hand])
 
@@ -147,7 +147,7 @@ async def rotate(current: Current, clock: Clock, passphrase: str) -> Changed:
             f"BACKUP_ENCRYPTION_PASSWORD does not open {current.name}, only WALSHIP_IDENTITY_FILE does",
             hint="`walship key add --passphrase-file F` adds a passphrase, and replaces none",
         )
-    if await _places(current, AtHand(passphrase)):
+    if await opens(current, passphrase):
         raise ConfigError("the new passphrase opens the key ring already", hint="choose one that was not used here")
     carried = [wrap for place, wrap in enumerate(current.front.wraps) if place not in old]
     return await _next(current, clock, [passphrase], [], carried, [AtHand(passphrase)])
@@ -252,6 +252,11 @@ async def replace_key(
 def _made_under(ring: Ring, keys: RepositoryKeys) -> frozenset[str]:
     """The data keys of the ring's own writer secret: the others are listed as a former ring's already."""
     return frozenset(keys.data_keys) - {key_id for old in ring.former for key_id in old.data_keys}
+
+
+async def opens(current: Current, passphrase: str) -> bool:
+    """Whether that passphrase is one of the newest ring's."""
+    return bool(await _places(current, AtHand(passphrase)))
 
 
 async def _places(current: Current, secret: AtHand) -> set[int]:

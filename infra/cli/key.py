@@ -168,23 +168,34 @@ async def _replace_key(current: Current, site: Site, passphrases: list[str], lef
         if public not in known:
             raise ConfigError(f"{show_recipient(public)} is no recipient of {current.name}")
     recipients = {public: label for public, label in known.items() if public not in left_out}
-    given = passphrases or ([current.at_hand.passphrase] if current.at_hand.passphrase else [])
+    given = passphrases or await _passphrase_at_hand(current)
     if current.front.passphrases > len(given):
         say(
             f"{current.name} has {current.front.passphrases} passphrases, and {len(given)} will open the new ring: one"
             " that is not given cannot be carried over"
         )
-    await _store_record_key(site)
     if current.front.strange:
         say(f"{current.front.strange} ways to open {current.name} that a newer walship knows are not carried over")
+    await _store_record_key(current, site)
     return await key_changes.replace_key(current, site.clock, given, recipients, say)
 
 
-async def _store_record_key(site: Site) -> None:
+async def _passphrase_at_hand(current: Current) -> list[str]:
+    """It stays, if it is one of the repository; a mistyped one must not become one. Raises ConfigError."""
+    passphrase = current.at_hand.passphrase
+    if passphrase and not await key_changes.opens(current, passphrase):
+        raise ConfigError(
+            f"BACKUP_ENCRYPTION_PASSWORD does not open {current.name}, only WALSHIP_IDENTITY_FILE does",
+            hint="unset it, or give the passphrases of the new ring with --passphrase-file",
+        )
+    return [passphrase] if passphrase else []
+
+
+async def _store_record_key(current: Current, site: Site) -> None:
     """The record of this is written under a data key of the former ring, which has to be there to be listed."""
     site.keys.write_under_known(site.clock.now())
     if site.keys.key_object is not None:
-        for store in site.stores:
+        for store in current.stores:
             with suppress(ObjectConflict):
                 await store.put(*site.keys.key_object)
 

@@ -142,6 +142,9 @@ def test_the_passphrase_is_lost_and_a_recipient_is_there(copy: Copy, tmp_path: P
     assert [each["public_key"] for each in lost["newest"]["recipients"]] == [recipient]
     keys(copy, "add", "--passphrase-file", secret(tmp_path, "one that is written down"), **at_hand)
     copy.run("verify", BACKUP_ENCRYPTION_PASSWORD="one that is written down")
+    refused = copy.run("key", "rotate", "--new-repository-key", expect=2,
+                       **(at_hand | {"BACKUP_ENCRYPTION_PASSWORD": "mistyped, and to be none"}))  # fmt: skip
+    assert "BACKUP_ENCRYPTION_PASSWORD does not open keys/ring-00000003" in refused.stderr
     # And the other way round: the private key is lost.
     keys(copy, "remove", "--recipient", recipient, BACKUP_ENCRYPTION_PASSWORD="one that is written down")
     assert "WALSHIP_IDENTITY_FILE does not open" in copy.run("list", expect=2, **at_hand).stderr

@@ -12,7 +12,7 @@ from infra.records import encoded, put_key
 from infra.wiring import Site
 from pipeline.catalog import info_key
 from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
-from pipeline.pins import Pin, pin_key
+from pipeline.pins import FOLDER, Pin, pin_key, pinned
 
 
 async def pin(
@@ -84,3 +84,23 @@ async def _find(site: Site, backup: str) -> None:
     if errors:
         raise errors[0]
     raise ConfigError(f"there is no backup {backup}", hint="`walship list` shows them")
+
+
+async def pins_of(site: Site, *, tell: Callable[[str], None]) -> dict[str, list[str]]:
+    """Backup → its pins that still count, in words. For people: what cannot be read is told, and counts."""
+    found: dict[str, list[str]] = {}
+    for store in site.stores:
+        try:
+            names = [name async for entry in store.list(FOLDER) if (name := pinned(entry.key))]
+            for name in names:
+                try:
+                    made = await read_pin(site, store, name)
+                    words = made.words if made is not None and made.holds(site.clock.now()) else ""
+                except IntegrityError as error:
+                    tell(f"{store.name}: {error.fact}")
+                    words = "pinned, by a pin that cannot be read"
+                if words and words not in found.setdefault(name, []):
+                    found[name].append(words)
+        except StoreError as error:
+            tell(f"{store.name} does not tell what is pinned: {error.fact}")
+    return found

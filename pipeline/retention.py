@@ -114,7 +114,7 @@ def decide(held: Holdings, policy: Policy, now: datetime) -> Decision:
 
 def _say(reasons: dict[str, list[str]], name: str, reason: str) -> None:
     said = reasons.setdefault(name, [])
-    if reason not in said:
+    if not any(reason.startswith(other) for other in said):  # the newest of all need not be that of a timeline as well
         said.append(reason)
 
 
@@ -237,9 +237,7 @@ class _Rules:
             return found
 
         def keep(backup: BackupInfo, reason: str) -> None:
-            said = found.setdefault(backup.name, [])
-            if reason not in said:
-                said.append(reason)
+            _say(found, backup.name, reason)
 
         policy, ordered = self._policy, sorted(pool, key=lambda b: (_early(b, pool), b.stop_lsn, b.name))
         keep(ordered[-1], "the newest good one")

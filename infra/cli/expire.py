@@ -69,21 +69,22 @@ async def command(
 
 async def _run(site: Site, policy: Policy, *, skip: bool, ask: bool, as_json: bool) -> StoreError | None:
     """Delete; what a store refused, as an error to end with."""
-    async with recording(site, "expire", typed(), tell=say) as entry:
-        marks = marks_of(site)
+    marks, plan = marks_of(site), None
+    if ask:
         plan = await make_plan(site, policy, marks, skip=skip, settle=True)
-        if ask and not plan.empty:
-            for line in _plan_lines(plan, policy, would=True):
-                say(line)
-            if not await _agreed("Delete this? [y/N]: "):
-                raise click.Abort
-        gone = 0
+        for line in _plan_lines(plan, policy, would=True):
+            say(line)
+        if not plan.empty and not await _agreed("Delete this? [y/N]: "):
+            raise click.Abort
+    async with recording(site, "expire", typed(), tell=say) as entry:
+        plan = plan or await make_plan(site, policy, marks, skip=skip, settle=True)
+        gone, whole = 0, plan.size
         with Bytes("expire") as bar:
 
             def progress(size: int) -> None:
                 nonlocal gone
                 gone += size
-                bar(gone, plan.size)
+                bar(gone, whole)
 
             outcome = await expire(site, plan, marks, tell=say, progress=progress)
         entry.summary |= outcome.summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,7 @@ from handlers.fetch import Fetcher, read_catalog
 from handlers.plan import last_moment
 from infra.cli.answering import answering
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
+from infra.pins import pins_of
 from infra.wiring import Site, open_site
 from pipeline.catalog import Catalog
 from pipeline.errors import IntegrityError, RecoveryError, StoreError
@@ -35,9 +37,10 @@ async def command(cluster: str, as_json: bool) -> None:
             site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size, notify=say
         )
         moments = await _last_moments(catalog, site)
+        pinned = await pins_of(site, tell=say)
         if not site.keys.reads:
             say("this host can only write (WALSHIP_WRITER_FILE): what can be restored is shown where a key is at hand")
-    emit(_result(catalog, moments), _lines(catalog, moments), as_json=as_json)
+    emit(_result(catalog, moments, pinned), _lines(catalog, moments, pinned), as_json=as_json)
 
 
 async def _last_moments(catalog: Catalog, site: Site) -> dict[tuple[int, Lsn], datetime | None]:
@@ -79,7 +82,9 @@ def _tail_words(window: Window) -> str:
     return f", the last {human(window.tail)} of it in tails of the open segment" if window.tail else ""
 
 
-def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -> dict[str, Any]:
+def _result(
+    catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None], pinned: Mapping[str, list[str]]
+) -> dict[str, Any]:
     return {
         "system_id": catalog.system_id,
         "segment_size": catalog.segment_size,
@@ -97,6 +102,7 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
                 "stored_size": b.stored_size,
                 "server_version": b.server_version,
                 "tablespaces": [t.location for t in b.tablespaces],
+                "pins": pinned.get(b.name, []),
             }
             for b in catalog.backups
         ],
@@ -121,7 +127,9 @@ def _result(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -
     }
 
 
-def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) -> list[str]:
+def _lines(
+    catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None], pinned: Mapping[str, list[str]]
+) -> list[str]:
     lines = [f"cluster {catalog.system_id}"]
     lines += [f"{name}  encrypted: this host can only write, and cannot look into it" for name in catalog.sealed]
     if not catalog.backups and not catalog.sealed:
@@ -132,6 +140,7 @@ def _lines(catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None]) ->
             f" (stored {human(backup.stored_size)})"
             + (f", what changed since {backup.parent}" if backup.parent else "")
         )
+        lines += [f"  {words}" for words in pinned.get(backup.name, ())]
         for window in catalog.windows():
             if window.backup is backup:
                 end = f"; segment {window.missing} is missing" if window.missing else ""

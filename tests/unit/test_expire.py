@@ -13,7 +13,7 @@ from handlers.expire import WalGoing, find_wal
 from handlers.fetch import read_catalog
 from handlers.verify import objects_of, verify
 from infra.expire import expire, make_plan, marks_of
-from infra.pins import pin, unpin
+from infra.pins import pin, pins_of, unpin
 from infra.storage.in_use import using
 from infra.storage.memory import MemoryStore
 from infra.wiring import Site
@@ -192,6 +192,12 @@ async def test_a_pin_at_one_destination_keeps_the_chain_and_its_wal() -> None:
     assert reasons[backups[1].name] == ("pinned: audit",)
     assert reasons[backups[0].name] == (f"{backups[1].name} builds on it",)
     assert segment(2) in await names(site.stores[0])
+    said: list[str] = []
+    assert await pins_of(site, tell=said.append) == {backups[1].name: ["pinned: audit"]}
+    await site.stores[0].put(f"pin/{backups[4].name}", MemoryBody([b"damaged"]))
+    assert (await pins_of(site, tell=said.append))[backups[4].name] == ["pinned, by a pin that cannot be read"]
+    assert len(said) == 1
+    await unpin(site, backups[4].name)
     await unpin(site, backups[1].name)
     _, outcome = await expired(site, LAST)
     assert outcome.gone == [backups[1].name, backups[0].name]

@@ -233,6 +233,11 @@ async def replace_key(
         if done is not None and ours == listed:
             return done
         listed = ours
+        if done is None and (odd := _unlisted(current, genuine)):
+            tell(
+                f"{len(odd)} data keys are damaged or were made by nobody of this repository, {data_key_name(odd[0])} for"
+                " one, and are not listed in the new ring: once mended, `walship key accept` takes what is genuine"
+            )
         former = (Former(current.ring.private_key, current.ring.writer_secret, listed), *current.ring.former)
         number = (done.number if done else current.ring.number) + 1
         ring = replace(fresh, number=number, former=former)
@@ -252,6 +257,12 @@ async def replace_key(
 def _made_under(ring: Ring, keys: RepositoryKeys) -> frozenset[str]:
     """The data keys of the ring's own writer secret: the others are listed as a former ring's already."""
     return frozenset(keys.data_keys) - {key_id for old in ring.former for key_id in old.data_keys}
+
+
+def _unlisted(current: Current, keys: RepositoryKeys) -> list[str]:
+    """Ids of data keys that are somewhere, and genuine nowhere."""
+    there = set().union(*(listing.data for listing in current.listings.values()))
+    return sorted(there - set(keys.data_keys))
 
 
 async def opens(current: Current, passphrase: str) -> bool:

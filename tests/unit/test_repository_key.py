@@ -79,6 +79,22 @@ async def test_a_new_repository_key_reads_all_and_shuts_out_the_former_secrets()
     assert "a new repository key: in force" in "\n".join(report.lines())
 
 
+async def test_a_data_key_that_is_damaged_is_told_and_can_be_accepted_once_it_is_mended() -> None:
+    stores = await repository("a")
+    writer = await opened(stores, OLD, writer=True)
+    sealed = await write(stores, writer, b"text")
+    name = data_key_name(writer.current().id)
+    whole = await content(stores[0], name)
+    await stores[0].put(name, MemoryBody([whole[:-40] + b"X" + whole[-39:]]), replace=True)
+    said: list[str] = []
+    await key_changes.replace_key(await current(stores), CLOCK, [NEW], {}, said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"1 data keys are damaged or were made by nobody of this repository, {name} for one")
+    await stores[0].put(name, MemoryBody([whole]), replace=True)
+    await key_changes.accept(await current(stores, NEW), CLOCK, writer.current().id)
+    assert read(chain(await opened(stores, NEW)), NAME, sealed) == b"text"
+
+
 async def test_a_second_new_key_keeps_the_first_one_readable() -> None:
     stores = await repository()
     texts, before = {}, ""

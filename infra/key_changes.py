@@ -235,8 +235,8 @@ async def replace_key(
         listed = ours
         if done is None and (odd := _unlisted(current, genuine)):
             tell(
-                f"{len(odd)} data keys are damaged or were made by nobody of this repository, {data_key_name(odd[0])} for"
-                " one, and are not listed in the new ring: once mended, `walship key accept` takes what is genuine"
+                f"{len(odd)} data keys are damaged or were made by nobody of this repository, {data_key_name(odd[0])}"
+                " for one, and are not listed in the new ring: once mended, `walship key accept` takes what is genuine"
             )
         former = (Former(current.ring.private_key, current.ring.writer_secret, listed), *current.ring.former)
         number = (done.number if done else current.ring.number) + 1

@@ -47,7 +47,7 @@ async def remembered(site: Site) -> Schedule:
             schedule.remember(job, _moment(newest, site))
         else:
             schedule.remember(job, _created(site))
-        if job == first and not newest and (name is None or name.ok):  # one that failed is tried again soon anyway
+        if job == first and newest == "" and (name is None or name.ok):  # one that failed is tried again soon anyway
             schedule.at_once(job, now)
     return schedule
 
@@ -83,9 +83,12 @@ async def _newest_first(
         size = AT_ONCE
 
 
-async def newest_backup(site: Site) -> str:
-    """Name of the newest complete backup at any destination that answers; empty if there is none."""
-    found = ""
+async def newest_backup(site: Site) -> str | None:
+    """Name of the newest complete backup at any destination; empty if there is none.
+
+    None if none is at those that answer, and another does not.
+    """
+    found, unknown = "", False
     for store in site.stores:
         try:
             folders = [entry.key async for entry in store.list("base/", shallow=True)]
@@ -95,8 +98,8 @@ async def newest_backup(site: Site) -> str:
                 if backup_of(info_key(name)) and await _there(store.list(info_key(name))):
                     found = name
         except StoreError:
-            continue  # the others count; with none of them, the records could not be listed either
-    return found
+            unknown = True
+    return None if unknown and not found else found
 
 
 async def _there(entries: AsyncIterator[object]) -> bool:

@@ -217,6 +217,24 @@ async def test_a_repository_that_does_not_answer_is_waited_for() -> None:
     assert await runs.until(0.5) == ["14 12:30 backup"]
 
 
+async def test_a_destination_that_is_away_is_not_taken_for_one_without_backups() -> None:
+    empty, away = MemoryStore("empty"), Faulty(MemoryStore("away"))
+    site = await site_of(empty, away, **NIGHTLY)
+    away.down["list"] = StoreError("no answer", passing=True)
+    assert (await remembered(site)).due(site.clock.now()) == []
+    away.down.clear()
+    assert (await remembered(site)).due(site.clock.now()) == ["full"]
+
+
+async def test_a_host_that_can_only_write_goes_by_the_names_of_records() -> None:
+    store = Faulty(MemoryStore())
+    site = await site_of(store, days=1, **NIGHTLY, WALSHIP_SCHEDULE_DRILL="0 5 * * *")
+    await a_backup(site)
+    await record(site, "backup", site.clock.now() - HOUR)
+    store.down["get"] = StoreError("access denied")
+    assert (await remembered(site)).due(site.clock.now()) == ["drill"]
+
+
 async def test_a_clock_that_jumps_is_noticed_and_runs_nothing_twice() -> None:
     site = await site_of(WALSHIP_SCHEDULE_EXPIRE="0 * * * *")
     clock = site.clock

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from handlers.fetch import Fetcher
 from infra.reach import with_claimed_tails
+from infra.repository import read_facts
 from infra.storage.in_use import Marks
 from infra.wiring import Site
 from pipeline import pins
@@ -65,6 +67,7 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
 
     ``settle``: wait until it is certain who of those that use a backup is alive, a minute at most.
     """
+    await _refuse_strange(site)
     away: dict[str, StoreError] = {}
     listed: list[tuple[Store, _Listed]] = []
     answers = await asyncio.gather(
@@ -126,6 +129,16 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
         {store.name: each.folders for store, each in listed},
         () if away else tuple(sorted({*pinned, *unreadable_pins} - names)),
     )
+
+
+async def _refuse_strange(site: Site) -> None:
+    """Nothing is deleted while any destination is of another format, or says of itself what makes no sense.
+
+    Others are passed over where something is only read. Here all of them are changed. Raises IntegrityError.
+    """
+    for destination in site.destinations:
+        with suppress(StoreError):  # it does not answer, which is found out behind this; or the file is lost
+            await read_facts(destination.root, site.facts.system_id)
 
 
 @dataclass(frozen=True, slots=True)

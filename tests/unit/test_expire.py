@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -14,12 +15,13 @@ from handlers.fetch import read_catalog
 from handlers.verify import objects_of, verify
 from infra.expire import expire, make_plan, marks_of
 from infra.pins import pin, pins_of, unpin
+from infra.repository import Destination
 from infra.storage.in_use import using
 from infra.storage.memory import MemoryStore
 from infra.wiring import Site
 from pipeline.catalog import info_key, wal_key
 from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.objects import MemoryBody
 from pipeline.policy import Policy
 from pipeline.runs import Runs
@@ -27,6 +29,7 @@ from pipeline.wal import WalFile
 from pipeline.wal_needs import WalNeeds
 from tests.clock import FastClock
 from tests.expiring import SIZE, START, add_backup, add_wal, at, expired, names, small
+from tests.keys import SYSTEM_ID
 from tests.sites import site_at
 from tests.stores import Faulty
 
@@ -306,6 +309,24 @@ async def test_a_destination_that_is_away_postpones_everything_unless_it_is_left
     _, outcome = await expired(site, LAST)
     assert len(outcome.gone) == 4
     assert await kept_names(a) == await kept_names(b)
+
+
+async def test_a_destination_of_a_newer_format_is_refused_by_name() -> None:
+    """Whoever only reads passes it over; here it would lose what this walship does not know."""
+    site, _ = await small()
+    newer = MemoryStore("newer")
+    facts = {**json.loads(next(site.facts.encode().chunks())), "format": 2}
+    await newer.put(f"{SYSTEM_ID}/repository.json", MemoryBody([json.dumps(facts).encode()]))
+    site = replace(site, destinations=(*site.destinations, Destination(newer, required=False)))
+    with pytest.raises(IntegrityError, match="newer is of format 2"):
+        await expired(site, LAST)
+    # And so is a single backup of that kind.
+    site, backups = await small()
+    for store in site.stores:
+        await store.put(info_key(backups[0].name), MemoryBody([b"WALSHIP\x02and more"]), replace=True)
+    _, outcome = await expired(site, LAST)
+    assert backups[0].name not in outcome.gone
+    assert info_key(backups[0].name) in await names(site.stores[0])
 
 
 async def test_the_newest_one_is_not_the_last_good_one_if_a_part_of_it_is_lost() -> None:

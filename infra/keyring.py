@@ -147,8 +147,8 @@ class RepositoryKeys:
         return key
 
     def must_encrypt(self, name: str) -> bool:
-        if self._allow_unencrypted or name.startswith("keys/"):
-            return False
+        if self._allow_unencrypted or name.startswith(("keys/", "verified/")):
+            return False  # these hold no secret, and show by themselves who has made them
         return self.policy.base if kind_of(name) == "base" else self.policy.wal
 
     def fingerprint(self, name: str, plain: Buffer) -> str:
@@ -184,8 +184,10 @@ class RepositoryKeys:
             return False
         listing = await list_keys(store)
         self._newest = max(self._newest, listing.newest)
+        # A damaged one may have been mended; those of a former key are nothing that a writer will ever know.
+        settled = SealedKey if self.reads else SealedKey | IntegrityError
         unknown = {
-            key_id: info for key_id, info in listing.data.items() if not isinstance(self._sealed.get(key_id), SealedKey)
+            key_id: info for key_id, info in listing.data.items() if not isinstance(self._sealed.get(key_id), settled)
         }
         gate = asyncio.Semaphore(_AT_ONCE)
         try:

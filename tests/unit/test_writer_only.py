@@ -14,14 +14,15 @@ from infra.holdings import hold
 from infra.keyring import RepositoryKeys
 from infra.keys import Policy, open_keyring
 from infra.repository import Destination, RepositoryFacts
-from infra.ring import Ring, Writer, fresh_ring, ring_name, seal_ring
+from infra.ring import Ring, Writer, fresh_ring, make_data_key, ring_name, seal_ring
 from infra.settings import Settings
 from infra.storage.memory import MemoryStore
 from infra.stored import look_at_stored
 from infra.survey import repository_reading
 from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
-from pipeline.catalog import info_key, part_key, wal_key
+from pipeline.catalog import data_key_name, info_key, part_key, wal_key
+from pipeline.contracts import Store
 from pipeline.errors import ConfigError, Sealed, SourceError
 from pipeline.lineage import Leg, Lineage
 from pipeline.objects import MemoryBody
@@ -29,6 +30,7 @@ from pipeline.resume import GoOn
 from pipeline.wal import Lsn, WalFile
 from tests.clock import FastClock
 from tests.keys import NOW, SYSTEM_ID, chain, plain_keys, read, stored
+from tests.stores import Faulty
 from tests.tails import lay
 
 SIZE = 1 << 20
@@ -63,7 +65,7 @@ async def store() -> MemoryStore:
     return store
 
 
-async def put_ring(store: MemoryStore, ring: Ring, number: int = 1) -> None:
+async def put_ring(store: Store, ring: Ring, number: int = 1) -> None:
 
     sealed = seal_ring(ring, [PASSPHRASE], [], NOW, scrypt_n=16)
     await store.put(ring_name(number), MemoryBody([stored(chain(plain_keys(), "none"), ring_name(number), sealed)]))
@@ -190,3 +192,18 @@ async def test_the_open_segment_is_compared_by_fingerprint(
         with pytest.raises(SourceError, match="segment 000000010000000000000004 at bucket has other bytes"):
             await overlap.check_overlap(site, lineage, {}, where)
     assert asked == [4096]
+
+
+async def test_keys_that_it_will_never_know_are_read_once() -> None:
+    store = Faulty(MemoryStore("bucket"))
+    await put_ring(store, RING)
+    stranger, sealed = make_data_key(fresh_ring(SYSTEM_ID, RING.policy), NOW)
+    name = data_key_name(stranger.id)
+    await store.put(name, MemoryBody([stored(chain(plain_keys(), "none"), name, sealed)]))
+    keys = await open_keyring(store, SYSTEM_ID, WRITER, clock=CLOCK)
+    assert store.calls.count(("get", name)) == 1
+    await keys.refresh()
+    assert store.calls.count(("get", name)) == 1
+    reader = await open_keyring(store, SYSTEM_ID, PASSPHRASE, clock=CLOCK)
+    await reader.refresh()
+    assert store.calls.count(("get", name)) == 3, "it may have been mended"

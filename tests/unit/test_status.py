@@ -339,12 +339,12 @@ async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:
     catalog = await read_catalog(
         [shelf.store], Fetcher([shelf.store], shelf.chain, SYSTEM_ID), SYSTEM_ID, segment_size=SIZE
     )
-    assert not any("not walship's" in line for line in _lines(catalog, {}))
+    assert not any("not walship's" in line for line in _lines(catalog, {}, {}))
     for name in ("wal/readme.txt", "wal/0000000100000000/000000010000000000000003.bak"):
         await shelf.store.put(name, MemoryBody([b"x"]))
     catalog = await read_catalog(
         [shelf.store], Fetcher([shelf.store], shelf.chain, SYSTEM_ID), SYSTEM_ID, segment_size=SIZE
     )
     examples = ["wal/0000000100000000/000000010000000000000003.bak", "wal/readme.txt"]
-    assert _lines(catalog, {})[-1] == f"not walship's: 2 objects below wal/, for example {', '.join(examples)}"
+    assert _lines(catalog, {}, {})[-1] == f"not walship's: 2 objects below wal/, for example {', '.join(examples)}"
     assert _result(catalog, {})["unknown"] == {"objects": 2, "examples": examples}

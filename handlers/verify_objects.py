@@ -29,6 +29,10 @@ class Differs(IntegrityError):  # noqa: N818  what was found, as ObjectMissing i
     """It is whole, and not the object that belongs there: nobody knows by itself which of the two is right."""
 
 
+class _OpenError(IntegrityError):
+    """Its stored bytes are whole, and it does not open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """An object, and what has to be true of it."""
@@ -38,6 +42,8 @@ class Wanted:
     digest: str = ""
     #: Id of the backup it must belong to, None for unknown.
     backup: str | None = ""
+    #: Nobody needs it: that it was deleted since it was listed is no fault.
+    spare: bool = False
 
 
 @dataclass(slots=True)
@@ -174,6 +180,8 @@ class Inspector:
             await self.pace(info.size if info else 0)
             judged, size = await self.judge(place.store, wanted, keep=keep)
         except ObjectMissing as error:
+            if wanted.spare:
+                return None
             tally.fault(place, wanted, "missing", error.fact)
         except StoreError as error:
             tally.fault(place, wanted, "unreadable", error.fact)
@@ -213,9 +221,7 @@ class Inspector:
         work = partial(_judge, body, wanted, self.system_id, self.chain, keep)
         try:
             return await in_thread(work)
-        except Differs:
-            raise
-        except IntegrityError:
+        except _OpenError:
             # A service that has started since writes under a key that was not known when we began.
             if self._refresh is None or not await self._refresh():
                 raise
@@ -244,10 +250,10 @@ def _judge(body: Body, wanted: Wanted, system_id: str, chain: Chain | None, keep
     end = _End(body.chunks())
     try:
         header, plain = chain.decode(Expected(wanted.name, system_id, wanted.backup), end)
-    except IntegrityError:
+    except IntegrityError as error:
         # Whether the stored bytes are whole is the better sentence, and decides what may be done about it.
         _compare(wanted, *check_stored(wanted.name, body.chunks()), system_id)
-        raise
+        raise _OpenError(error.fact, hint=error.hint) from None
     digest = end.trailer.hex()
     _compare(wanted, header, digest, system_id)
     return Judged(header, digest, plain if keep else None)

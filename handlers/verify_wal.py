@@ -60,16 +60,16 @@ async def check_wal(place: Place, inspector: Inspector, needed: Needed, catalog:
             file = WalFile.parse(entry.key.rsplit("/", 1)[-1])
             if file is None:
                 continue
-            wanted = whole
+            needs = entry.key in needed.others
             if file.kind is WalKind.SEGMENT and file.seg < per_log and parse_wal_key(entry.key):
                 number = file.log * per_log + file.seg
                 there.setdefault(file.timeline, Gathering()).add(number)
-                wanted = whole or number in needed.segments.get(file.timeline, _NONE)
-            elif entry.key in needed.others:
+                needs = number in needed.segments.get(file.timeline, _NONE)
+            elif needs:
                 others.add(entry.key)
-                wanted = True
-            if wanted and not inspector.trusts(place, Wanted(entry.key), entry):
-                await begin(inspector.read(place, Wanted(entry.key), entry))
+            wanted = Wanted(entry.key, spare=not needs)
+            if (whole or needs) and not inspector.trusts(place, wanted, entry):
+                await begin(inspector.read(place, wanted, entry))
         if inspector.answers(place, "wal/"):
             runs = {timeline: numbers.runs() for timeline, numbers in there.items()}
             for name in needed.lacking(runs, others, catalog):

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,7 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pipeline.errors import ConfigError
-from pipeline.policy import Policy, make_policy
+from pipeline.policy import Policy, make_policy, parse_window
 
 Cipher = Literal["aes-256-gcm", "chacha20-poly1305", "aes-256-cbc", "aes-192-cbc", "aes-128-cbc"]
 Codec = Literal["zstd", "lz4", "gzip", "none"]
@@ -94,6 +95,10 @@ class Settings(BaseSettings):
     backup_host: str = _env("WALSHIP_BACKUP_HOST", default="")
     #: Most bytes that a base backup takes from the server in a second; 0: as many as it gives.
     backup_rate: int = _env("WALSHIP_BACKUP_RATE", default=0, ge=0)
+    #: How long ``walship verify`` trusts what it has read; 0: it reads everything, always. See ``verify_span``.
+    verify_interval: str = _env("WALSHIP_VERIFY_INTERVAL", default="30d")
+    #: Most bytes that it reads in a second; 0: as many as it gets.
+    verify_rate: int = _env("WALSHIP_VERIFY_RATE", default=0, ge=0)
     #: The time zone of schedules and of what counts as a day. Cron expressions: see ``infra.cron``; empty: never.
     time_zone: str = _env("WALSHIP_TIME_ZONE", default="UTC")
     schedule_full: str = _env("WALSHIP_SCHEDULE_FULL", default="")
@@ -156,6 +161,11 @@ class Settings(BaseSettings):
         return text
 
     @model_validator(mode="after")
+    def _check_interval(self) -> Settings:
+        self.verify_span  # noqa: B018  ConfigError for what is no span
+        return self
+
+    @model_validator(mode="after")
     def _check_retention(self) -> Settings:
         if any(
             (self.keep_last, self.keep_window, self.keep_daily, self.keep_weekly, self.keep_monthly, self.keep_yearly)
@@ -200,6 +210,12 @@ class Settings(BaseSettings):
     def listens(self) -> str:
         """``host:port``, or empty if nothing is to be served."""
         return "" if self.listen == "off" else self.listen
+
+    @property
+    def verify_span(self) -> timedelta | None:
+        """How long an object that was verified is trusted; None: never. Raises ConfigError."""
+        text = self.verify_interval.strip()
+        return None if text == "0" else parse_window(text, "WALSHIP_VERIFY_INTERVAL")
 
     @property
     def retention(self) -> Policy | None:

@@ -71,22 +71,22 @@ def make_policy(*, last: str, window: str, generations: dict[str, str], zone: tz
     return Policy(newest, span, **{name: count or 0 for name, count in counts.items()}, zone=zone)
 
 
-def parse_window(text: str) -> timedelta:
-    """``14d``, ``36h``, ``2w``, ``14 days`` → how long that is. Raises ConfigError."""
+def parse_window(text: str, setting: str = "WALSHIP_KEEP_WINDOW") -> timedelta:
+    """``14d``, ``36h``, ``2w``, ``14 days`` → how long that is. Raises ConfigError that names the setting."""
     match = _SPAN.fullmatch(text)
     if match is None:
         raise ConfigError(
-            f"WALSHIP_KEEP_WINDOW is {text!r}, which is no span of time",
+            f"{setting} is {text!r}, which is no span of time",
             hint="it is a whole number of weeks, days, hours, min or s: 2w, 14d, 36h; of months, count the days",
         )
     span = int(match[1]) * _UNITS[match[2][0].lower()]
     if not span:
         raise ConfigError(
-            "WALSHIP_KEEP_WINDOW is 0: a window without length promises nothing",
+            f"{setting} is 0: a window without length promises nothing",
             hint="leave it empty to have no such rule, or set it to a span like 14d",
         )
     if span > _LONGEST:
-        raise ConfigError(f"WALSHIP_KEEP_WINDOW is {text}, more than a hundred years", hint="did you mean less?")
+        raise ConfigError(f"{setting} is {text}, more than a hundred years", hint="did you mean less?")
     return span
 
 

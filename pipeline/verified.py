@@ -63,7 +63,10 @@ class Memory:
     Where the clock was set back, age counts from the latest time that is known. Nothing counts without an interval.
     """
 
-    def __init__(self, destination: str, system_id: str, *, now: datetime, interval: timedelta | None) -> None:
+    def __init__(
+        self, destination: str, system_id: str, *, now: datetime, interval: timedelta | None, trust: bool = True
+    ) -> None:
+        """Without ``trust`` all is read again, and what was known stays known until it was."""
         self.destination = destination
         self.system_id = system_id
         #: Ids of the data keys that objects there name, each with one that does.
@@ -71,6 +74,7 @@ class Memory:
         #: Whether all that is there was listed in this run: what was not seen is gone then.
         self.complete = False
         self._now = now
+        self._trust = trust
         self._interval = interval
         self._runs: list[Run] = []
         self._fresh: list[bool] = []
@@ -85,6 +89,11 @@ class Memory:
         return len(self._marks)
 
     @property
+    def added(self) -> int:
+        """Objects that were read in this run, and are good."""
+        return len(self._new)
+
+    @property
     def changed(self) -> bool:
         """Whether it is worth being stored again."""
         dropped = self._states.count(_DROPPED)
@@ -93,7 +102,7 @@ class Memory:
 
     def knows(self, info: ObjectInfo, *, decoded: bool) -> bool:
         """Whether it was verified so lately that it need not be read. ``decoded``: stored bytes are not enough."""
-        at = self._find(mark_of(info))
+        at = self._find(mark_of(info)) if self._trust else None
         if at is None or self._states[at] == _DROPPED:
             return False
         owner = self._owners[at]

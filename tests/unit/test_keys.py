@@ -182,6 +182,7 @@ async def test_a_ring_that_was_removed_does_not_make_a_repository_plain() -> Non
         ("base/b/backup_info", Policy(wal=False, base=True), True),
         ("keys/ring-00000001", BOTH, False),
         ("keys/data-x", BOTH, False),
+        ("verified/0123456789abcdef", BOTH, False),
     ],
 )
 def test_what_has_to_be_encrypted(name: str, policy: Policy, must: bool) -> None:

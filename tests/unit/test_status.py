@@ -347,4 +347,4 @@ async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:
     )
     examples = ["wal/0000000100000000/000000010000000000000003.bak", "wal/readme.txt"]
     assert _lines(catalog, {}, {})[-1] == f"not walship's: 2 objects below wal/, for example {', '.join(examples)}"
-    assert _result(catalog, {})["unknown"] == {"objects": 2, "examples": examples}
+    assert _result(catalog, {}, {})["unknown"] == {"objects": 2, "examples": examples}

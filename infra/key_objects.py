@@ -89,7 +89,7 @@ def openers(front: Front) -> str:
     for public, label in front.recipients.items():
         ways.append(f"the private key of {show_recipient(public)}{f' ({label})' if label else ''}")
     if front.strange:
-        ways.append(f"{front.strange} ways that a newer walship knows")
+        ways.append("a way that a newer walship knows")
     return " or ".join(ways) or "nothing"
 
 

@@ -113,7 +113,7 @@ class KeyReport:
                 held = " (at hand)" if public == self.identity and self.identity_opens else ""
                 lines.append(f"  recipient    {show_recipient(public)}{f'  {label}' if label else ''}{held}")
             if newest.strange:
-                lines.append(f"  {newest.strange} ways to open it that a newer walship knows")
+                lines.append(f"  others       {newest.strange}, of a kind that a newer walship knows")
             if self.former:
                 lines.append(f"  former keys  {self.former}, which open what was written before they were replaced")
             if self.writer_fits:

@@ -175,7 +175,7 @@ async def _replace_key(current: Current, site: Site, passphrases: list[str], lef
             " that is not given cannot be carried over"
         )
     if current.front.strange:
-        say(f"{current.front.strange} ways to open {current.name} that a newer walship knows are not carried over")
+        say(f"what opens {current.name} and only a newer walship knows is not carried over")
     await _store_record_key(current, site)
     return await key_changes.replace_key(current, site.clock, given, recipients, say)
 

@@ -84,10 +84,6 @@ class Memory:
         #: Runs that began later than now.
         self.future = 0
 
-    def __len__(self) -> int:
-        """Entries that were there at first."""
-        return len(self._marks)
-
     @property
     def added(self) -> int:
         """Objects that were read in this run, and are good."""

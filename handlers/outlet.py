@@ -24,6 +24,8 @@ class Backlog:
     size: int
     #: Names of those that nobody could give: some of them, if they are many.
     stuck: set[str] = field(default_factory=set)
+    #: When it was last told, in monotonic seconds.
+    told: float = 0.0
 
     def less(self, size: int) -> None:
         """One of them is there."""

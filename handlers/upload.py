@@ -36,7 +36,7 @@ from pipeline.events import (
 #: Seconds between attempts to reach a destination that is down: first and longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 5.0
 
-#: Seconds between words about a destination that stays away.
+#: Seconds between words about a destination that stays away, or is being filled.
 TELL_EVERY = 30.0
 
 #: Seconds between looks whether a destination still is one.
@@ -327,8 +327,7 @@ class Uploader:
     async def _fill_from(self, other: Outlet, outlet: Outlet) -> bool:
         lacking = (await estimate(other.store, outlet.store, WANTED)).total
         if not lacking.objects:
-            if outlet.backlog is not None:
-                self._tell_backlog(outlet, None)
+            self._tell_backlog(outlet, None)
             return True
         outlet.late = True
         self._tell_backlog(outlet, Backlog(lacking.objects, lacking.size))
@@ -363,8 +362,10 @@ class Uploader:
                 await self.failed(outlet, parcel.name, error)
             raise
         outlet.settle(parcel.name)
-        if outlet.backlog is not None:
-            outlet.backlog.less(parcel.body.size)
+        if (backlog := outlet.backlog) is not None:
+            backlog.less(parcel.body.size)
+            if self._clock.monotonic() - backlog.told >= TELL_EVERY:
+                self._tell_backlog(outlet, backlog)
         self.notify(ObjectStored(outlet.name, parcel.name, parcel.body.size, self._clock.monotonic() - began))
 
     def _told(self, outlet: Outlet, trouble: Trouble) -> None:
@@ -376,6 +377,8 @@ class Uploader:
     def _tell_backlog(self, outlet: Outlet, backlog: Backlog | None) -> None:
         outlet.backlog = backlog
         objects, size = (backlog.objects, backlog.size) if backlog else (0, 0)
+        if backlog is not None:
+            backlog.told = self._clock.monotonic()
         self.notify(DestinationFilling(outlet.name, objects, size))
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import structlog
 
+from handlers.outlet import Outlet
 from handlers.ship import Shipper
 from handlers.upload import Uploader
 from infra.postgres.walstream import fetch_segment
@@ -43,8 +44,9 @@ class Lagging:
         self.stored = Stored()
         #: Where it has to be looked for: what lies behind each gap is stored, and was not told by anybody.
         self._after = [0]
-        #: destination → its position at the last look, and for how many looks it has not moved.
-        self._stuck: dict[str, tuple[Lsn, int]] = {}
+        #: destination → its position and what it was still to be filled with at the last look, and for how many looks
+        #: neither has moved.
+        self._stuck: dict[str, tuple[Lsn, int, int]] = {}
 
     def skip(self, gap_end: int, origin: Lsn) -> None:
         """The stream goes on at ``origin``; from the end of the gap to there, WAL is stored somewhere."""
@@ -64,7 +66,10 @@ class Lagging:
                         await self._look(name)
 
     def _is_down(self, name: str) -> bool:
-        return any(outlet.name == name and outlet.down for outlet in self._uploader.outlets)
+        return self._outlet(name).down
+
+    def _outlet(self, name: str) -> Outlet:
+        return next(outlet for outlet in self._uploader.outlets if outlet.name == name)
 
     async def _look(self, name: str) -> None:
         durable, lineage = self._receiver.durable, self._receiver.lineage
@@ -76,18 +81,21 @@ class Lagging:
                 durable.stored(name, after, end)
         self._receiver.report_soon()
         reached = durable.reached()[name]
-        before, looks = self._stuck.get(name, (reached, 0))
-        looks = looks + 1 if before == reached else 0
-        self._stuck[name] = reached, looks
+        outlet = self._outlet(name)
+        # While it is filled from others, what it lacks comes in its turn: not to be asked of the server, too.
+        left = outlet.backlog.objects if outlet.backlog else 0
+        before, left_before, looks = self._stuck.get(name, (reached, left, 0))
+        looks = looks + 1 if (before, left_before) == (reached, left) else 0
+        self._stuck[name] = reached, left, looks
         if looks >= PATIENCE and 0 < reached < self.origin:
             size = self._site.facts.segment_size
             leg = lineage.newest(reached // size)
             await self._give(name, WalFile.segment(leg.timeline, reached, size))
-            self._stuck[name] = reached, 0
+            self._stuck[name] = reached, left, 0
 
     async def _give(self, name: str, file: WalFile) -> None:
         """Ship a segment to one destination that nobody else can give it."""
-        outlet = next(outlet for outlet in self._uploader.outlets if outlet.name == name)
+        outlet = self._outlet(name)
         try:
             content = await fetch_segment(self._receiver.server, file, self._site.facts.segment_size)
             parcel = await self._shipper.encode(wal_key(file), content)

@@ -208,9 +208,13 @@ class Lookout:
     def _place(self, site: Site, place: DestinationStatus) -> DestinationStatus:
         """The listing, and what was told since."""
         outlets = self._uploader.outlets if self._uploader else ()
-        if not place.error and any(outlet.name == place.name and outlet.down for outlet in outlets):
+        outlet = next((outlet for outlet in outlets if outlet.name == place.name), None)
+        if not place.error and outlet is not None and outlet.down:
             why = self._refused.get(place.name, "it takes nothing")
             return replace(place, error=why)
+        if outlet is not None and (backlog := outlet.backlog) is not None:
+            lacks = f"{backlog.objects} objects ({backlog.size >> 20} MB) that others have are not there yet"
+            place = replace(place, lacks=lacks)
         seconds, missing = _known(self._measured.lag_seconds(place.name)), _known(self._measured.lag_bytes(place.name))
         durable, listed = _known(self._measured.durable(place.name)), place.durable_lsn
         if durable is not None and not place.missing and (listed is None or durable > Lsn.parse(listed)):

@@ -88,7 +88,7 @@ async def monitored(
     metrics.opened(site.facts.segment_size)
     lookout.cluster, lookout.planned = cluster, planned
     survey = Survey(site, metrics, listed=lookout.listed, done=lookout.done)
-    site.notify.extend([metrics.notify, lookout.heard, survey.heard])
+    site.notify.extend([metrics.notify, metrics.readings.heard, lookout.heard, survey.heard])
     try:
         async with beside(survey.run(), lookout.run(site, shipping.uploader)):
             yield

@@ -25,6 +25,7 @@ _CHECK = "walship check tries it, and says what is wrong and what to do"
 _START_SERVER = "start the server, or find out why it cannot be reached: walship check"
 _START = "start the service: walship run"
 _LATE = "if it does not catch up by itself: the service's log tells what it was refused, walship check tries all of it"
+_FILLED = "`walship run` copies it there in the background, checked; what it cannot copy its log names"
 _REFUSED = "the log says why (refused, not_shipped); remove them once that is understood"
 _VERIFY = "walship verify names all that is damaged, at each destination"
 _HOLE = "take a base backup now, from then on the present can be restored again: walship backup"
@@ -80,6 +81,8 @@ class DestinationStatus:
     lag_seconds: float | None = None
     #: What should be there by now and is not, in a sentence; empty if nothing.
     late: str = ""
+    #: What other destinations have and is not there, in a sentence; empty if nothing: it is copied in the background.
+    lacks: str = ""
     #: Segments missing between stored ones.
     holes: int = 0
     last_backup: str = ""
@@ -300,6 +303,8 @@ def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reaso
         yield Reason("no base backup", name, stops=False, hint=_BACK_UP)
     if place.late:
         yield Reason(place.late, name, late=True, hint=_LATE)
+    if place.lacks:
+        yield Reason(place.lacks, name, late=True, stops=False, hint=_FILLED)
 
 
 def _span(seconds: float) -> str:

@@ -24,12 +24,15 @@ from infra.sources.spool import SpoolState, holder, look_at_spool
 from infra.standing import DestinationStatus, Planned, Status, StreamStatus, brief
 from infra.storage.lease import newest
 from infra.wiring import Site
+from pipeline.catalog import Catalog
 from pipeline.contracts import Store
 from pipeline.errors import SourceError, StoreError
 from pipeline.wal import Lsn
 
 #: Seconds that an upload may take once a tail is due; a finished segment that takes longer is shipped as tails as well.
 GRACE = 5
+#: So many segments may be at one destination and not yet at another: they are being uploaded.
+ON_THE_WAY = 4
 #: Seconds of the longest WALSHIP_TAIL_INTERVAL that ``status`` waits for.
 LONGEST = 5
 #: A standby sends what it has replayed, for our purpose: see ``ServerFacts.wal_lsn``.
@@ -135,7 +138,9 @@ async def _look(site: Site, kept: Kept, known: Known) -> tuple[Status, list[Hold
     service_words = "unknown" if outside.spool_error else ""
     if "stream" in site.settings.sources and spool_of(site.settings) is None:
         service_words = await _service(site.stores, outside.stream)
-    places = tuple(destination_status(holding, outside.server) for holding in holdings)
+    places = tuple(
+        replace(destination_status(holding, outside.server), lacks=_lacks(holding, holdings)) for holding in holdings
+    )
     return status_of(site, outside, places, service_words=service_words), holdings
 
 
@@ -290,6 +295,23 @@ def destination_status(holding: Holding, server: ServerFacts | None) -> Destinat
         backups=len(catalog.backups) + len(catalog.sealed),
         problems=tuple(map(brief, holding.problems(timeline))),
     )
+
+
+def _lacks(holding: Holding, holdings: Sequence[Holding]) -> str:
+    """What other destinations have and this one does not, but for segments that may just be on their way there."""
+    answering = [each for each in holdings if not each.error]
+    if holding.error or len(answering) < 2:
+        return ""
+    everything, own = together(answering), holding.catalog
+    backups = len(_named(everything) - _named(own))
+    segments = sum(map(len, everything.segments.values())) - sum(map(len, own.segments.values()))
+    if not backups and segments <= ON_THE_WAY:
+        return ""
+    return f"{backups} base backups and {segments} segments of WAL that others have are not there yet"
+
+
+def _named(catalog: Catalog) -> set[str]:
+    return {backup.name for backup in catalog.backups} | catalog.sealed.keys()
 
 
 def places_of_backups(holdings: Sequence[Holding]) -> dict[str, tuple[str, ...]]:

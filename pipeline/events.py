@@ -93,7 +93,7 @@ class DestinationCaughtUp:
 
 @dataclass(frozen=True, slots=True)
 class DestinationFilling:
-    """Others have what a destination lacks: it is copied there. Told when that is found out, and once it is over."""
+    """Others have what a destination lacks: it is copied there. Told when listings were compared, and now and then."""
 
     destination: str
     #: So many objects, and bytes as stored, are left; what stays in the end could not be copied. 0: nothing is.

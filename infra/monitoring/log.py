@@ -142,9 +142,9 @@ def log_notice(notice: Notice) -> None:
         case ObjectStored() | WalMoved():
             pass
         case DestinationFilling():
-            structlog.get_logger().info(
-                "destination_filling", destination=notice.destination, objects=notice.objects, bytes=notice.size
-            )
+            left = {"objects": notice.objects, "bytes": notice.size}
+            level = "info" if notice.objects else "debug"
+            getattr(structlog.get_logger(), level)("destination_filling", destination=notice.destination, **left)
         case TailsRemoved():
             structlog.get_logger().debug("tails_removed", destination=notice.destination, count=notice.count)
         case (

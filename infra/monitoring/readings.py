@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from infra.monitoring.forecast import Remaining
 from infra.monitoring.missing import Missing
 from pipeline.contracts import Clock
+from pipeline.events import DestinationFilling, Notice
 from pipeline.wal import Lsn
 
 if TYPE_CHECKING:  # only the service pays for loading it
@@ -125,6 +126,8 @@ class Readings:
         """``spool``: whether there is one to read."""
         self._clock = clock
         self.destinations = {name: _Destination() for name in destinations}
+        #: destination → objects and bytes that others have and it lacks, as was told last.
+        self._backlog: dict[str, tuple[float, float]] = dict.fromkeys(destinations, (math.nan, math.nan))
         self.server: ServerReading | None = None
         self.spool: SpoolReading | None = None
         self._operations = {kind: _Operation() for kind in OPERATIONS}
@@ -134,6 +137,11 @@ class Readings:
         if spool:
             self._sources[("spool", "")] = _Source()
         self._sources |= {(kind, ""): _Source() for kind in OPERATIONS}
+
+    def heard(self, notice: Notice) -> None:
+        """A listener of the pipeline."""
+        if isinstance(notice, DestinationFilling):
+            self._backlog[notice.destination] = notice.objects, notice.size
 
     def failed(self, kind: str, destination: str = "") -> None:
         """A reading did not succeed; what it told before stays."""
@@ -196,6 +204,7 @@ class Readings:
     def collect(self) -> Iterator[Metric]:
         yield from self._collect_sources()
         yield from self._collect_backups()
+        yield from self._collect_backlog()
         yield from self._collect_rooms()
         yield from self._collect_operations()
 
@@ -211,6 +220,15 @@ class Readings:
             moment.add_metric([kind, name], source.moment)
             failures.add_metric([kind, name], source.failures)
         yield from (up, moment, failures)
+
+    def _collect_backlog(self) -> Iterator[Metric]:
+        text = "that other destinations have and this one lacks, as of the last comparison of their listings."
+        objects = _gauge("walship_backlog_objects", f"Objects {text}", ["destination"])
+        size = _gauge("walship_backlog_bytes", f"Bytes {text}", ["destination"])
+        for name, backlog in self._backlog.items():
+            objects.add_metric([name], backlog[0])
+            size.add_metric([name], backlog[1])
+        yield from (objects, size)
 
     def _collect_backups(self) -> Iterator[Metric]:
         def of_newest(get: Callable[[BackupReading], float], none: float) -> Callable[[_Destination], float]:

@@ -74,6 +74,7 @@ WELL: dict[str, str] = {
             _at("walship_wal_durable_lsn_bytes", destination): "5000x300",
             _at("walship_wal_gaps", destination, kind="current"): "0x300",
             _at("walship_wal_gaps", destination, kind="old"): "7x300",
+            _at("walship_backlog_objects", destination): "0x300",
             _at("walship_last_backup_success_timestamp_seconds", destination): "0+60x300",
             _at("walship_last_backup_failure_timestamp_seconds", destination): NEVER,
         }.items()
@@ -81,6 +82,14 @@ WELL: dict[str, str] = {
 }
 
 CASES = (
+    Case(
+        "WalshipBacklogStalled",
+        {_at("walship_backlog_objects"): "100-1x60 40x300"},
+        115,
+        125,
+        f"{FAR} lacks 40 objects that other destinations have, and they are not being copied",
+        {"destination": FAR},
+    ),
     Case(
         "WalshipDown",
         {_own("up"): "1x5 0x300"},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.chain import Expected
 from pipeline.contracts import ObjectInfo
-from pipeline.errors import IntegrityError
+from pipeline.errors import IntegrityError, StoreError
 from pipeline.objects import MemoryBody
 from pipeline.verified import Memory, mark_of
 from tests.keys import SYSTEM_ID, chain, encrypting_keys, stored
@@ -22,8 +24,6 @@ DAY = timedelta(days=1)
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, bytes]:
-    import asyncio
-
     return asyncio.run(objects())
 
 
@@ -111,7 +111,7 @@ async def test_memory_that_is_damaged_or_of_somebody_else_is_not_believed(ground
     assert (await ground.verify()).objects == 2 * ALWAYS, "it was written anew"
     # One without the keys of the repository makes no memory, whatever it says; nor is that of another place ours.
     good = b"".join((await ground.stores[1].get(ground.memory())).chunks())
-    plain = chain(KEYS).decode(_expected(ground.memory()), [good])[1]
+    plain = chain(KEYS).decode(Expected(ground.memory(), SYSTEM_ID), [good])[1]
     stranger = stored(chain(encrypting_keys()), ground.memory(), plain)
     theirs = stored(chain(KEYS), ground.memory(), plain.replace(b'"second"', b'"thirds"'))
     for forged in (stranger, theirs, b"WALSHIP", b""):
@@ -122,12 +122,6 @@ async def test_memory_that_is_damaged_or_of_somebody_else_is_not_believed(ground
         ground.lose(ground.memory(place), place)
     assert (await ground.verify()).objects == everything
     assert ground.said == [], "nobody has verified yet: nothing to tell"
-
-
-def _expected(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    from pipeline.chain import Expected
-
-    return Expected(name, SYSTEM_ID)
 
 
 async def test_a_clock_that_is_wrong_makes_nothing_be_trusted_for_longer(ground: Ground) -> None:
@@ -169,8 +163,6 @@ async def test_a_host_that_only_writes_remembers_stored_bytes(ground: Ground) ->
 
 
 async def test_what_cannot_be_written_down_or_listed_is_told(ground: Ground) -> None:
-    from pipeline.errors import StoreError
-
     refusing = Faulty(ground.stores[1], down={"put": StoreError("second: put: access denied")})
     for _ in range(2):
         assert (await ground.verify(ground.stores[0], refusing)).ok

@@ -29,7 +29,7 @@ class Expected:
 
 
 class Chain:
-    """The way of every object: fingerprint, then the stages in order (compress, encrypt, checksum)."""
+    """The way of every object: fingerprint (of WAL), then the stages in order (compress, encrypt, checksum)."""
 
     def __init__(self, stages: Sequence[Stage], keyring: Keyring, system_id: str) -> None:
         self._stages = tuple(stages)
@@ -45,7 +45,8 @@ class Chain:
             name=name,
             system_id=self._system_id,
             plain_size=len(plain),
-            fingerprint=self._keyring.fingerprint(name, plain),
+            # What is compared by it are names that two servers may give: those of WAL. A backup's id is random.
+            fingerprint="" if backup else self._keyring.fingerprint(name, plain),
             created=created.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             backup=backup,
         )

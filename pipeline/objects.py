@@ -48,7 +48,8 @@ class Header:
     salt: str = ""
     #: Bytes of plaintext.
     plain_size: int = 0
-    #: Digest of name and plaintext (keyed where there is a key ring), as hex.
+    #: Digest of name and plaintext (keyed where there is a key ring), as hex; empty in a part of a backup, and then
+    #: equal to nothing.
     fingerprint: str = ""
     #: When it was made, RFC 3339 in UTC.
     created: str = ""

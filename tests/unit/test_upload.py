@@ -25,7 +25,7 @@ from pipeline.contracts import Body, ObjectInfo
 from pipeline.dispatcher import Gate
 from pipeline.errors import IntegrityError, ObjectConflict, StoreError
 from pipeline.events import DestinationCaughtUp, DestinationFailed, Notice
-from pipeline.objects import MemoryBody
+from pipeline.objects import MemoryBody, read_header
 from tests.clock import FastClock
 
 SYSTEM = "7301234567890123456"
@@ -184,6 +184,19 @@ async def test_the_same_file_shipped_again_is_a_success_and_changes_nothing() ->
         before = it.a.content(NAME)
         await it.shipper.ship(NAME, b"one")
         assert it.a.content(NAME) == before
+
+
+async def test_a_part_of_another_backup_is_never_taken_for_the_same() -> None:
+    """They have no fingerprint: two that are of one length are not equal for that."""
+    part = "base/base_20260114_120000/data/base/00000001"
+    async with bench(encrypted=True) as it:
+        await it.shipper.ship(part, b"one", backup="aa")
+        before = it.a.content(part)
+        assert read_header(part, before)[0].fingerprint == ""
+        for plain in (b"one", b"two"):
+            with pytest.raises(ObjectConflict, match=f"{part} is stored at a with other bytes"):
+                await it.shipper.ship(part, plain, backup="bb")
+        assert it.a.content(part) == it.b.content(part) == before
 
 
 async def test_other_bytes_under_one_name_are_refused_and_nothing_is_overwritten() -> None:

@@ -54,6 +54,7 @@ class Use:
         self._backups: list[str] = []
         self._told: set[str] = set()
         self._over = False
+        self._beating: asyncio.Future[None] | None = None
 
     async def add(self, backup: str) -> None:
         """Mark a backup: before anything of it is stored or read."""
@@ -89,11 +90,15 @@ class Use:
         """Write them anew until cancelled, or let go."""
         while not self._over:
             await self._clock.sleep(TTL / _BEATS)
-            await self._at_all(self._stores, self._backups, self._beat)
+            self._beating = asyncio.ensure_future(self._at_all(self._stores, self._backups, self._beat))
+            await asyncio.shield(self._beating)
         await self.end()
 
     async def end(self) -> None:
         """Remove them, as far as that goes: what stays is removed by others, one time to live later."""
+        # What is being written now would be there again behind our deletion.
+        if self._beating is not None:
+            await asyncio.wait([self._beating])
 
         async def remove(store: Store, backup: str) -> None:
             if (store.name, backup) in self._written:
@@ -202,10 +207,13 @@ class Marks:
         await asyncio.gather(*(self._look(store, prefix) for store in self._stores))
 
     async def _look(self, store: Store, prefix: str) -> None:
-        keys = [entry.key async for entry in store.list(prefix)]
-        for place in [p for p in self._seen if p[0] == store.name and p[1].startswith(prefix) and p[1] not in keys]:
-            del self._seen[place]
-        for key in keys:
+        keys = {entry.key async for entry in store.list(prefix)}
+        # A mark that is replaced in the very moment may be missing from the listing of a folder: so those that were
+        # there are asked for by name, and a listing that decides what is deleted is made twice.
+        keys |= {key for name, key in self._seen if name == store.name and key.startswith(prefix)}
+        if prefix != FOLDER:
+            keys |= {entry.key async for entry in store.list(prefix)}
+        for key in sorted(keys):
             match = _KEY.fullmatch(key)
             if match is None or key in self._ours:
                 continue

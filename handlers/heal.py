@@ -121,7 +121,7 @@ class Healer:
             with suppress(ObjectConflict):  # somebody else has stored it just now: that is looked at like our own
                 await place.store.put(wanted.name, chosen.body, replace=damaged)
             judged, _ = await self._inspector.judge(place.store, wanted)
-            if judged.header.fingerprint != chosen.judged.header.fingerprint:
+            if _content(judged) != _content(chosen.judged):
                 return self._cannot(
                     fault, f"it was stored by somebody else meanwhile, and differs from {chosen.place.name}"
                 )
@@ -210,17 +210,21 @@ def _order(fault: Fault) -> tuple[int, str, bool, str, str]:
 
 def _odd(copies: Sequence[_Copy], damaged: bytes) -> str:
     """Why none of the copies may be taken, although all are whole; empty if one may."""
-    prints = {copy.judged.header.fingerprint for copy in copies}
-    if len(prints) > 1:
+    if len({_content(copy.judged) for copy in copies}) > 1:
         return f"{' and '.join(copy.place.name for copy in copies)} have it whole, and differ"
     if damaged:
         try:
             header, _ = read_header("it", damaged)
         except IntegrityError:
             return ""
-        if sum(_differing(header.fingerprint, prints.pop())) > _OTHER:
+        if sum(_differing(header.fingerprint, copies[0].judged.header.fingerprint)) > _OTHER:
             return f"the damaged one was never the same as the one at {copies[0].place.name}: two servers, most likely"
     return ""
+
+
+def _content(judged: Judged) -> str:
+    """Equal for copies of one content: objects of backups have no fingerprint, and are never encoded twice."""
+    return judged.header.fingerprint or judged.digest
 
 
 def _differing(one: str, other: str) -> Iterator[bool]:

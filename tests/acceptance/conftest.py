@@ -40,7 +40,7 @@ class Copy:
         self.root = folder / shipped.system_id
 
     def run(self, *words: str, expect: int = 0, **changed: str) -> Any:
-        environment = self.rig.environment(WALSHIP_DESTINATIONS=f"file://{self.local}", **changed)
+        environment = self.rig.environment(**{"WALSHIP_DESTINATIONS": f"file://{self.local}"} | changed)
         return self.rig.run(*words, expect=expect, environment=environment)
 
     def object(self, name: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Collection
-from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -16,7 +15,7 @@ from handlers.verify import objects_of, verify
 from infra.expire import expire, make_plan, marks_of
 from infra.pins import pin, pins_of, unpin
 from infra.repository import Destination
-from infra.storage.in_use import using
+from infra.storage.in_use import TTL, using
 from infra.storage.memory import MemoryStore
 from infra.wiring import Site
 from pipeline.catalog import info_key, wal_key
@@ -402,13 +401,12 @@ async def test_many_segments_are_a_few_ranges() -> None:
 
 async def test_a_mark_of_a_process_that_is_gone_is_waited_for_once() -> None:
     site, backups = await small()
-    with suppress(Killed):
-        async with using(
-            site.stores, backups[0].name, clock=replace(site).clock, tell=pytest.fail, what="restore"
-        ) as use:
-            use._written.clear()  # it is killed: nothing is removed
-            raise Killed
-    assert await names(site.stores[0], "use/")
+    await site.stores[0].put(f"use/{backups[0].name}/0000000a", MemoryBody([b"whatever its maker wrote"]))
+    before = site.clock.monotonic()
+    looked = await make_plan(site, LAST, marks_of(site))
+    assert backups[0].name not in [backup.name for backup in looked.decision.going]
+    assert site.clock.monotonic() == before  # to look only is quick
     _, outcome = await expired(site, LAST)
     assert backups[0].name in outcome.gone
+    assert site.clock.monotonic() - before >= TTL
     assert await names(site.stores[0], "use/") == []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from infra.settings import SECRETS, Settings
 from infra.sources.spool import check_spool
 from infra.storage.retry import LOOK
 from infra.storage.rooted import Rooted
+from infra.whereabouts import why_here
 from infra.wiring import open_destinations
 from pipeline.catalog import REPOSITORY
 from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, SourceError, StoreError, WalshipError
@@ -87,13 +89,27 @@ async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _
         for destination in destinations:
             async for finding in _destination(destination, facts, server, settings):
                 yield finding
-        if not any(d.required and d.name.startswith("s3:") for d in destinations):
-            yield Finding(
-                "destinations",
-                "warning",
-                "every required destination is a local folder: losing this host may lose them with it",
-                "add an s3:// destination and require it; or make sure that the folder is on another host",
-            )
+        yield await _off_host(destinations, settings)
+
+
+async def _off_host(destinations: Sequence[Destination], settings: Settings) -> Finding:
+    """Whether what is acknowledged outlives this host, and the database server: a required one must be elsewhere."""
+    servers = [host for host, _ in settings.servers]
+    required = [(d.name, url) for d, url in zip(destinations, settings.destinations, strict=True) if d.required]
+    whys = {name: await asyncio.to_thread(why_here, url, servers) for name, url in required}
+    elsewhere = [name for name, why in whys.items() if not why]
+    if elsewhere:
+        return Finding("destinations", "ok", f"what is acknowledged is off this host: {', '.join(elsewhere)}")
+    optional = [d.name for d in destinations if not d.required]
+    where = "; ".join(f"{name} {why}" for name, why in whys.items())
+    more = f". {', '.join(optional)} may be elsewhere, and is not required" if optional else ""
+    return Finding(
+        "destinations",
+        "warning",
+        f"not safe: no required destination is off this host: {where}{more}. Losing the host may lose all of it",
+        "add a destination on another host to WALSHIP_DESTINATIONS, an s3:// one most likely, and require it"
+        " (WALSHIP_REQUIRED)",
+    )
 
 
 async def _server(server: ServerFacts, stream: StreamFacts | None, settings: Settings) -> AsyncIterator[Finding]:

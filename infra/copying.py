@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from handlers.body import joined
 from handlers.copy import Copied, Means, Trouble, copy, estimate
@@ -29,6 +29,7 @@ from infra.settings import Settings
 from infra.storage import display_name, make_folder, open_store
 from infra.storage.memory import MemoryStore
 from infra.storage.rooted import Rooted
+from infra.whereabouts import endpoint_of
 from infra.wiring import Listeners, Site, make_chain
 from pipeline.backup import BackupInfo
 from pipeline.backup_chain import chain_of
@@ -336,7 +337,7 @@ def _refuse_overlap(source: str, target: str) -> None:
         same = here == there or (here.exists() and there.exists() and here.samefile(there))
         inside = here in there.parents or there in here.parents
     else:
-        if one.netloc != other.netloc or _endpoint(one.query) != _endpoint(other.query):
+        if one.netloc != other.netloc or _endpoint(source) != _endpoint(target):
             return  # one server by two addresses is found out by writing there: see ``_try_target``
         here_at, there_at = (f"/{unquote(parts.path).strip('/')}/".replace("//", "/") for parts in (one, other))
         same = here_at == there_at
@@ -349,12 +350,10 @@ def _refuse_overlap(source: str, target: str) -> None:
         )
 
 
-def _endpoint(query: str) -> str:
-    given = parse_qs(query).get("endpoint", [""])[0]
-    given = given or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    parts = urlsplit(given)
+def _endpoint(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(endpoint_of(url))
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    return f"{parts.scheme}://{(parts.hostname or '').lower()}:{port}"
+    return parts.scheme, (parts.hostname or "").lower(), port
 
 
 def _is_absent(url: str) -> bool:

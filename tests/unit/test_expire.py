@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
@@ -19,7 +19,7 @@ from infra.storage.in_use import TTL, using
 from infra.storage.memory import MemoryStore
 from infra.wiring import Site
 from pipeline.catalog import info_key, wal_key
-from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
+from pipeline.contracts import ObjectInfo, Store
 from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.objects import MemoryBody
 from pipeline.policy import Policy
@@ -27,7 +27,7 @@ from pipeline.runs import Runs
 from pipeline.wal import WalFile
 from pipeline.wal_needs import WalNeeds
 from tests.clock import FastClock
-from tests.expiring import SIZE, START, add_backup, add_wal, at, expired, names, small
+from tests.expiring import SIZE, START, Dying, Killed, add_backup, add_wal, at, expired, names, small
 from tests.keys import SYSTEM_ID
 from tests.sites import site_at
 from tests.stores import Faulty
@@ -38,54 +38,6 @@ UNKNOWN = ["base/note.txt", "mine/a", "wal/note.txt"]
 
 def segment(number: int, timeline: int = 1) -> str:
     return wal_key(WalFile.segment(timeline, number * SIZE, SIZE))
-
-
-class Killed(BaseException):
-    """The process is gone: nothing behind this happens."""
-
-
-class Dying:
-    """A store whose process ends after so many calls, all stores of it together."""
-
-    def __init__(self, store: Store, calls: list[str], last: int) -> None:
-        self._store = store
-        self._calls = calls
-        self._last = last
-
-    @property
-    def name(self) -> str:
-        return self._store.name
-
-    def _live(self, call: str) -> None:
-        if len(self._calls) >= self._last:
-            raise Killed
-        self._calls.append(call)
-
-    async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
-        self._live(f"put {key}")
-        await self._store.put(key, body, replace=replace, keep_until=keep_until)
-
-    async def get(self, key: str, span: Span | None = None) -> Body:
-        return await self._store.get(key, span)
-
-    async def head(self, key: str) -> ObjectInfo:
-        return await self._store.head(key)
-
-    async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
-        async for info in self._store.list(prefix, after=after, shallow=shallow):
-            yield info
-
-    async def delete(self, keys: Collection[str]) -> None:
-        # One after the other: it may die within a batch.
-        for key in keys:
-            self._live(f"delete {key}")
-            await self._store.delete([key])
-
-    async def probe(self, key: str, body: Body) -> Abilities:
-        return await self._store.probe(key, body)
-
-    async def close(self) -> None:
-        await self._store.close()
 
 
 async def check_listed(site: Site) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from handlers.verify_objects import Inspector, Place, Wanted
-from pipeline.catalog import Catalog, parse_wal_key, wal_key
+from pipeline.catalog import Catalog, wal_key
 from pipeline.lineage import Lineage, WalPath
 from pipeline.runs import Gathering, Runs
 from pipeline.wal import WalFile, WalKind, segments_per_log
@@ -61,7 +61,7 @@ async def check_wal(place: Place, inspector: Inspector, needed: Needed, catalog:
             if file is None:
                 continue
             needs = entry.key in needed.others
-            if file.kind is WalKind.SEGMENT and file.seg < per_log and parse_wal_key(entry.key):
+            if file.kind is WalKind.SEGMENT and file.seg < per_log and wal_key(file) == entry.key:
                 number = file.log * per_log + file.seg
                 there.setdefault(file.timeline, Gathering()).add(number)
                 needs = number in needed.segments.get(file.timeline, _NONE)

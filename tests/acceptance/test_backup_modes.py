@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -80,6 +80,9 @@ order by 1
 _LARGE = "select oid, md5(lo_get(oid)) from pg_largeobject_metadata order by oid"
 #: The WAL is up to 32 values of a sequence ahead.
 _SEQUENCE = "select (last_value - 1) / 3 from numbers"
+#: The oldest and the newest. What a standby sends and holds changed with 16 in nothing but tablespaces in place, which
+#: the primary of 16 sends as well, and with 17 in nothing.
+_OF_STANDBYS = (SERVER_VERSIONS[0], SERVER_VERSIONS[-1])
 #: What goes on in these tables while backups are taken.
 _CHURN = (
     "update plain set filler = md5(filler), kind = 'kind ' || (n + 1) % 7 where n % 97 = {n} % 97",
@@ -114,7 +117,7 @@ class Churn:
                 while not self._stop.is_set():
                     for statement in _CHURN:
                         connection.execute(statement.format(n=self.rounds).encode())
-                        time.sleep(0.02)
+                        time.sleep(0.04)
                     self.rounds += 1
         except Exception as error:  # noqa: BLE001 - raised by the test's own thread
             self.error = error
@@ -186,13 +189,12 @@ class Cluster:
         )
         return standby
 
-    def restore(self, backup: str, before_start: Path) -> ThrowawayServer:
+    def restore(self, backup: str, spaces: Sequence[str], before_start: Path) -> ThrowawayServer:
         """Lay it down, have pg_verifybackup look at it, and start it on the WAL in the folder ``before_start``."""
         target = self.rig.target()
         words = ["restore", "--backup", backup, "--target-dir", str(target), "--json"]
-        plan = {b["name"]: b for b in self.rig.json("list")["backups"]}[backup]
-        assert plan["tablespaces"], "there is something to be moved"
-        for number, place in enumerate(plan["tablespaces"]):
+        assert spaces, "there is something to be moved"
+        for number, place in enumerate(spaces):
             if place.startswith("/"):  # not in place
                 words += ["--tablespace-map", f"{place}={target}_{number}"]
         self.rig.run(*words)
@@ -245,7 +247,7 @@ def test_every_mode_brings_the_cluster_back(folder: Path, major: int) -> None:
         cluster.fill()
         local = {"WALSHIP_DATA_DIR": str(rig.server.data_dir)}
         taken: dict[str, str] = {}
-        with Load(rig.server, pause=0.005) as load, Churn(rig.server) as churn:
+        with Load(rig.server, pause=0.02) as load, Churn(rig.server) as churn:
             # A chain builds on either, and on the newest.
             modes = [("through the server", {}), ("local", local)]
             for mode, changed in modes if major % 2 else reversed(modes):
@@ -261,10 +263,11 @@ def test_every_mode_brings_the_cluster_back(folder: Path, major: int) -> None:
             cluster.script("drop tablespace goes", "postgres")
             if major >= 17:
                 taken["incremental"] = cluster.back_up("--incremental", **local)
-            with cluster.standby() as standby:
-                host = {"WALSHIP_BACKUP_HOST": f"127.0.0.1:{standby.port}"}
-                taken["standby"] = cluster.back_up(**host)
-                taken["standby, local"] = cluster.back_up(WALSHIP_DATA_DIR=str(standby.data_dir), **host)
+            if major in _OF_STANDBYS:
+                with cluster.standby() as standby:
+                    host = {"WALSHIP_BACKUP_HOST": f"127.0.0.1:{standby.port}"}
+                    taken["standby"] = cluster.back_up(**host)
+                    taken["standby, local"] = cluster.back_up(WALSHIP_DATA_DIR=str(standby.data_dir), **host)
         assert len(load.acknowledged) > 50
         assert churn.rounds > 1
         wanted = contents(rig.server)
@@ -278,7 +281,7 @@ def test_every_mode_brings_the_cluster_back(folder: Path, major: int) -> None:
         rig.server.stop()
         for mode, backup in taken.items():
             empty(folder / "space_comes")  # older backups replay its creation at this very place
-            with cluster.restore(backup, rig.server.data_dir / "pg_wal") as server:
+            with cluster.restore(backup, listed[backup]["tablespaces"], rig.server.data_dir / "pg_wal") as server:
                 assert contents(server) == wanted, mode
                 ((number,),) = server.query(_SEQUENCE, dbname="wide")
                 assert drawn <= number <= drawn + 32, mode

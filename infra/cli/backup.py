@@ -34,8 +34,12 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
 
     With --json, a line of progress as JSON goes to stderr every second, and all else that is told is JSON there too.
 
-    Example: walship backup
-    """
+    \b
+    Examples:
+      walship backup
+      walship backup --incremental
+      walship backup --label 'before the migration' --json
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     give_back_large_blocks(keep=LARGE)
     damaged: list[Damage] = []
     tell = say

@@ -21,8 +21,11 @@ async def command(context: click.Context, as_json: bool) -> None:
 
     The exit code is that of the first error; warnings exit with 0.
 
-    Example: walship check
-    """
+    \b
+    Examples:
+      walship check
+      walship check --json
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     findings, first = [], None
     async for finding in examine(settings(), waits=(lambda _: None) if as_json else say):
         findings.append(

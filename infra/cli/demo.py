@@ -28,8 +28,11 @@ def command(seconds: float, payments: int, keep: bool, as_json: bool) -> None:
     latest: first with asynchronous commits, of which a second may be lost, then with synchronous ones, of which none.
     Every restore is from S3 alone. Compares what came back by row counts and hashes; fails if anything differs.
 
-    Example: walship demo
-    """
+    \b
+    Examples:
+      walship demo
+      walship demo --seconds 10 --keep
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     signal.signal(signal.SIGTERM, _interrupt)
     with Premises(keep=keep) as here:
         summary = Story(here, Teller(), seconds=seconds, payments=payments).tell()

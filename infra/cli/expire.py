@@ -42,8 +42,11 @@ async def command(
 
     Exits with 11 if a store refused something, and says what stays.
 
-    Example: walship expire --dry-run
-    """
+    \b
+    Examples:
+      walship expire --dry-run
+      walship expire --yes
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     wanted = settings()
     policy = wanted.retention
     if policy is None:

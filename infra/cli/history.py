@@ -32,8 +32,11 @@ async def command(verb: str | None, last: int, cluster: str, as_json: bool) -> N
     Each backup, expire, verify, copy, restore, drill and change of keys leaves a small record at every destination that
     it may write to. Records older than a year are removed by `walship expire`, all but the newest thousand.
 
-    Example: walship history --verb drill --last 5
-    """
+    \b
+    Examples:
+      walship history
+      walship history --verb drill --last 5
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     async with open_site(settings(), cluster=cluster) as site:
         there = await listed(site.stores)
         for name, error in there.failures.items():

@@ -23,8 +23,11 @@ async def command(as_json: bool) -> None:
 
     Run it once, and again whenever a destination is added. It never overwrites anything.
 
-    Example: walship init
-    """
+    \b
+    Examples:
+      walship init
+      walship init --json
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     wanted = settings()
     clock = SystemClock()
     async with open_destinations(wanted) as destinations:

@@ -63,8 +63,11 @@ async def list_(cluster: str, as_json: bool) -> None:
 
     Works with nothing at hand as well: it tells who could open the ring.
 
-    Example: walship key list
-    """
+    \b
+    Examples:
+      walship key list
+      walship key list --json
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     wanted = load(keyless=True)
     async with open_destinations(wanted) as destinations:
         facts = await find(destinations, cluster)
@@ -83,8 +86,11 @@ async def list_(cluster: str, as_json: bool) -> None:
 async def add(passphrase_file: Path | None, recipient: str | None, label: str, cluster: str, as_json: bool) -> None:
     """Let one more passphrase, or one more recipient, open the repository: all of it, also what is stored already.
 
-    Example: walship key add --recipient walship-recipient-1-… --label safe-in-Bern
-    """
+    \b
+    Examples:
+      walship key add --passphrase-file new.txt
+      walship key add --recipient walship-recipient-1-… --label 'the safe'
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     passphrase, public = _one_of(passphrase_file, recipient)
     if label and not public:
         raise ConfigError("--label is for a recipient, and --passphrase-file was given")
@@ -108,8 +114,11 @@ async def remove(passphrase_file: Path | None, recipient: str | None, cluster: s
     That is for secrets that nobody has any more. Whoever still has one, and can read the bucket, opens the ring before;
     see `walship key rotate --new-repository-key`.
 
-    Example: walship key remove --passphrase-file old.txt
-    """
+    \b
+    Examples:
+      walship key remove --passphrase-file old.txt
+      walship key remove --recipient walship-recipient-1-…
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     passphrase, public = _one_of(passphrase_file, recipient)
 
     async def change(current: Current, site: Site) -> Changed:
@@ -138,8 +147,11 @@ async def rotate(
     the passphrases given (several --passphrase-file), or with the one at hand if none is given, and with all recipients
     but those --without. Restart every service then, and export writer files anew.
 
-    Example: walship key rotate --passphrase-file new.txt
-    """
+    \b
+    Examples:
+      walship key rotate --passphrase-file new.txt
+      walship key rotate --new-repository-key --passphrase-file new.txt --without walship-recipient-1-…
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     passphrases = [_passphrase(path) for path in passphrase_file]
     left_out = [parse_recipient(text) for text in without]
     if not new_repository_key and (len(passphrases) != 1 or left_out):

@@ -25,8 +25,11 @@ async def command(backup: str, reason: str, until: str | None, cluster: str, as_
 
     A pin at any destination counts. Pinning again replaces the pin.
 
-    Example: walship pin base_20260114_120000 --reason "before the migration" --until 2027-01-01
-    """
+    \b
+    Examples:
+      walship pin base_20260114_120000
+      walship pin base_20260114_120000 --reason 'before the migration' --until 2027-01-01
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     end = _end(until)
     async with open_site(settings(), cluster=cluster) as site:
         made, taken = await pin(site, backup, reason=reason, until=end, tell=say)

@@ -18,8 +18,11 @@ async def command(cluster: str, as_json: bool) -> None:
 
     Exits with 0 only if nothing that was there is left unshipped.
 
-    Example: walship push --json
-    """
+    \b
+    Examples:
+      walship push
+      walship push --json
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     shipped = await push(settings(), log_notice, cluster=cluster)
     result = {"shipped": shipped}
     emit(result, [f"shipped {shipped} files"], as_json=as_json)

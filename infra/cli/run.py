@@ -24,8 +24,11 @@ def command(cluster: str) -> None:
     What was not yet acknowledged when it stops, however it stops, is still in the spool, and kept on the server by the
     slot: it goes on at the next start. Settings are read at the start only.
 
-    Example: walship run
-    """
+    \b
+    Examples:
+      walship run
+      WALSHIP_SOURCES=stream walship run
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     log.configure()
     give_back_large_blocks()
     # To be told to stop is how a service ends: no other verb may call that a success.

@@ -32,8 +32,11 @@ async def command(cluster: str, as_json: bool) -> None:
     The exit code is 0 also if it is not safe; a script reads "healthy" of --json, or "state": safe, lagging, at_risk,
     unsafe or unknown.
 
-    Example: walship status --json
-    """
+    \b
+    Examples:
+      walship status
+      walship status --json
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     waits = None if as_json else say
     async with open_site(settings(), cluster=cluster, policy=LOOK, waits=waits) as site:
         status = await read_status(site, waits=waits or (lambda _: None))

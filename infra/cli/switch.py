@@ -20,8 +20,11 @@ async def command(as_json: bool) -> None:
 
     All that was committed before is then offsite. Needs a service that ships, or ships the spool itself.
 
-    Example: walship switch
-    """
+    \b
+    Examples:
+      walship switch
+      walship switch --json
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     wanted = settings()
     async with await connect(wanted) as connection:
         server = await read_facts(connection)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -40,3 +46,58 @@ def test_without_a_word_it_prints_the_help_alone() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("Usage: walship")
     assert "hint:" not in done.stderr
+
+
+def _examples() -> list[tuple[str, str]]:
+    """Verb, or group and verb, and a line that its help shows as an example."""
+    helps = {verb: CliRunner().invoke(cli, [verb, "--help"]).output for verb in VERBS}
+    group = cli.get_command(click.Context(cli), "key")
+    assert isinstance(group, click.Group)
+    helps |= {f"key {verb}": CliRunner().invoke(cli, ["key", verb, "--help"]).output for verb in group.commands}
+    pattern = re.compile(r"^  (?:Example: | {2})(walship .*)$", re.MULTILINE)
+    return [(verb, example) for verb, text in helps.items() for example in pattern.findall(text)]
+
+
+def test_every_verb_has_examples() -> None:
+    """But for what only restore_command calls, and a group, whose verbs have them."""
+    verbs = {verb for verb, _ in _examples()}
+    assert set(VERBS) - verbs == {"fetch-wal", "key"}
+
+
+@pytest.mark.parametrize(("verb", "example"), _examples())
+def test_an_example_can_be_typed(verb: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of that verb, and all its options and values are known."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checks.sql").touch()
+    name, *words = shlex.split(example)
+    assert name == "walship"
+    command: click.Command = cli
+    context = click.Context(cli)
+    for word in verb.split():
+        assert words.pop(0) == word
+        assert isinstance(command, click.Group)
+        found = command.get_command(context, word)
+        assert found is not None
+        command = found
+    command.make_context(verb, words)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_there_is_completion(shell: str) -> None:
+    def ask(instruction: str, **more: str) -> str:
+        environment = {**os.environ, "_WALSHIP_COMPLETE": instruction, **more}
+        done = subprocess.run(
+            [sys.executable, "-m", "infra.cli"], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    if shell == "bash" and not shutil.which("bash"):
+        pytest.skip("click asks bash for its version")
+    script = ask(f"{shell}_source")
+    assert "_WALSHIP_COMPLETE=" in script
+    assert f"{shell}_complete" in script
+    if shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=script, text=True, check=False).returncode == 0
+    words = {"COMP_WORDS": "walship restore --to", "COMP_CWORD": "--to" if shell == "fish" else "2"}
+    assert "--to-time" in ask(f"{shell}_complete", **words)

@@ -8,9 +8,8 @@ import click
 
 from handlers.verify_report import Healing, Report
 from infra.cli import exits
-from infra.cli.answering import as_of
 from infra.cli.progress import Bytes
-from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
 from infra.records import recording
 from infra.verification import Order, verify_site
 from infra.wiring import open_site
@@ -27,7 +26,6 @@ from pipeline.errors import ConfigError, IntegrityError
     "--rate", type=click.IntRange(min=1), metavar="BYTES", help="Read at most so much a second (WALSHIP_VERIFY_RATE)."
 )
 @cluster_option
-@as_of_option
 @json_option
 @click.pass_context
 @asynchronous
@@ -51,10 +49,7 @@ async def command(context: click.Context, /, *, as_json: bool, cluster: str, **o
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     if options["dry_run"] and not options["heal"]:
         raise ConfigError("--dry-run is for --heal", hint="verifying alone changes nothing")
-    time = options.pop("as_of")
-    if time and options["heal"]:
-        raise ConfigError("--heal and --as-of contradict each other", hint="the past cannot be changed: copy it")
-    wanted = await as_of(settings(), time)
+    wanted = settings()
     rate = options.pop("rate") or wanted.verify_rate
     order = Order(rate=rate, **options)
     async with open_site(wanted, cluster=cluster) as site, recording(site, "verify", typed(), tell=say) as entry:

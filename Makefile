@@ -11,7 +11,7 @@ ARGS =
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test check format kill-test soak bench bench-stream bench-scrape drill-sample image-test lock clean bootstrap
+.PHONY: help demo test check format kill-test soak bench bench-stream bench-scrape bench-repository drill-sample image-test lock clean bootstrap
 
 help: ## show these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1:\2/p' Makefile | while IFS=: read -r verb text; do printf '%-18s %s\n' "  $$verb" "$$text"; done
@@ -46,6 +46,9 @@ bench-stream: bootstrap ## what the stream costs commits, how far it lags, how f
 
 bench-scrape: bootstrap ## what it costs to be watched, with 30 days of WAL and 60 backups
 	$(PYTHON) -m tests.benchmarks.scrape $(ARGS)
+
+bench-repository: bootstrap ## what it costs to keep a large repository in order: 10,000 WAL objects, and up to a million
+	$(PYTHON) -m tests.benchmarks.repository $(ARGS)
 
 drill-sample: bootstrap ## write docs/drill-sample.md anew, from a real drill
 	$(PYTHON) -m tests.drill_sample docs/drill-sample.md

@@ -8,8 +8,9 @@ import click
 
 from handlers.verify_report import Healing, Report
 from infra.cli import exits
+from infra.cli.answering import as_of
 from infra.cli.progress import Bytes
-from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
 from infra.records import recording
 from infra.verification import Order, verify_site
 from infra.wiring import open_site
@@ -26,6 +27,7 @@ from pipeline.errors import ConfigError, IntegrityError
     "--rate", type=click.IntRange(min=1), metavar="BYTES", help="Read at most so much a second (WALSHIP_VERIFY_RATE)."
 )
 @cluster_option
+@as_of_option
 @json_option
 @click.pass_context
 @asynchronous
@@ -49,7 +51,10 @@ async def command(context: click.Context, /, *, as_json: bool, cluster: str, **o
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     if options["dry_run"] and not options["heal"]:
         raise ConfigError("--dry-run is for --heal", hint="verifying alone changes nothing")
-    wanted = settings()
+    time = options.pop("as_of")
+    if time and options["heal"]:
+        raise ConfigError("--heal and --as-of contradict each other", hint="the past cannot be changed: copy it")
+    wanted = await as_of(settings(), time)
     rate = options.pop("rate") or wanted.verify_rate
     order = Order(rate=rate, **options)
     async with open_site(wanted, cluster=cluster) as site, recording(site, "verify", typed(), tell=say) as entry:
@@ -102,7 +107,7 @@ def _verdict(report: Report) -> str:
     usable = sum(b.usable for b in report.backups)
     kinds = "".join(f" ({', '.join(f'{n} {kind}' for kind, n in report.kinds.items())})" if report.kinds else "")
     return (
-        f"{len(report.faults)} objects are not as they should be{kinds}, {len(report.holes)} holes in the WAL,"
+        f"{len(report.faults)} objects are damaged or missing{kinds}, {len(report.holes)} holes in the WAL,"
         f" {usable} of {len(report.backups)} backups are usable"
     )
 

@@ -179,7 +179,7 @@ class _Copy:
     async def _is_left_out(self, phase: Phase, lack: Lack, held: AsyncExitStack) -> bool:
         if lack.name in self._failed or phase.backup in self._deleted:
             return True
-        if phase.kind == "backup" and phase.backup in self.done.given_up:
+        if phase.kind == "backup" and (phase.backup in self.done.given_up or not await self._is_whole(phase)):
             return True  # nobody may list what is not whole
         if phase.backup and phase.backup not in self._held:
             self._held.add(phase.backup)
@@ -187,6 +187,17 @@ class _Copy:
                 self._give_up(phase.backup, f"it is being deleted by {who}")
                 return True
         return False
+
+    async def _is_whole(self, phase: Phase) -> bool:
+        """Whether all parts are there still: to who cleans up at the target they were parts of no backup until now."""
+        if phase.before is None:
+            return True
+        async with aclosing(phase.before()) as lacking:
+            async for lack in lacking:
+                if lack.theirs is None:
+                    self.done.given_up[phase.backup] = f"{lack.name} went at the target while it was copied"
+                    return False
+        return True
 
     async def _one(self, phase: Phase, lack: Lack) -> None:
         copied = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from pipeline import operations, pins
 from pipeline.catalog import backup_of, info_key, is_piece, parse_wal_key, wal_key
@@ -71,6 +72,8 @@ class Phase:
     lacking: AsyncGenerator[Lack, None]
     #: Name of the backup that they belong to; empty for all else.
     backup: str = ""
+    #: For backup_info: what of the backup is still lacking, looked at anew.
+    before: Callable[[], AsyncGenerator[Lack, None]] | None = None
 
 
 async def phases(
@@ -90,7 +93,7 @@ async def phases(
         yield Phase("tail", look.tails())
     async for backup, info in look.backups():
         yield Phase("part", look.parts(backup), backup)
-        yield Phase("backup", look.these([info], info.key), backup)
+        yield Phase("backup", look.these([info], info.key), backup, partial(look.parts, backup))
         if wanted.beside:
             yield Phase("pin", look.below(pins.pin_key(backup), frozenset([pins.pin_key(backup)]).__contains__))
     if wanted.beside:

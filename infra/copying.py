@@ -270,9 +270,16 @@ async def run(
         if pace is not None and (seconds := pace.take(size)) > 0:
             await ends.clock.sleep(seconds)
 
+    @asynccontextmanager
+    async def hold(backup: str) -> AsyncIterator[str]:
+        """At both: whoever expires at the target takes parts without a backup_info for what a crash has left."""
+        mark = partial(held, clock=ends.clock, tell=tell)
+        async with mark(ends.sources[:1], backup) as here, mark((ends.target,), backup) as there:
+            yield here or there
+
     means = Means(
         system_id=ends.facts.system_id,
-        hold=partial(held, ends.sources[:1], clock=ends.clock, tell=tell),
+        hold=hold,
         before=before,
         progress=progress,
         trouble=trouble,

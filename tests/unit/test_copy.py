@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
@@ -67,6 +68,13 @@ async def source(name: str = "a") -> MemoryStore:
     return store
 
 
+class Still(FastClock):
+    """Nobody's heart beats again while a copy takes no time."""
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(3600 if seconds else 0)
+
+
 def facts() -> RepositoryFacts:
     return RepositoryFacts(SYSTEM_ID, 17, 1 << 20, "2026-01-14T12:00:00+00:00")
 
@@ -78,7 +86,7 @@ def expected(from_store: MemoryStore) -> dict[str, bytes]:
 def ends(origin: object, target: object, *others: object) -> Ends:
     root = target if isinstance(target, MemoryStore) else MemoryStore("unused")
     no_key = ConfigError("there is no key")
-    return Ends(facts(), (origin, *others), target, root, None, no_key, FastClock())  # type: ignore[arg-type]
+    return Ends(facts(), (origin, *others), target, root, None, no_key, Still())  # type: ignore[arg-type]
 
 
 async def test_all_that_matters_is_copied_verbatim_and_nothing_else() -> None:
@@ -155,7 +163,7 @@ def assert_nothing_half(b: MemoryStore, a: MemoryStore) -> None:
     """Whatever is there is what the source has, can be read, and no backup is listed that is not whole."""
     there = content(b)
     for name, held in there.items():
-        if name.startswith("log/check-"):
+        if name.startswith(("log/check-", "use/")):
             continue
         assert content(a)[name] == held
         if name != REPOSITORY and (key := read_header(name, held)[0].key):
@@ -182,9 +190,9 @@ async def test_killed_at_any_call_it_goes_on_and_ends_as_if_nothing_had_been(aft
             assert_nothing_half(inner, a)
         else:
             break
-        for name in [name for name in content(a) if name.startswith("use/base_")]:
-            await a.delete([name])  # expire removes what the killed one has left, a minute later
-        rest = Ends(dying.facts, (a,), inner, rooting(inner), None, dying.site, FastClock())
+        for store in (a, inner):  # expire removes what the killed one has left, a minute later
+            await store.delete([name for name in content(store) if name.startswith("use/base_")])
+        rest = Ends(dying.facts, (a,), inner, rooting(inner), None, dying.site, Still())
         await run(rest, await select(rest), tell=print)
         made = {name: held for name, held in content(inner).items() if not name.startswith("log/check-")}
         assert made == {**expected(a), REPOSITORY: content(a)[REPOSITORY]}
@@ -313,6 +321,23 @@ async def test_a_backup_is_marked_while_it_is_copied_and_left_alone_if_it_is_bei
     marks.clear()
     await copy([a], b, Wanted(backups=lambda name: name == BACKUPS[1]), Means(hold=hold))
     assert marks == [], "what is there already needs no mark"
+
+
+async def test_parts_that_go_at_the_target_meanwhile_keep_the_backup_from_being_listed() -> None:
+    a, b = await source(), MemoryStore("b")
+
+    class Cleaned(Faulty):
+        async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
+            await super().put(key, body, replace=replace, keep_until=keep_until)
+            if key.endswith("index/00000001"):
+                await b.delete([part_key(BACKUPS[0], "base", 1)])
+
+    done = await copy([a], Cleaned(b), ALL, Means(at_once=1))
+    assert done.backups == [BACKUPS[1]]
+    assert "went at the target" in done.given_up[BACKUPS[0]]
+    assert info_key(BACKUPS[0]) not in content(b)
+    await copy([a], b, ALL, Means())
+    assert content(b) == expected(a)
 
 
 @pytest.mark.parametrize("passing", [False, True], ids=["access denied", "full"])

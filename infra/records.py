@@ -26,7 +26,7 @@ from pipeline.backup import BackupInfo
 from pipeline.catalog import data_key_name
 from pipeline.chain import Chain
 from pipeline.contracts import Body, Fetch, Store
-from pipeline.errors import ObjectConflict, ObjectMissing, StoreError, WalshipError, foreseen
+from pipeline.errors import ObjectConflict, ObjectMissing, ReadOnly, StoreError, WalshipError, foreseen
 from pipeline.operations import Record, RecordName
 
 #: Seconds that a destination has to take a record; and where somebody waits for the process to end.
@@ -140,6 +140,8 @@ async def _put(site: Site, store: Store, key: str, body: Body, tell: Callable[[s
             await put_key(site, store)
             with contextlib.suppress(ObjectConflict):  # an attempt whose answer was lost: the name is ours alone
                 await store.put(key, body)
+    except ReadOnly:
+        return False  # whoever looks at the past knows that nothing is written there
     except StoreError as error:
         fact = error.fact
     except TimeoutError:

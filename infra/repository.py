@@ -59,6 +59,8 @@ class Destination:
     root: Store
     #: Must confirm an object before it is acknowledged.
     required: bool
+    #: It shows the past: see ``storage.as_of``.
+    past: bool = False
 
     @property
     def name(self) -> str:
@@ -190,4 +192,5 @@ def _none_found(
         return failures[-1]
     names = ", ".join(d.name for d in destinations)
     what = f"cluster {cluster}" if cluster else "any cluster"
-    return ConfigError(f"there is no repository of {what} at {names}", hint="`walship init` makes it")
+    hint = "name a later moment" if any(d.past for d in destinations) else "`walship init` makes it"
+    return ConfigError(f"there is no repository of {what} at {names}", hint=hint)

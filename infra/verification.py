@@ -22,7 +22,7 @@ from infra.storage.in_use import using
 from infra.wiring import Site
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Store
-from pipeline.errors import IntegrityError, ObjectMissing, SourceError, StoreError
+from pipeline.errors import IntegrityError, ObjectMissing, ReadOnly, SourceError, StoreError
 from pipeline.verified import MOST, Memory, memory_key
 
 #: Seconds between two times that what was verified so far is written down: an interruption costs no more than that.
@@ -172,6 +172,8 @@ class _Saving:
                     await store.put(memory_key(store.name), body, replace=True)
                 finally:
                     body.close()
+        except ReadOnly:
+            self._refused.add(store.name)
         except (StoreError, TimeoutError) as error:
             self._refused.add(store.name)
             fact = error.fact if isinstance(error, StoreError) else f"no answer within {patience:g} seconds"

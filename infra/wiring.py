@@ -24,7 +24,7 @@ from infra.monitoring.log import log_notice
 from infra.monitoring.stages import STAGES, Observe, TimedStage
 from infra.repository import Destination, RepositoryFacts, find
 from infra.settings import Settings
-from infra.storage import open_store
+from infra.storage import is_past, open_store
 from infra.storage.retry import RetryPolicy
 from infra.storage.rooted import Rooted
 from infra.storage.telling import Telling
@@ -104,7 +104,8 @@ async def open_destinations(
                 )
             if waits is not None:
                 store = Telling(store, waits)
-            opened.append(Destination(store, not settings.required or url in settings.required))
+            required = not settings.required or url in settings.required
+            opened.append(Destination(store, required, past=is_past(url)))
         yield tuple(opened)
 
 

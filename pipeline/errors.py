@@ -57,6 +57,10 @@ class ObjectConflict(StoreError):
         self.theirs = theirs
 
 
+class ReadOnly(StoreError):
+    """The store shows the past, in which nothing can be written. Who only leaves marks and records goes on without."""
+
+
 class IntegrityError(WalshipError):
     """Stored bytes are not what was written: damaged, exchanged, cut, or of another repository."""
 

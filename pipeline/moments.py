@@ -24,18 +24,20 @@ _HINT = (
 )
 
 
-def parse_time(text: str, zone: tzinfo | None = None, *, now: datetime | None = None) -> datetime:
+def parse_time(
+    text: str, zone: tzinfo | None = None, *, now: datetime | None = None, option: str = "--to-time"
+) -> datetime:
     """``2026-01-14 12:00:00+01`` or ``10 minutes ago`` → the moment in UTC.
 
     Accepts what PostgreSQL prints, RFC 3339, ``now``, a span of time with ``ago``, and ``today`` and ``yesterday`` with
     a time of day. Without a zone it is ``zone``, or this machine's. ``now`` is the clock's; None asks this machine's.
-    Raises ConfigError.
+    Raises ConfigError, which names the option.
     """
     try:
         moment = _relative(text.strip().lower(), zone, now or datetime.now(UTC))
         return moment.astimezone(UTC) if moment is not None else _absolute(text.strip(), zone)
     except (ValueError, OverflowError):
-        raise ConfigError(f"--to-time {text!r} is not a time", hint=_HINT) from None
+        raise ConfigError(f"{option} {text!r} is not a time", hint=_HINT) from None
 
 
 def _absolute(words: str, zone: tzinfo | None) -> datetime:

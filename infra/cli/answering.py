@@ -9,9 +9,11 @@ from infra.cli.verb import say
 from infra.restore import Repository
 from infra.settings import Settings
 from infra.storage import display_name
+from infra.storage.as_of import as_it_was
 from infra.wiring import Site
 from pipeline.catalog import REPOSITORY
 from pipeline.errors import ConfigError, StoreError
+from pipeline.moments import parse_time, time_remark
 
 
 def narrowed(wanted: Settings, source: str) -> Settings:
@@ -26,6 +28,20 @@ def narrowed(wanted: Settings, source: str) -> Settings:
         names = ", ".join(display_name(url) for url in wanted.destinations)
         raise ConfigError(f"--from {source} is no destination", hint=f"the destinations are: {names}")
     return wanted.model_copy(update={"destinations": chosen, "required": ()})
+
+
+async def as_of(wanted: Settings, time: str | None) -> Settings:
+    """The settings with the destinations as they were at the time of ``--as-of``; None: as they are.
+
+    Those that keep no versions are left out, and told. Raises ConfigError if all are.
+    """
+    if time is None:
+        return wanted
+    moment = parse_time(time, option="--as-of")
+    if remark := time_remark(time, moment):
+        say(remark)
+    urls = await as_it_was(wanted.destinations, moment, wanted, tell=say)
+    return wanted.model_copy(update={"destinations": urls, "required": ()})
 
 
 async def answering(site: Site) -> Site:

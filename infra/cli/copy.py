@@ -8,9 +8,10 @@ import click
 
 from handlers.copy import Copied, Trouble
 from infra.cli import exits
+from infra.cli.answering import as_of
 from infra.cli.progress import Bytes
-from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
-from infra.copying import Ends, Outcome, Selection, lacking, open_ends, run, select, with_target
+from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.copying import Ends, Outcome, Selection, lacking, open_ends, run, select, url_of, with_target
 from infra.records import Entry, recording
 from pipeline.errors import ConfigError, IntegrityError, WalshipError
 
@@ -41,11 +42,13 @@ _KINDS = {
 @click.option("--rate", type=click.IntRange(min=1), default=None, metavar="BYTES", help="At most so many a second.")
 @click.option("--dry-run", is_flag=True, help="Only compare the listings, and say what would be copied.")
 @cluster_option
+@as_of_option
 @json_option
 @click.pass_context
 @asynchronous
 async def command(
     context: click.Context,
+    /,
     sources: tuple[str, ...],
     target: str,
     backup: str,
@@ -56,6 +59,7 @@ async def command(
     dry_run: bool,
     cluster: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Copy a repository to another destination: what is there and lacking here, verbatim, checked on the way.
 
@@ -75,7 +79,10 @@ async def command(
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     if backup and backups:
         raise ConfigError("--backup and --backups were given", hint="one backup, or all of them")
-    async with open_ends(settings(), sources, target, cluster=cluster, existing=existing, dry=dry_run) as ends:
+    wanted = settings()
+    urls = tuple(url_of(wanted, each) for each in sources)
+    begin = await as_of(wanted.model_copy(update={"destinations": urls}), options["as_of"])
+    async with open_ends(wanted, begin.destinations, target, cluster=cluster, existing=existing, dry=dry_run) as ends:
         selection = await select(ends, backup=backup, wal=wal, backups=backups)
         if dry_run:
             outcome = await lacking(ends, selection)

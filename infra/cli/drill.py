@@ -18,10 +18,10 @@ import click
 
 from handlers.check_file import Check, parse
 from handlers.drill import Reading, Report, State
-from infra.cli.answering import answering, narrowed, repository_of
+from infra.cli.answering import answering, as_of, narrowed, repository_of
 from infra.cli.exits import exit_code
 from infra.cli.progress import EVERY, Bytes
-from infra.cli.verb import asynchronous, cluster_option, emit, json_option, say, settings, typed
+from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, json_option, say, settings, typed
 from infra.drill import Order, drill, judge
 from infra.postgres.restored import Replay
 from infra.records import recording
@@ -51,6 +51,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False, readable=True)
 )  # fmt: skip
 @click.option("--keep", is_flag=True, help="Leave the folder and its server, and say where they are.")
 @cluster_option
+@as_of_option
 @click.option("--allow-unencrypted", is_flag=True, help="Accept plain objects in an encrypted repository.")
 @json_option
 @asynchronous
@@ -112,7 +113,7 @@ async def command(**options: Any) -> None:
 async def _rehearse(order: Order, report: Report, options: dict[str, Any]) -> None:
     """With the site opened, and closed again: what that takes belongs to the time that a restore takes."""
     allowed: bool = options["allow_unencrypted"]
-    wanted = narrowed(settings(), options["source"])
+    wanted = await as_of(narrowed(settings(), options["source"]), options["as_of"])
     order = replace(order, bin_dir=wanted.pg_bin_dir, user=wanted.postgres_username)
     async with contextlib.AsyncExitStack() as stack:
         opening = time.monotonic()

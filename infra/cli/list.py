@@ -10,8 +10,8 @@ import click
 
 from handlers.fetch import Fetcher, read_catalog
 from handlers.plan import last_moment
-from infra.cli.answering import answering
-from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings
+from infra.cli.answering import answering, as_of
+from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.pins import pins_of
 from infra.wiring import Site, open_site
 from pipeline.catalog import Catalog
@@ -23,9 +23,10 @@ from pipeline.wal import Lsn
 
 @click.command("list")
 @cluster_option
+@as_of_option
 @json_option
 @asynchronous
-async def command(cluster: str, as_json: bool) -> None:
+async def command(cluster: str, as_json: bool, **options: Any) -> None:
     """Base backups, how far each can be rolled forward, and holes in the WAL.
 
     What any destination has counts; `walship verify` tells what each of them lacks.
@@ -36,7 +37,7 @@ async def command(cluster: str, as_json: bool) -> None:
       walship list --cluster 7400000000000000000
       walship list --json
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
-    async with open_site(settings(), cluster=cluster) as site:
+    async with open_site(await as_of(settings(), options["as_of"]), cluster=cluster) as site:
         catalog = await read_catalog(
             site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size, notify=say
         )

@@ -15,10 +15,10 @@ import click
 from handlers.occupant import occupant
 from handlers.shares import check_complete, measure, share_out
 from handlers.target_dir import Targets
-from infra.cli.answering import answering, narrowed, repository_of
+from infra.cli.answering import answering, as_of, narrowed, repository_of
 from infra.cli.planned import plan_facts, plan_lines
 from infra.cli.progress import EVERY, Bytes
-from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
 from infra.postgres.restored import Replay, Started
 from infra.records import recording
 from infra.restore import Place, Restored, Watch, check_place, make_plan, restore
@@ -49,6 +49,7 @@ from pipeline.wal import WalFile
     help="What the server does at the target.",
 )  # fmt: skip
 @cluster_option
+@as_of_option
 @click.option("--backup", metavar="NAME", help="Begin with this backup instead of the best one.")
 @click.option("--from", "source", default="", metavar="DEST", help="Read from this destination only.")
 @click.option("--tablespace-map", "maps", multiple=True, metavar="OLD=NEW", help="Put a tablespace elsewhere.")
@@ -79,6 +80,7 @@ async def command(target_dir: Path, **options: Any) -> None:
       walship restore --target-dir /restored --to-time '2026-01-14 11:59:00+01' --dry-run
       walship restore --target-dir /restored --to-time '10 minutes ago' --start --port 5433
       walship restore --target-dir /var/lib/postgresql/data --delta --start
+      walship restore --target-dir /restored --as-of '2 hours ago' --dry-run
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     target, remark = _target(options)
     place = _place(target_dir, options)
@@ -86,7 +88,7 @@ async def command(target_dir: Path, **options: Any) -> None:
     if remark:
         say(remark)
     began = time.monotonic()
-    wanted = narrowed(settings(), options["source"])
+    wanted = await as_of(narrowed(settings(), options["source"]), options["as_of"])
     async with open_site(wanted, cluster=options["cluster"], allow_unencrypted=options["allow_unencrypted"]) as opened:
         opened.keys.need_reading("walship restore")
         site = await answering(opened)

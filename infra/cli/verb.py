@@ -29,6 +29,11 @@ cluster_option = click.option(
 )
 
 
+as_of_option = click.option(
+    "--as-of", metavar="TIME", help="Read the bucket as it was then, before objects were deleted or replaced."
+)
+
+
 def asynchronous(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     """Run the verb in an event loop. SIGTERM or SIGINT cancels it, so that it stops cleanly, whatever it does.
 

@@ -7,9 +7,11 @@ s3://bucket/prefix?endpoint=http://s3:8333&region=us-east-1
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, parse_qs, parse_qsl, unquote, urlsplit
 
 from infra.clock import SystemClock
 from infra.settings import Settings
@@ -18,6 +20,10 @@ from infra.storage.retry import Observer, Retrying, RetryPolicy
 from infra.storage.rooted import Rooted
 from pipeline.contracts import Clock, Store
 from pipeline.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from infra.storage.s3_client import S3Options
+    from infra.storage.s3_versions import S3Versions
 
 #: The options of an S3 destination, and what each may be; an empty tuple means any text.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -30,6 +36,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "kms_key": (),
     "storage_class": (),
     "lock": ("GOVERNANCE", "COMPLIANCE"),
+    "as_of": (),
 }
 _FORMS = "a destination is file:///folder or s3://bucket/prefix?endpoint=…&region=…"
 
@@ -54,10 +61,17 @@ def open_store(
     return Retrying(store, clock or SystemClock(), policy, observe=observe or (lambda *_: None))
 
 
+def is_past(url: str) -> bool:
+    """Whether the destination is seen as it was at a moment."""
+    return "as_of" in parse_qs(_split(url).query)
+
+
 def display_name(url: str) -> str:
-    """The URL as people and metrics see it: without options and without anything that could be a secret."""
+    """The URL as people and metrics see it: without anything that could be a secret, nor options but ``as_of``."""
     parts = _split(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    moment = parse_qs(parts.query).get("as_of", [""])[0]
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    return f"{shown} as of {moment}" if moment else shown
 
 
 def _split(url: str) -> SplitResult:
@@ -102,6 +116,35 @@ def _folder(url: str) -> Path:
 def _bucket(url: str, settings: Settings) -> Store:
     # A sixth of a second and 20 MB of libraries, which whoever has only folders need not pay.
     from infra.storage.s3 import S3Store
+    from infra.storage.s3_past import S3Past
+
+    options, moment, prefix = _s3(url, settings)
+    store = S3Past(options, moment) if moment else S3Store(options)
+    if not prefix:
+        return store
+    name = display_name(url)
+    try:
+        return Rooted(store, prefix, name=name)
+    except StoreError as error:
+        raise ConfigError(
+            f"{name} has a prefix that cannot be one: {error.fact}",
+            hint="name folders and a / between them, for example s3://bucket/backups/walship",
+        ) from None
+
+
+def open_versions(url: str, settings: Settings) -> tuple[S3Versions, str]:
+    """The bucket of an ``s3:`` destination, to look at its versions, and the prefix in it: empty, or with a / behind.
+
+    Without patience: each question is asked once. Raises ConfigError.
+    """
+    from infra.storage.s3_versions import S3Versions
+
+    options, _, prefix = _s3(url, settings)
+    return S3Versions(options), f"{prefix}/" if prefix else ""
+
+
+def _s3(url: str, settings: Settings) -> tuple[S3Options, datetime | None, str]:
+    """How the bucket is reached, as of when it is seen, and the prefix."""
     from infra.storage.s3_client import S3Options
 
     parts, name = _split(url), display_name(url)
@@ -113,28 +156,18 @@ def _bucket(url: str, settings: Settings) -> Store:
     if parts.fragment:
         raise ConfigError(f"{name} has a part behind #", hint=_FORMS)
     options = _options(name, parts.query)
+    moment = _moment(name, options.pop("as_of")) if "as_of" in options else None
     access, secret = settings.aws_access_key_id.get_secret_value(), settings.aws_secret_access_key.get_secret_value()
     if bool(access) != bool(secret):
         raise ConfigError("of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY only one is set", hint="set both, or none")
-    store = S3Store(
-        S3Options(
-            bucket=parts.netloc,
-            access_key=access,
-            secret_key=secret,
-            session_token=os.environ.get("AWS_SESSION_TOKEN", "") if access else "",
-            **options,
-        )
+    reached = S3Options(
+        bucket=parts.netloc,
+        access_key=access,
+        secret_key=secret,
+        session_token=os.environ.get("AWS_SESSION_TOKEN", "") if access else "",
+        **options,
     )
-    prefix = unquote(parts.path).strip("/")
-    if not prefix:
-        return store
-    try:
-        return Rooted(store, prefix, name=name)
-    except StoreError as error:
-        raise ConfigError(
-            f"{name} has a prefix that cannot be one: {error.fact}",
-            hint="name folders and a / between them, for example s3://bucket/backups/walship",
-        ) from None
+    return reached, moment, unquote(parts.path).strip("/")
 
 
 def _options(name: str, query: str) -> dict[str, Any]:
@@ -176,3 +209,11 @@ def _options(name: str, query: str) -> dict[str, Any]:
                 hint="an endpoint is https://host:port, without user and password",
             )
     return options
+
+
+def _moment(name: str, text: str) -> datetime:
+    """As ``as_of`` says it: never as seen from now, for the URL is read again and again."""
+    with suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    raise ConfigError(f"the option as_of of {name} is {text!r}", hint="it must be like 2026-11-23T12:00:00Z")

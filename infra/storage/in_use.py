@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from handlers.body import joined
 from infra.storage.heartbeat import MOST, Heartbeat, Holder
 from pipeline.contracts import Clock, Store
-from pipeline.errors import ObjectMissing, SourceError, StoreError
+from pipeline.errors import ObjectMissing, ReadOnly, SourceError, StoreError
 
 FOLDER = "use/"
 #: Seconds after which a mark that does not change is of somebody who is gone.
@@ -118,6 +118,8 @@ class Use:
             for backup in list(backups):
                 async with asyncio.timeout(ANSWER):
                     await do(store, backup)
+        except ReadOnly:
+            self._stores.remove(store)  # the past, from which nobody deletes
         except StoreError as error:
             if not error.passing and not any(name == store.name for name, _ in self._written):
                 self._stores.remove(store)  # it lets us read and not write: asked once

@@ -71,13 +71,22 @@ class S3Store:
         if span is not None and span[0] >= span[1]:
             await self.head(key)
             return MemoryBody(())
+        return await self._get(key, span)
+
+    async def _get(self, key: str, span: Span | None, *, version: str = "", before: datetime | None = None) -> Body:
+        """The object, or one version of it. ``before``: ObjectMissing if it was written then or later."""
         request: GetObjectRequestTypeDef = {"Bucket": self._options.bucket, "Key": key}
+        if version:
+            request["VersionId"] = version
         if span is not None:
             request["Range"] = f"bytes={span[0]}-{span[1] - 1}"
         client = await self._open()
         try:
             async with self._explained(f"get {key}", key), asyncio.timeout(STALL) as watch:
                 answer = await client.get_object(**request)
+                if before is not None and not _is_before(answer.get("LastModified"), before):
+                    answer["Body"].close()
+                    raise s3_errors.missing(self.name, key)
                 return await self._read(key, span, answer, watch)
         except _BeyondEndError:
             return MemoryBody(())
@@ -99,7 +108,7 @@ class S3Store:
         client = await self._open()
         request: dict[str, Any] = {"Bucket": self._options.bucket, "Prefix": prefix}
         if after:
-            request["StartAfter"] = _before(after)
+            request["StartAfter"] = start_before(after)
         if shallow:
             request["Delimiter"] = "/"
         while True:
@@ -292,7 +301,11 @@ def _is_small(body: Body) -> bool:
     return isinstance(body, MemoryBody) and body.size <= _SMALL
 
 
-def _before(after: str) -> str:
+def _is_before(modified: datetime | None, moment: datetime) -> bool:
+    return modified is not None and modified < moment
+
+
+def start_before(after: str) -> str:
     """A key to start a listing from that leaves out nothing behind ``after``, also where the server sorts by folders.
 
     SeaweedFS does: it takes folder "a" for less than "a.b" and than "a" itself, but its keys, "a/…", sort behind both.

@@ -15,7 +15,8 @@ from pipeline.errors import ObjectConflict, ObjectMissing, StoreError
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or their _FILE twins)"
 _RIGHTS = (
     "allow these credentials s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket;"
-    " without s3:ListBucket a missing object looks forbidden, too"
+    " without s3:ListBucket a missing object looks forbidden, too. To see a bucket as it was, also"
+    " s3:GetBucketVersioning, s3:ListBucketVersions and s3:GetObjectVersion"
 )
 _BETWEEN = "if it happens again, check the network and what is between this host and the store (proxy, firewall)"
 _CLOCK = "the clocks of this host and of the store differ by more than 15 minutes: set them"

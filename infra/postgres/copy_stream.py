@@ -14,10 +14,11 @@ import stat
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from crc32c import crc32c
 
-from handlers.pages import PAGE, bad_pages
+from handlers.pages import FEW, PAGE, Few, bad_pages
 from infra.postgres.damage import Damage
 from infra.postgres.datadir import Found
 from pipeline.backup import ArchiveData
@@ -27,8 +28,8 @@ from pipeline.make_manifest import ManifestMaker
 from pipeline.tar import BLOCK, EntryKind, header
 from pipeline.wal import Lsn
 
-#: Most bytes that are read at a time, whole pages.
-_READ = 1 << 20
+#: Most bytes that are read at a time, whole pages. Less makes the page checksums slower, more leaves the cache.
+_READ = 2 << 20
 #: Seconds between looks whether it was stopped, while there is no room.
 _LOOK = 0.1
 
@@ -43,7 +44,6 @@ class Copy:
     #: Whether pages have checksums, and how many make a segment file of a relation.
     checksums: bool
     blocks: int
-    damaged: list[Damage] = field(default_factory=list)
     #: Waits until so many bytes may be read, or it was stopped.
     pace: Callable[[int, threading.Event], None] = lambda _size, _stop: None
     #: Bytes of a piece; whole pages. By default what becomes a part as it is.
@@ -55,6 +55,8 @@ class Copy:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _spare: queue.SimpleQueue[bytearray] = field(default_factory=queue.SimpleQueue)
     _made: int = 0
+    #: Path → numbers of the damaged blocks.
+    _bad: dict[str, list[int]] = field(default_factory=dict)
 
     def room(self) -> bytearray | None:
         """For one piece, to be given back with ``free``. Waits for it; None if it was stopped meanwhile."""
@@ -76,9 +78,26 @@ class Copy:
         with self._lock:
             self.manifest.add(os.fsencode(path), size, mtime, crc)
 
-    def report(self, damage: Damage) -> None:
+    def report(self, path: str, block: int) -> None:
+        """A block is damaged."""
         with self._lock:
-            self.damaged.append(damage)
+            self._bad.setdefault(path, []).append(block)
+
+    @property
+    def damaged(self) -> list[Damage]:
+        """What was reported, once all has been read."""
+        return [Damage(path, tuple(sorted(blocks))) for path, blocks in sorted(self._bad.items())]
+
+
+@dataclass(frozen=True, slots=True)
+class _Relation:
+    """A file of pages."""
+
+    source: Path
+    #: As in the manifest.
+    path: str
+    #: Number of its first block.
+    first: int
 
 
 class Shared:
@@ -105,6 +124,7 @@ class Stream:
         self._copy = copy
         self._prefix = prefix
         self._pieces = self._all()
+        self._few: Few[_Relation] = Few(copy.start)
         #: The piece that is gathered, if any is, and how much of it is there.
         self._room: bytearray | None = None
         self._filled = 0
@@ -134,6 +154,8 @@ class Stream:
                 hint="walship has to run as the server's user to read the data directory; the disk's log may tell"
                 " more. WALSHIP_DATA_DIR unset takes the backup through the server instead",
             ) from None
+        for relation, number in self._few.check():
+            self._look_again(relation, number)
         if self._filled:
             yield self._piece()
 
@@ -172,8 +194,7 @@ class Stream:
         )  # fmt: skip
 
     def _file(self, found: Found) -> Iterator[ArchiveData]:
-        # Not blocking: what was a file when it was listed may be a pipe by now, and nobody writes to that.
-        handle = os.open(found.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = _open(found.source)
         try:
             seen = os.fstat(handle)
             if not stat.S_ISREG(seen.st_mode):
@@ -196,8 +217,10 @@ class Stream:
 
     def _content(self, handle: int, size: int, found: Found) -> Generator[ArchiveData, None, int]:
         """Gives the CRC-32C of what was written."""
-        damaged: list[int] = []
         crc = offset = 0
+        relation = None
+        if self._copy.checksums and found.segment is not None:
+            relation = _Relation(found.source, self._prefix + found.path, found.segment * self._copy.blocks)
         while offset < size:
             rest = self._rest()[: min(_READ, size - offset)]
             self._copy.pace(len(rest), self._copy.stop)
@@ -208,30 +231,47 @@ class Stream:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(found.source)) from None  # it knows no name
             rest[there:] = bytes(len(rest) - there)
-            if self._copy.checksums and found.segment is not None:
-                damaged += self._check(handle, rest[:there], offset, found.segment)
             crc = crc32c(rest, crc)
+            if relation is not None:
+                self._check(handle, rest[:there], offset, relation)
             offset += len(rest)
             yield from self._took(len(rest))
-        if damaged:
-            self._copy.report(Damage(self._prefix + found.path, tuple(damaged)))
         return crc
 
-    def _check(self, handle: int, data: memoryview, offset: int, segment: int) -> list[int]:
-        """Blocks that are damaged at a second look too: the server may have been writing at the first."""
-        first = segment * self._copy.blocks
-        # A page that lies across the end of a piece was not seen whole: it is looked at from the file.
+    def _check(self, handle: int, data: memoryview, offset: int, relation: _Relation) -> None:
+        """Look for damaged pages in what was just read; a few are looked at later, with those of other files."""
+        # A page that lies across the end of a piece was not seen whole: it is read once more.
         front = -offset % PAGE
         whole = data[front : front + (len(data) - front) // PAGE * PAGE]
-        bad = [first + offset // PAGE] if front else []
-        if whole:
-            bad += bad_pages(whole, first + (offset + front) // PAGE, self._copy.start)
-        again = []
-        for number in bad:
-            page = os.pread(handle, PAGE, (number - first) * PAGE)
-            if len(page) == PAGE and bad_pages(page, number, self._copy.start):
-                again.append(number)
-        return again
+        number = relation.first + offset // PAGE
+        bad: list[tuple[_Relation, int]] = []
+        if front and len(page := os.pread(handle, PAGE, offset // PAGE * PAGE)) == PAGE:
+            bad += self._few.add(page, number, relation)
+        number += front > 0
+        if len(whole) > FEW * PAGE:
+            bad += [(relation, found) for found in bad_pages(whole, number, self._copy.start)]
+        elif whole:
+            bad += self._few.add(whole, number, relation)
+        for each in bad:
+            self._look_again(*each)
+
+    def _look_again(self, relation: _Relation, number: int) -> None:
+        """A block counts as damaged if it is so at a second look: the server may have been writing at the first."""
+        try:
+            handle = _open(relation.source)
+        except FileNotFoundError:
+            return  # dropped meanwhile
+        try:
+            page = os.pread(handle, PAGE, (number - relation.first) * PAGE)
+        finally:
+            os.close(handle)
+        if len(page) == PAGE and bad_pages(page, number, self._copy.start):
+            self._copy.report(relation.path, number)
+
+
+def _open(path: Path) -> int:
+    """Not blocking: what was a file when it was listed may be a pipe by now, and nobody writes to that."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _read(handle: int, room: memoryview, offset: int) -> int:

@@ -63,6 +63,31 @@ def test_a_damaged_page_is_found_wherever_a_piece_ends(tmp_path: Path) -> None:
     assert [found.blocks for found in copy.damaged] == [(0, 3, 4, 11, 12)]
 
 
+@pytest.mark.parametrize(("files", "dropped"), [(60, "base/1/16420"), (150, "")])
+def test_damaged_pages_of_many_small_files_are_told_apart(tmp_path: Path, files: int, dropped: str) -> None:
+    """They are checked together, 128 at a time; a file that was dropped before that has no damage."""
+    (tmp_path / "base/1").mkdir(parents=True)
+    good, bad = b"".join(page(number) for number in range(2)), page(1)
+    bad[5000] ^= 1
+    wrong = set()
+    for oid in range(16384, 16384 + files):
+        if oid % 20 == 0:
+            wrong.add(f"base/1/{oid}")
+        (tmp_path / f"base/1/{oid}").write_bytes(good if oid % 20 else good[:PAGE] + bad)
+    copy = Copy(Lsn(1 << 33), ManifestMaker("7", 17), checksums=True, blocks=131072, piece=4 * PAGE, pieces=1)
+    stream = Stream("base", Shared(walk(tmp_path, 17)), copy, "pg_tblspc/1/")
+    tar = b""
+    while (piece := stream.next()) is not None:
+        tar += piece.data
+        if dropped and tar.count(b"ustar") > files:  # the headers of all have come
+            (tmp_path / dropped).unlink(missing_ok=True)
+        assert piece.free is not None
+        piece.free()
+    assert {found.path: found.blocks for found in copy.damaged} == {
+        f"pg_tblspc/1/{path}": (1,) for path in wrong - {dropped}
+    }
+
+
 def test_whoever_waits_for_room_is_stopped(tmp_path: Path) -> None:
     (tmp_path / "PG_VERSION").write_bytes(bytes(3 * PAGE))
     copy = Copy(Lsn(1), ManifestMaker("7", 17), checksums=False, blocks=131072, piece=PAGE, pieces=1)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from handlers.outlet import Backlog, Outlet
+from handlers.upload import Uploader
 from infra.holdings import hold
 from infra.lookout import SAMPLES, Lookout
 from infra.postgres.kept import Kept
@@ -98,6 +100,17 @@ async def test_positions_are_those_of_this_moment(site: Site) -> None:
     told.lag = 4000.0
     site.settings.sources = ("stream",)
     assert any("what was written 4000 s ago is not there yet" in reason for reason in api(lookout)["reasons"])
+
+
+async def test_what_a_destination_is_still_to_be_filled_with_is_told_and_stops_nothing(site: Site) -> None:
+    lookout, clock = await looked(site, Told(lag=0.0, missing=0.0))
+    outlet = Outlet(site.stores[0])
+    lookout._uploader = Uploader([outlet], clock=clock, notify=lambda _: None)
+    (before,) = api(lookout)["destinations"]
+    outlet.backlog = Backlog(12, 34 << 20)
+    (place,) = api(lookout)["destinations"]
+    assert (before["lacks"], place["lacks"]) == ("", "12 objects (34 MB) that others have are not there yet")
+    assert place["lacks"] not in lookout.not_ready()
 
 
 async def test_what_was_not_looked_at_for_long_is_not_known(site: Site) -> None:

@@ -50,6 +50,7 @@ def test_all_is_well() -> None:
         ({"destinations": (replace(NEAR, error="gone"), replace(FAR, error="503"))}, "unsafe", "(and 1 more)", True),
         ({"destinations": (NEAR, replace(FAR, late="30 s late"))}, "lagging", "s3://far: 30 s late", True),
         ({"destinations": (replace(NEAR, late="8 s"), replace(FAR, late="9 s"))}, "lagging", "8 s (and 1 more)", True),
+        ({"destinations": (NEAR, replace(FAR, lacks="9 objects"))}, "lagging", "s3://far: 9 objects", False),
         ({"destinations": (NEAR, replace(FAR, missing="0007"))}, "at_risk", "0007 is missing", False),
         ({"destinations": (replace(NEAR, missing="0007"),)}, "unsafe", "0007 is missing", False),
         ({"destinations": (replace(NEAR, last_backup=""), FAR)}, "at_risk", "no base backup", False),

@@ -21,7 +21,7 @@ from infra.recoverable import Backup, Gap, Recoverable, Stretch
 from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
 from infra.standing import DestinationStatus, judge
-from infra.status import _late, _stream, destination_status, read_status
+from infra.status import _lacks, _late, _stream, destination_status, read_status
 from infra.storage.lease import Lease
 from infra.storage.memory import MemoryStore
 from infra.wiring import Listeners, Site
@@ -348,3 +348,16 @@ async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:
     examples = ["wal/0000000100000000/000000010000000000000003.bak", "wal/readme.txt"]
     assert _lines(catalog, {}, {})[-1] == f"not walship's: 2 objects below wal/, for example {', '.join(examples)}"
     assert _result(catalog, {}, {})["unknown"] == {"objects": 2, "examples": examples}
+
+
+async def test_what_one_destination_lacks_of_another_is_told_but_not_what_is_on_its_way() -> None:
+    full, new = Shelf(SYSTEM_ID), Shelf(SYSTEM_ID)
+    await archive(full, range(3, 9))
+    await archive(new, range(7, 9))
+    holdings = [await hold(each.store, site_of(each, each.store), {}, required=True) for each in (full, new)]
+    assert [_lacks(holding, holdings) for holding in holdings] == ["", ""], "four segments may be on their way"
+    await archive(full, range(2, 3))
+    await back_up(full, 3)
+    holdings = [await hold(each.store, site_of(each, each.store), {}, required=True) for each in (full, new)]
+    said = "1 base backups and 5 segments of WAL that others have are not there yet"
+    assert [_lacks(holding, holdings) for holding in holdings] == ["", said]

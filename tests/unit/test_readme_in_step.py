@@ -9,6 +9,7 @@ import pytest
 from tests.docs_commands import HOME, bare, blocks_of
 
 _ENGLISH, _CHINESE = "README.md", "README.zh-TW.md"
+_FOLLOW = f"{_CHINESE} has to follow {_ENGLISH}: the same change there, in the same commit"
 
 
 def _text(document: str) -> str:
@@ -25,7 +26,7 @@ def test_the_command_blocks_are_the_same() -> None:
         [block for block in blocks_of(name) if block.kind != "drawing"] for name in (_ENGLISH, _CHINESE)
     )
     assert len(english) >= 15
-    assert [bare(block) for block in chinese] == [bare(block) for block in english]
+    assert [bare(block) for block in chinese] == [bare(block) for block in english], _FOLLOW
 
 
 def test_the_drawings_are_there() -> None:
@@ -40,7 +41,7 @@ def test_the_drawings_are_there() -> None:
 def test_what_can_be_compared_is_the_same(pattern: str) -> None:
     """In number, and where order does not depend on the language in content."""
     english, chinese = (re.findall(pattern, _prose(name), re.MULTILINE) for name in (_ENGLISH, _CHINESE))
-    assert sorted(chinese) == sorted(english)
+    assert sorted(chinese) == sorted(english), _FOLLOW
 
 
 def test_each_leads_to_the_other() -> None:

@@ -3,7 +3,7 @@
 A block is run by a real ``sh``, with redirections, variables and comments. Only places are others: ``/srv/restored`` is
 a folder below the test's, ``s3://my-bucket/pg`` a prefix in the test's bucket. ``walship`` is the command, forked off
 as ``tests.commands`` says; ``psql``, ``pg_ctl`` and the like are the server's own programs, run as the server's user;
-``systemctl`` starts and stops the same server and service as plain processes.
+``systemctl`` starts and stops the same server and service as plain processes, whose log ``journalctl`` shows.
 """
 
 from __future__ import annotations
@@ -304,6 +304,7 @@ class Machine:
         )
         self._script("walship", f"name=walship\n{run}{ask}")
         self._script("systemctl", f"name=systemctl\n{ask}")
+        self._script("journalctl", f"exec cat {self.folder}/service.log\n")
         self.use(self.bin_dir)
 
     def use(self, bin_dir: Path) -> None:
@@ -359,8 +360,9 @@ class Machine:
             file.writelines(f"{name.replace('__', '.')} = '{value}'\n" for name, value in settings.items())
 
     def interrupt(self, words: str) -> None:
-        """Ctrl-C for the command that is under way."""
-        os.kill(self.running[words], signal.SIGINT)
+        """Ctrl-C for the command, if it is still under way."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.running[words], signal.SIGINT)
 
     def lose_host(self) -> None:
         """The server and its service are killed, and what they had on disk is gone."""

@@ -54,6 +54,7 @@ class Healer:
         self._dry_run = dry_run
         self._tell = tell
         self.healings: list[Healing] = []
+        self._mended: set[Fault] = set()
 
     async def heal(self) -> None:
         """All that can be. What cannot is in ``healings``, and why."""
@@ -67,14 +68,13 @@ class Healer:
             async with self._hold(backup) as reason:
                 for fault in faults:
                     self._done(self._cannot(fault, reason) if reason else await self._one(fault))
+        tally.faults = [fault for fault in tally.faults if fault not in self._mended]
 
     def _done(self, healing: Healing) -> None:
         self.healings.append(healing)
         self._tell(healing)
-        tally, fault = self._inspector.tally, healing.fault
         if healing.outcome in ("healed", "good"):
-            tally.faults = [each for each in tally.faults if each != fault]
-            tally.spare = [each for each in tally.spare if each != fault]
+            self._mended.add(healing.fault)
 
     @staticmethod
     def _cannot(fault: Fault, fact: str) -> Healing:
@@ -88,9 +88,9 @@ class Healer:
         if fault.kind == "unreadable":
             return self._cannot(fault, "nothing is known of it, for its destination failed")
         if (backup := backup_of(fault.name)) is not None:
-            left = [f.name for f in self._inspector.tally.faults if f.destination == place.name and f != fault]
-            if lacks := [name for name in left if name.startswith(f"base/{backup}/")]:
-                return self._cannot(fault, f"its backup is not whole there: {lacks[0]} comes first")
+            faults = {f for f in self._inspector.tally.faults if f.destination == place.name and f != fault}
+            if lacks := [f.name for f in faults - self._mended if f.name.startswith(f"base/{backup}/")]:
+                return self._cannot(fault, f"its backup is not whole there: {min(lacks)} comes first")
         try:
             return await self._mend(fault, place, wanted)
         except (StoreError, IntegrityError) as error:

@@ -30,7 +30,11 @@ class Differs(IntegrityError):  # noqa: N818  what was found, as ObjectMissing i
 
 
 class _OpenError(IntegrityError):
-    """Its stored bytes are whole, and it does not open."""
+    """Its stored bytes are whole, and it does not open. ``key``: id of the data key that it names."""
+
+    def __init__(self, error: IntegrityError, key: str) -> None:
+        super().__init__(error.fact, hint=error.hint)
+        self.key = key
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,8 @@ class Inspector:
         self.pace = pace
         self._progress = progress
         self._refresh = refresh
+        #: Ids of data keys that were looked for, and do not open what names them.
+        self._closed: set[str] = set()
 
     @asynccontextmanager
     async def crew(self) -> AsyncIterator[Callable[[Awaitable[object]], Awaitable[None]]]:
@@ -221,9 +227,12 @@ class Inspector:
         work = partial(_judge, body, wanted, self.system_id, self.chain, keep)
         try:
             return await in_thread(work)
-        except _OpenError:
+        except _OpenError as error:
             # A service that has started since writes under a key that was not known when we began.
-            if self._refresh is None or not await self._refresh():
+            if self._refresh is None or error.key in self._closed:
+                raise
+            if not await self._refresh():
+                self._closed.add(error.key)
                 raise
         return await in_thread(work)
 
@@ -252,8 +261,9 @@ def _judge(body: Body, wanted: Wanted, system_id: str, chain: Chain | None, keep
         header, plain = chain.decode(Expected(wanted.name, system_id, wanted.backup), end)
     except IntegrityError as error:
         # Whether the stored bytes are whole is the better sentence, and decides what may be done about it.
-        _compare(wanted, *check_stored(wanted.name, body.chunks()), system_id)
-        raise _OpenError(error.fact, hint=error.hint) from None
+        header, digest = check_stored(wanted.name, body.chunks())
+        _compare(wanted, header, digest, system_id)
+        raise _OpenError(error, header.key) from None
     digest = end.trailer.hex()
     _compare(wanted, header, digest, system_id)
     return Judged(header, digest, plain if keep else None)

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infra.keyring import RepositoryKeys
+from infra.ring import Ring
+from infra.verification import Order, verify_site
 from pipeline.chain import Expected
 from pipeline.contracts import ObjectInfo
 from pipeline.errors import IntegrityError, StoreError
@@ -175,6 +178,37 @@ async def test_what_cannot_be_written_down_or_listed_is_told(ground: Ground) -> 
     assert not report.ok
     assert {(f.destination, f.kind) for f in report.faults} == {("second", "unreadable")}
     assert (await ground.verify()).objects == 2 * ALWAYS, "what was not listed is not forgotten"
+
+
+async def test_what_was_interrupted_goes_on_where_it_was(ground: Ground) -> None:
+    order, everything = Order(), 2 * len(ground.objects)
+
+    def stop(objects: int, _size: int, _trusted: int) -> None:
+        if objects == 30:
+            running.cancel()
+
+    running = asyncio.create_task(verify_site(ground.site(), order, tell=ground.said.append, progress=stop))
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    report = await ground.verify()
+    assert report.ok
+    assert everything - 30 <= report.objects <= everything - 20
+
+
+async def test_what_is_written_under_a_key_of_later_is_read(made: dict[str, bytes]) -> None:
+    """A service has started since: its data key was not known when we began."""
+    ground = await Ground.make(made)
+    ground.keys = RepositoryKeys(SYSTEM_ID, KEYS.ring, KEYS.policy, store=ground.stores[0], allow_unencrypted=False)
+    await ground.keys.refresh()
+    late = RepositoryKeys(SYSTEM_ID, KEYS.ring, KEYS.policy, store=None, allow_unencrypted=False)
+    assert isinstance(KEYS.ring, Ring)
+    late._begin_writing(KEYS.ring, NOON)
+    assert late.key_object is not None
+    content = stored(chain(late, cipher="aes-256-gcm"), segment(5), b"x")
+    for place in ground.stores:
+        await place.put(*late.key_object)
+        await place.put(segment(5), MemoryBody([content]))
+    assert (await ground.verify()).faults == ()
 
 
 async def test_a_limit_of_bytes_per_second_holds(ground: Ground) -> None:

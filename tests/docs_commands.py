@@ -181,6 +181,7 @@ class Machine:
             "WALSHIP_WAL_TIMEOUT": "60", "TMPDIR": str(self.folder / "var"),
         }  # fmt: skip
         self._prefix = prefix
+        self._started: list[commands.Process] = []
         #: What was typed behind ``walship`` → the process, under way or done.
         self.running: dict[str, int] = {}
         self._bridge = socketserver.ThreadingUnixStreamServer(str(self.folder / "bridge"), _answering(self))
@@ -276,6 +277,10 @@ class Machine:
 
     def answer(self, program: str, words: Sequence[str], folder: str, environment: Mapping[str, str]) -> dict[str, Any]:
         """What a stand-in in ``PATH`` asks for."""
+        if program == "walship" and "run" in words:
+            path = self.folder / "service.log"
+            self._started.append(commands.Forked(words, environment, Path(folder), out=path, err=path))
+            return {"out": "", "err": "", "code": 0}  # it is in the background
         if program == "walship":
             self._next_second(" ".join(words))
             typed = " ".join(words)
@@ -298,11 +303,7 @@ class Machine:
         for name, text in (("client.py", _CLIENT), ("as_server.py", _AS_SERVER)):
             (place / name).write_text(text, "utf-8")
         ask = f'exec {python} -I -S {place}/client.py {bridge} "$name" "$@"\n'
-        run = (
-            f'if [ "$1" = run ]; then echo $$ >>{self.folder}/pids\n'
-            f'exec {python} -m infra.cli "$@" >>{self.folder}/service.log 2>&1; fi\n'
-        )
-        self._script("walship", f"name=walship\n{run}{ask}")
+        self._script("walship", f"name=walship\n{ask}")
         self._script("systemctl", f"name=systemctl\n{ask}")
         self._script("journalctl", f"exec cat {self.folder}/service.log\n")
         self.use(self.bin_dir)
@@ -336,22 +337,20 @@ class Machine:
 
     def _walship(self, action: str) -> None:
         if action in ("stop", "restart"):
-            for pid in self._pids():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-            self.wait(lambda: not self._pids(), "the service has ended")
+            for service in self._started:
+                service.send_signal(signal.SIGTERM)
+                service.wait(60)
         if action in ("start", "restart"):
             before = self.log().count('"event": "started"')
-            self.sh("walship run &")
+            self.sh("walship run")
             self.wait(lambda: self.log().count('"event": "started"') > before, "the service has started")
 
     def _postgresql(self, action: str) -> None:
         self.sh(f"pg_ctl -D {self.data_dir} -w -m fast -l {self.folder}/srv/server.log -o '-p {self.port}' {action}")
 
     def move(self, data_dir: Path, port: int) -> None:
-        """Another server is the one that is meant from now on."""
+        """Another server is the one that is meant from now on; walship's settings are not changed."""
         self.data_dir, self.port = data_dir, port
-        self.environment["POSTGRES_PORT"] = str(port)
         self.use(self.bin_dir)
 
     def configure(self, data_dir: Path, **settings: str) -> None:
@@ -366,8 +365,8 @@ class Machine:
 
     def lose_host(self) -> None:
         """The server and its service are killed, and what they had on disk is gone."""
-        for pid in (*self._pids(), int((self.data_dir / "postmaster.pid").read_text("ascii").split()[0])):
-            kill_tree(pid)
+        kill_tree(int((self.data_dir / "postmaster.pid").read_text("ascii").split()[0]))
+        self._end_services()
         for lost in (self.data_dir, self.spool, self.folder / "backups"):
             shutil.rmtree(lost)
 
@@ -378,18 +377,15 @@ class Machine:
             keys = [{"Key": entry["Key"]} for entry in found]
             client.delete_objects(Bucket=self.seaweed.bucket, Delete={"Objects": keys})
 
-    def _pids(self) -> list[int]:
-        """Services that run."""
-        path = self.folder / "pids"
-        known = [int(word) for word in path.read_text("ascii").split()] if path.exists() else []
-        return [pid for pid in known if _is_service(pid)]
-
     # -- the end
 
+    def _end_services(self) -> None:
+        for service in self._started:
+            service.kill()
+            service.wait(60)
+
     def close(self) -> None:
-        for pid in self._pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._end_services()
         for path in (*self.folder.glob("*/postmaster.pid"), *self.folder.glob("*/*/postmaster.pid")):
             stop_started(path.parent)
         self._bridge.shutdown()
@@ -401,12 +397,6 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _is_service(pid: int) -> bool:
-    """Whether the process is a service of ours still, and no zombie; its number may be another's by now."""
-    done = subprocess.run(["ps", "-o", "stat=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return "infra.cli run" in done.stdout and not done.stdout.startswith("Z")
 
 
 def _answering(machine: Machine) -> type[socketserver.StreamRequestHandler]:

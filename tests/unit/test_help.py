@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -48,6 +49,20 @@ def test_without_a_word_it_prints_the_help_alone() -> None:
     assert "hint:" not in done.stderr
 
 
+def parse(line: str) -> None:
+    """As the command would, without doing anything. Raises click.UsageError, AssertionError for an unknown verb."""
+    name, *words = shlex.split(line, comments=True)
+    assert name == "walship"
+    command: click.Command = cli
+    context = click.Context(cli)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        found = command.get_command(context, word := words.pop(0))
+        assert found is not None, word
+        command = found
+    with contextlib.suppress(click.exceptions.Exit):  # --help and --version are done when they are read
+        command.make_context(name, words)
+
+
 def _examples() -> list[tuple[str, str]]:
     """Verb, or group and verb, and a line that its help shows as an example."""
     helps = {verb: CliRunner().invoke(cli, [verb, "--help"]).output for verb in VERBS}
@@ -69,17 +84,8 @@ def test_an_example_can_be_typed(verb: str, example: str, tmp_path: Path, monkey
     """It is of that verb, and all its options and values are known."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checks.sql").touch()
-    name, *words = shlex.split(example)
-    assert name == "walship"
-    command: click.Command = cli
-    context = click.Context(cli)
-    for word in verb.split():
-        assert words.pop(0) == word
-        assert isinstance(command, click.Group)
-        found = command.get_command(context, word)
-        assert found is not None
-        command = found
-    command.make_context(verb, words)
+    assert shlex.split(example)[1:][: len(verb.split())] == verb.split()
+    parse(example)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

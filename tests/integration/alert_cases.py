@@ -138,8 +138,8 @@ CASES = (
     Case(
         "WalshipWalGap",
         {_at("walship_wal_gaps", kind="current"): "0x5 3x300"},
-        5,
         6,
+        8,
         f"3 WAL segments are missing at {FAR}: nothing behind them can be restored from there",
         {"destination": FAR, "kind": "current"},
     ),
@@ -296,6 +296,14 @@ CASES = (
 )
 
 #: A stall is a lag as well: two alerts at once.
+#: A new destination that is being filled: it lags, has holes and no backup, and nobody has to be told.
+FILLED: dict[str, str] = {
+    _at("walship_backlog_objects"): "100000-5x300",
+    _at("walship_wal_lag_seconds"): "0+60x300",
+    _at("walship_wal_gaps", kind="current"): "70x300",
+    _at("walship_last_backup_success_timestamp_seconds"): NEVER,
+}
+
 STALLED = Case(
     "WalshipArchiveStalled",
     {_at("walship_wal_lag_seconds"): "0x5 0+60x300"},

@@ -11,7 +11,7 @@ import yaml
 
 from tests import alerting
 from tests.alerting import DEPLOY, RULES, RUNBOOK, Sample, rules, unknown_series
-from tests.integration.alert_cases import CASES, FAR, STALLED, WELL, Case
+from tests.integration.alert_cases import CASES, FAR, FILLED, STALLED, WELL, Case
 
 
 def _promtool(*words: str) -> None:
@@ -72,8 +72,12 @@ def test_each_alert_fires_when_it_should_and_alone(tmp_path: Path) -> None:
             for rule in rules()
         ],
     }
+    filled = {
+        **well,
+        "input_series": [{"series": name, "values": values} for name, values in {**WELL, **FILLED}.items()],
+    }
     file = tmp_path / "test.yml"
-    tests = [well, *map(_test, CASES), _test(STALLED, lagging)]
+    tests = [well, filled, *map(_test, CASES), _test(STALLED, lagging)]
     file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": tests}), "utf-8")
     _promtool("test", "rules", str(file))
 

@@ -160,7 +160,9 @@ class LocalStore:
         for _ in range(10):
             with contextlib.suppress(FileNotFoundError):
                 self._settle(temporary.parent)
-                return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                self._give(handle)
+                return handle
             self._unsettle()
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
@@ -171,10 +173,17 @@ class LocalStore:
         self._settle(folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
+            self._give(folder)
         _fsync(folder.parent)
         _remove_stale(folder)
         with self._lock:
             self._settled.add(folder)
+
+    def _give(self, made: int | Path) -> None:
+        """As root: to whom the root belongs. Else a command that root has typed leaves what the service cannot read."""
+        if os.geteuid() == 0 and (root := self._root.stat()).st_uid != 0:
+            with contextlib.suppress(PermissionError):  # a network share that lets root give nothing away
+                os.chown(made, root.st_uid, root.st_gid)
 
     def _unsettle(self) -> None:
         """A folder was removed, or an fsync has failed: look at all of them again."""

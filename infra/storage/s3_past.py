@@ -14,7 +14,7 @@ from infra.storage import s3_errors
 from infra.storage.naming import check_key
 from infra.storage.s3 import start_before
 from infra.storage.s3_client import S3Options
-from infra.storage.s3_versions import Page, S3Versions, Version
+from infra.storage.s3_versions import PAGE, Page, S3Versions, Version
 from pipeline.contracts import Abilities, Body, ObjectInfo, Span
 from pipeline.errors import ObjectMissing, ReadOnly
 from pipeline.objects import MemoryBody
@@ -25,6 +25,8 @@ class S3Past(S3Versions):
 
     def __init__(self, options: S3Options, moment: datetime) -> None:
         super().__init__(options)
+        #: Versions that a listing asks for at a time.
+        self.page = PAGE
         #: What was written in this second or later is not seen.
         self._end = moment.astimezone(UTC).replace(microsecond=0)
 
@@ -51,13 +53,17 @@ class S3Past(S3Versions):
 
     async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
         found: dict[str, Version] = {}
-        async for page in self.pages(prefix, after=start_before(after) if after else "", shallow=shallow):
+        ends: set[str] = set()  # last keys of pages, and those that were asked for by themselves
+        begin = start_before(after) if after else ""
+        async for page in self.pages(prefix, after=begin, shallow=shallow, size=self.page):
             for version in page.versions:
                 self._see(found, version)
             for key in _passed_over(page):
-                if key.startswith(prefix):
+                if key.startswith(prefix) and key not in ends:
+                    ends.add(key)
                     for version in await self._versions(key):
                         self._see(found, version)
+            ends.add(page.key)
             unsure = found.pop(page.key, None)  # of the last key there may be more on the next page
             there = [ObjectInfo(then.key, then.size, then.modified) for then in found.values() if then.id]
             there += [ObjectInfo(folder, 0) for folder in page.folders]
@@ -91,11 +97,11 @@ class S3Past(S3Versions):
         return found[key]
 
     async def _versions(self, key: str) -> Sequence[Version]:
-        """The versions of one key, back to the first page with one that is seen: those behind it are older."""
+        """The versions of one key, the newest in front, back to where one is seen and those behind it are older."""
         versions = list[Version]()
         async for page in self.pages(key):
             versions += [version for version in page.versions if version.key == key]
-            if any(version.modified < self._end for version in versions):
+            if len({version.modified for version in versions if version.modified < self._end}) > 1:
                 break
         return versions
 
@@ -111,7 +117,5 @@ def _passed_over(page: Page) -> list[str]:
     """
     folder, slash, name = page.key.rpartition("/")
     stem = f"{folder}{slash}{name.partition('.')[0]}"
-    keys = [page.key] if page.version == "null" else []
-    if stem != page.key and all(version.key != stem for version in page.versions):
-        keys.append(stem)
-    return keys
+    unsure = stem != page.key or page.version == "null"
+    return [stem] if unsure and name and not name.startswith(".") else []

@@ -16,7 +16,6 @@ from infra.storage.s3 import S3Store
 from infra.storage.s3_client import STALL
 from pipeline.errors import StoreError
 
-
 #: Versions that are asked for at a time: as many as Amazon gives.
 PAGE = 1000
 
@@ -83,10 +82,12 @@ class S3Versions(S3Store):
             answer = await client.get_bucket_versioning(Bucket=self._options.bucket)
         return str(answer.get("Status", ""))
 
-    async def pages(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[Page]:
-        """All versions of what begins with ``prefix``; of what sorts behind ``after``, and maybe a little before it."""
+    async def pages(
+        self, prefix: str, *, after: str = "", shallow: bool = False, size: int = PAGE
+    ) -> AsyncIterator[Page]:
+        """All versions of what begins with ``prefix`` and sorts behind ``after``; ``size``: most of a page."""
         client = await self._open()
-        request: dict[str, Any] = {"Bucket": self._options.bucket, "Prefix": prefix, "MaxKeys": PAGE}
+        request: dict[str, Any] = {"Bucket": self._options.bucket, "Prefix": prefix, "MaxKeys": size}
         if after:
             request["KeyMarker"] = after
         if shallow:

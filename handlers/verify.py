@@ -93,7 +93,7 @@ class Verification:
         """Look at all of it, once."""
         for info in list(self._backups):
             await self._backup(info)
-        followed = [way for found in self._ways.values() for way in found]
+        followed = [way for info in self._backups for way in self._ways[info.name]]  # those that are still there
         needed = Needed.by([way.path for way in followed], [way.lineage for way in followed], self._catalog)
         start = min((info.start_lsn for info in self._backups), default=Lsn(0))
         for place in self.places:
@@ -111,7 +111,7 @@ class Verification:
         """What was found."""
         tally, catalog = self.tally, self._catalog
         verdicts = self._with_chains({b.name: self._verdict(b) for b in self._backups})
-        holes = {hole for found in self._ways.values() for way in found for hole in way.holes}
+        holes = {hole for info in self._backups for way in self._ways[info.name] for hole in way.holes}
         astray = [
             f"backup {b.name} cannot be used: the history of timeline {b.timeline} does not lead to it"
             for b in self._backups

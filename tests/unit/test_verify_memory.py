@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from infra.keyring import RepositoryKeys
 from infra.ring import Ring
+from infra.storage.memory import MemoryStore
 from infra.verification import Order, verify_site
 from pipeline.chain import Expected
 from pipeline.contracts import ObjectInfo
@@ -209,6 +211,26 @@ async def test_what_is_written_under_a_key_of_later_is_read(made: dict[str, byte
         await place.put(*late.key_object)
         await place.put(segment(5), MemoryBody([content]))
     assert (await ground.verify()).faults == ()
+
+
+async def test_a_backup_that_is_expired_meanwhile_is_no_fault(ground: Ground) -> None:
+    """All of it goes once the catalog was read: backup_info, parts and the WAL that only it needed."""
+
+    class Expiring(MemoryStore):
+        async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
+            if prefix == "base/b/":
+                for store in ground.stores:
+                    for name in [name for name in store._objects if name.startswith(("base/b/", "wal/0"))]:
+                        if not name.endswith(".history"):
+                            del store._objects[name]
+            async for info in super().list(prefix, after=after, shallow=shallow):
+                yield info
+
+    expiring = Expiring("first")
+    expiring._objects = ground.stores[0]._objects
+    report = await ground.verify(expiring, ground.stores[1])
+    assert (report.faults, report.backups, report.ok) == ((), (), True)
+    assert "b was deleted while it was verified" in report.warnings
 
 
 async def test_a_limit_of_bytes_per_second_holds(ground: Ground) -> None:

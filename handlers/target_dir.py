@@ -122,6 +122,7 @@ def _look(
     outside = [place for place in places if not place.path.is_relative_to(directory)]
     for folder in (directory, *(place.path for place in outside)):
         _check_in_no_other(folder)
+        _check_may_write(folder)
     token = _token(directory) if not (directory / CONTROL).is_file() else ""
     full = []
     notices: list[str] = []
@@ -241,6 +242,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _check_may_write(folder: Path) -> None:
+    """As the restore itself would find out, so that a plan that is shown can be carried out."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there == folder else f"cannot be made: {there} is closed to this user"
+        raise RecoveryError(
+            f"{folder} {what}",
+            hint=f"choose another folder, or make it for the user that runs this: install -d -o USER -m 700 {folder}",
+        )
 
 
 def _check_in_no_other(folder: Path) -> None:

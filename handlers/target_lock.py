@@ -63,7 +63,10 @@ class Hold:
         except (FileExistsError, NotADirectoryError):
             raise RecoveryError(f"{folder} is not a folder") from None
         except OSError as error:
-            raise RecoveryError(f"{error.filename or folder} cannot be opened: {error.strerror}") from None
+            raise RecoveryError(
+                f"{error.filename or folder} cannot be made or opened: {error.strerror}",
+                hint="choose another folder, or make it for the user that runs this: install -d -o USER -m 700 ...",
+            ) from None
 
     def _taken(self, folder: Path) -> bool:
         """Whether it is held, or need not be."""

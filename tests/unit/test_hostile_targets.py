@@ -104,6 +104,21 @@ async def test_a_target_that_cannot_be_one(tmp_path: Path, monkeypatch: pytest.M
         await lay(shelf, info, Path("new"))
 
 
+async def test_a_folder_that_cannot_be_made_is_refused_by_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write everywhere, so the kernel's answer to another user is put in its place."""
+    info = await store(Shelf(), {"base": cluster()})
+    (tmp_path / "closed/data").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, _mode: path not in (tmp_path / "closed", tmp_path / "closed/data"))
+    with pytest.raises(RecoveryError, match=f"new/data cannot be made: {tmp_path}/closed is closed") as caught:
+        look(info, tmp_path / "closed/new/data", {}, force=False, wal_margin=0)
+    assert "install -d -o USER" in caught.value.hint
+    with pytest.raises(RecoveryError, match="closed/data cannot be written to"):
+        look(info, tmp_path / "closed/data", {}, force=False, wal_margin=0)
+    look(info, tmp_path / "open/data", {}, force=False, wal_margin=0)
+
+
 # -- what is no file
 
 

@@ -79,7 +79,7 @@ async def locked(folder: Path, clock: Clock) -> AsyncIterator[None]:
     """Be the one that ships this spool. SourceError that names the other one if there is one, after a second."""
     check_spool(folder)
     try:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        handle = _open_lock(folder)
     except OSError as error:
         raise SourceError(
             f"{folder / LOCK} cannot be opened: {error.strerror}",
@@ -100,6 +100,16 @@ async def locked(folder: Path, clock: Clock) -> AsyncIterator[None]:
         yield
     finally:
         os.close(handle)  # frees the lock
+
+
+def _open_lock(folder: Path) -> int:
+    """As root it is given to the spool's owner: a command that root has typed must not keep the service out."""
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        with contextlib.suppress(PermissionError):  # a network share that lets root give nothing away
+            os.fchown(handle, owner.st_uid, owner.st_gid)
+    return handle
 
 
 def _taken(handle: int) -> bool:

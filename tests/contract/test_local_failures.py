@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from handlers.body import joined
+from infra.clock import SystemClock
+from infra.sources.spool import LOCK, locked
 from infra.storage.local import LocalStore
 from pipeline.errors import ObjectConflict, ObjectMissing, StoreError
 from pipeline.objects import MemoryBody
@@ -181,6 +183,20 @@ def test_a_folder_without_the_right_to_write_is_said(tmp_path: Path) -> None:
         assert "the right to read and write" in report["hint"]
         assert not report["passing"]
     assert (folder / "there").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="nobody else can give files away")
+async def test_what_root_puts_belongs_to_the_owner_of_the_store(tmp_path: Path) -> None:
+    """Else a `walship backup` that root has typed is one that the service cannot read, nor remove."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    os.chown(folder, 65534, 65533)
+    await LocalStore(folder).put("base/b/data/1", BODY)
+    made = list(folder.rglob("*"))
+    assert len(made) == 4
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(65534, 65533)}
+    async with locked(folder, SystemClock()):
+        assert (folder / LOCK).stat().st_uid == 65534
 
 
 def test_a_read_only_file_system_is_said(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from handlers.checksum import check_stored
 from handlers.stitch import read_tail  # fetch in two files: one object, and all tails of a segment
 from handlers.to_the_end import in_thread
+from pipeline import operations
 from pipeline.catalog import Catalog, backup_of, checked_info, info_key, wal_key
 from pipeline.chain import Chain, Expected
 from pipeline.contracts import Body, Buffer, Fetch, Fetched, Store
@@ -96,7 +97,8 @@ class Fetcher:
             try:
                 found = await read(store)
             except ObjectMissing:
-                passed_over.append((store, f"{store.name} lacks {name}"))
+                if not name.startswith(operations.FOLDER):  # a record is where it could be written; nobody copies it
+                    passed_over.append((store, f"{store.name} lacks {name}"))
                 continue
             except Sealed:
                 raise  # here it can be read nowhere
@@ -312,7 +314,9 @@ async def _read_info(listing: Listing, fetch: Fetch, name: str) -> None:
         return  # being taken, or never finished
     except Sealed:
         listing.add_sealed(name)
-    except (IntegrityError, StoreError) as error:
+    except StoreError as error:  # expired, never finished, or only there: nobody knows
+        listing.problem(f"whether {name} is a backup cannot be told now: {error.fact}")
+    except IntegrityError as error:
         listing.problem(f"backup {name} cannot be used: {error.fact}")
 
 

@@ -188,6 +188,24 @@ async def test_a_history_that_cannot_be_read_is_not_taken_for_none(shelf: Shelf)
         assert [window.timeline for window in catalog.windows()] == [1]
 
 
+async def test_parts_without_a_backup_info_are_no_backup_that_is_lost(shelf: Shelf) -> None:
+    """Expired, or never finished, and the only other destination is down: nobody knows whether it was a backup."""
+    info = await backed_up(shelf)
+    await shelf.store.put(part_key("base_20260114_140000", "base", 1), MemoryBody([b"unfinished"]))
+    down = Faulty(MemoryStore("other"), down={"get": StoreError("the folder is not there")})
+    catalog = await read_catalog([shelf.store], fetcher(shelf, down, shelf.store), shelf.system_id)
+    assert catalog.backups == (info,)
+    assert catalog.problems == ("whether base_20260114_140000 is a backup cannot be told now: the folder is not there",)
+
+
+async def test_a_record_that_only_one_destination_took_is_no_fault_of_the_others(shelf: Shelf) -> None:
+    told: list[str] = []
+    await shelf("log/20260114T120000Z-backup-ok-0011aabb", b"{}")
+    fetch = Fetcher([MemoryStore("other"), shelf.store], shelf.chain, shelf.system_id, notify=told.append)
+    assert (await fetch("log/20260114T120000Z-backup-ok-0011aabb")).plain == b"{}"
+    assert told == []
+
+
 async def test_a_backup_info_of_another_backup_is_noticed(shelf: Shelf) -> None:
     info = await backed_up(shelf)
     await shelf(info_key("base_20260114_150000"), info.encode(), backup=info.id)

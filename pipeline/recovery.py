@@ -337,10 +337,12 @@ def elsewhere(catalog: Catalog, lineage: Lineage, lsn: Lsn) -> tuple[str, ...]:
 
 
 def _window(backup: BackupInfo, path: WalPath, ending: Ending) -> str:
-    last = f"{show(ending.last_transaction)} " if ending.last_transaction else ""
+    if ending.last_transaction is None:
+        last = f"LSN {ending.end}, and no transaction is stored after the first"
+    else:
+        last = f"{show(ending.last_transaction)} (LSN {ending.end})"
     return (
-        f"timeline {path_timeline(path)} can be restored from {show(backup.stopped)} (LSN {backup.stop_lsn})"
-        f" to {last}(LSN {ending.end})"
+        f"timeline {path_timeline(path)} can be restored from {show(backup.stopped)} (LSN {backup.stop_lsn}) to {last}"
     )
 
 

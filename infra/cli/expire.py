@@ -148,8 +148,9 @@ def _wal_lines(destination: str, going: WalGoing, goes: str) -> list[str]:
     count = sum(number for _, _, number in ranges)
     if not going.objects:
         return []
-    lines = [f"{goes:<9} at {destination}: {count} segments of WAL, {human(going.wal_size)}"]
-    lines += [f"            {first} to {last}" for first, last, _ in ranges[:_SHOWN]]
+    segments = "segment" if count == 1 else "segments"
+    lines = [f"{goes:<9} at {destination}: {count} {segments} of WAL, {human(going.wal_size)}"]
+    lines += [f"            {first}" + (f" to {last}" if number > 1 else "") for first, last, number in ranges[:_SHOWN]]
     if len(ranges) > _SHOWN:
         lines.append(f"            and {len(ranges) - _SHOWN} other ranges")
     if going.others or going.tails:

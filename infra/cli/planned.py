@@ -87,13 +87,14 @@ def _time(plan: RestorePlan, pace: Pace | None) -> list[str]:
     if not pace.parts:
         return [f"  time      unknown: no part of the backup came within {pace.seconds:.0f} s"]
     base, replay = expected(plan, pace)
-    most = "at most " if plan.stop.kind is TargetKind.TIME else ""
-    parts = f"{pace.parts} {_plural(pace.parts, 'part')} ({human(pace.size)})"
+    most = plan.stop.kind is TargetKind.TIME
+    first = "part" if pace.parts == 1 else f"{pace.parts} parts"
+    size, rate = human(pace.size), human(pace.rate)
     speed = human(min(REPLAY_RATE, pace.rate))
-    took = f"{lasting(base)} for the backup, {most}{lasting(replay)} for the WAL"
+    took = f"{lasting(base)} for the backup, {lasting(replay, most=most)} for the WAL"
     return [
-        f"  time      perhaps {most}{lasting(base + replay)}: {took}",
-        f"            no promise: the first {parts} came at {human(pace.rate)}/s, the WAL is taken to go at {speed}/s",
+        f"  time      perhaps {lasting(base + replay, most=most)}: {took}",
+        f"            no promise: the first {first} ({size}) came at {rate}/s, the WAL is taken to go at {speed}/s",
     ]
 
 
@@ -121,8 +122,10 @@ def _share(kind: str, share: Share) -> dict[str, Any]:
     return {"kind": kind, "destination": share.destination, "objects": share.objects, "bytes": share.size}
 
 
-def lasting(seconds: float) -> str:
-    """``100`` → ``100 s``, ``7300`` → ``2.0 h``; for people."""
+def lasting(seconds: float, *, most: bool = False) -> str:
+    """``100`` → ``100 s``, ``7300`` → ``2.0 h``; for people. ``most``: with ``at most`` in front."""
+    if most:
+        return f"at most {lasting(max(1.0, seconds))}"
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

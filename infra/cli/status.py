@@ -110,7 +110,7 @@ def _planned(planned: Planned, now: datetime) -> str:
 
 
 def _when(moment: datetime | None) -> str:
-    return show(moment) if moment else "never, as far as is known"
+    return show(moment) if moment else "never with success, as far as is known"
 
 
 def _stream(stream: StreamStatus) -> list[str]:

@@ -22,4 +22,8 @@ async def command(backup: str, cluster: str, as_json: bool) -> None:
     async with open_site(settings(), cluster=cluster) as site:
         found = await unpin(site, backup)
     was = "; ".join(pin.words for pin in found) or "pinned, by a pin that could not be read"
-    emit({"backup": backup, "was": [pin.words for pin in found]}, [f"{backup} was {was}"], as_json=as_json)
+    emit(
+        {"backup": backup, "was": [pin.words for pin in found]},
+        [f"{backup} is pinned no longer; it was {was}"],
+        as_json=as_json,
+    )

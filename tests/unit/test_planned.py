@@ -141,6 +141,9 @@ async def test_the_plan_in_words_and_as_json() -> None:
     assert any(line.strip() == "replayed up to the target, which may lie before that end" for line in lines)
     assert "  fetches   at most 1.0 MB, as stored" in lines
     assert "  time      perhaps at most 2 s: 1 s for the backup, at most 1 s for the WAL" in lines
+    quick = plan_lines(early, targets, found, [], Pace(1, MEGABYTE, 0.001), now, delta=False)
+    assert any(line.startswith("  time      perhaps at most 1 s: less than 1 s for the backup") for line in quick)
+    assert any("the first part (1.0 MB) came at" in line for line in quick)
     facts = plan_facts(plan, targets, found, [old], pace)
     assert facts["fetches"][1] == {"kind": "wal", "destination": "far", "objects": 1, "bytes": 2048}
     assert facts["wal_timelines"][1] == {

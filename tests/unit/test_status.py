@@ -327,8 +327,8 @@ async def test_the_terminal_tells_what_can_be_restored(shelf: Shelf) -> None:
         f"backups  1 base backup, the last one base_20260114_120000 of {noon} (1.0 MB)",
         f"hole     segment {missing} is missing",
         "hole     2 segments are missing, a to b",
-        "verified never, as far as is known",
-        "drill    never, as far as is known",
+        "verified never with success, as far as is known",
+        "drill    never with success, as far as is known",
     ]
     empty = status_lines(replace(status, recoverable=Recoverable()))
     assert "restore  nothing: there is no base backup with the WAL that it needs" in empty

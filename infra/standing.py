@@ -244,6 +244,8 @@ def _safe_words(status: Status) -> str:
     behind = ""
     if oldest is not None and None not in lags:
         behind = " up to now" if oldest < 1 else f" up to {_span(oldest)} ago"
+    elif status.stream is None and any(place.lag_bytes for place in status.destinations):
+        behind = " but what the open segment holds"
     words = f"{where} all WAL{behind}"
     if status.recoverable is not None and (newest := status.recoverable.newest) is not None:
         words += f", and any moment since {newest.begins.astimezone(UTC):%Y-%m-%d %H:%M} UTC can be restored"
@@ -257,6 +259,8 @@ def _reasons(status: Status) -> Iterator[Reason]:
         yield Reason(f"server: {status.server_error}", hint=_START_SERVER)
     if status.archiving_fails_at:
         yield Reason(f"server: archiving fails since {status.archiving_fails_at}", hint=_CHECK)
+    if status.spool is not None and status.service is None:  # the cause, where the stream stands still as well
+        yield Reason("no service ships the spool (`walship run`)", hint=_START)
     if status.stream is not None:
         if status.stream.problem:
             yield Reason(f"stream: {status.stream.problem}", hint=_CHECK)
@@ -265,14 +269,12 @@ def _reasons(status: Status) -> Iterator[Reason]:
     if status.spool_error:
         yield Reason(f"spool: {status.spool_error}", hint=_CHECK)
     if status.spool is not None:
-        yield from _spool_reasons(status.spool, ships=status.service is not None)
+        yield from _spool_reasons(status.spool)
     for place in status.destinations:
         yield from _place_reasons(place, status.most_on_the_way)
 
 
-def _spool_reasons(spool: SpoolState, *, ships: bool) -> Iterator[Reason]:
-    if not ships:
-        yield Reason("no service ships the spool (`walship run`)", hint=_START)
+def _spool_reasons(spool: SpoolState) -> Iterator[Reason]:
     if spool.oldest_seconds > SLOW.total_seconds():
         yield Reason(
             f"spool: {spool.files} files wait, the oldest for {spool.oldest_seconds:.0f} s", late=True, hint=_LATE

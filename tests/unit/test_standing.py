@@ -10,7 +10,7 @@ import pytest
 
 from infra.recoverable import Backup, Recoverable, Stretch
 from infra.sources.spool import SpoolState
-from infra.standing import DestinationStatus, State, Status, brief, judge, judge_absent, stopped_by
+from infra.standing import DestinationStatus, State, Status, StreamStatus, brief, judge, judge_absent, stopped_by
 
 NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
 NEAR = DestinationStatus("file:///near", required=True, durable_lsn="0/9", lag_bytes=0, last_backup="base", backups=1)
@@ -22,6 +22,21 @@ WELL = Status(
     system_id="7", now=NOON, server_error="", current_lsn="0/9", timeline=1, spool=SpoolState(0, 0, 0.0, 0, 1 << 30),
     spool_error="", service=1, service_words="", stream=None, destinations=(NEAR, FAR), recoverable=STORED,
 )  # fmt: skip
+
+
+def test_an_open_segment_that_nobody_ships_is_not_called_stored() -> None:
+    """Without the stream it is no fault, and 14 MB of commits that only the server has are not 'all WAL' either."""
+    far = replace(FAR, lag_bytes=14 << 20)
+    state, sentence = judge(replace(WELL, destinations=(NEAR, far)))
+    assert state == "safe"
+    assert sentence.startswith("Safe: both destinations have all WAL but what the open segment holds, and any moment")
+
+
+def test_the_cause_comes_before_what_follows_from_it() -> None:
+    stream = StreamStatus("walship", "nothing streams", "reserved", 0, None, "", "commits wait", True, (), "")
+    status = replace(WELL, service=None, stream=stream)
+    assert judge(status)[1] == "Not safe: no service ships the spool (`walship run`) (and 1 more)."
+    assert status.hints[0] == "start the service: walship run"
 
 
 def test_all_is_well() -> None:

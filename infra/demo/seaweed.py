@@ -51,7 +51,7 @@ class Seaweed:
         self.access_key = "demo"
         self.secret_key = secrets.token_hex(16)
         self._program = find_program()
-        self._ports = _free_ports(4)
+        self._ports = _free_ports(5)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -82,7 +82,7 @@ class Seaweed:
             return
         data = self.folder / "data"
         data.mkdir(parents=True, exist_ok=True)
-        s3, master, volume, filer = self._ports
+        s3, master, volume, filer, admin = self._ports
         command = [
             str(self._program),
             "-logtostderr=true",  # else it leaves log files in the system's temporary folder
@@ -99,6 +99,7 @@ class Seaweed:
             "-s3.localSocket=s3.sock",
             "-filer.localSocket=filer.sock",
             "-webdav=false",
+            f"-admin.port={admin}",  # its socket lies in /tmp, see _end; by default it is that of any other server
             "-admin.ui=false",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
@@ -164,7 +165,7 @@ class Seaweed:
             process.kill()
             process.wait()
         # The gRPC sockets between its parts have fixed places, and it leaves them there.
-        for part, port in zip(("s3", "master", "volume", "filer"), self._ports, strict=True):
+        for part, port in zip(("s3", "master", "volume", "filer", "admin"), self._ports, strict=True):
             Path(f"/tmp/seaweedfs-{part}-grpc-{port + 10_000}.sock").unlink(missing_ok=True)  # noqa: S108 - see above
 
     def _wait(self) -> None:

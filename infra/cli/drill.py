@@ -37,7 +37,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False, readable=True)
 
 @click.command("drill")
 @click.option("--to-time", metavar="TIME", help="Restore to then; without it, as far as the stored WAL reaches.")
-@click.option("--check", "check_file", type=_FILE, metavar="FILE.sql", help="Your own checks: see below.")
+@click.option("--check", "check_file", type=_FILE, metavar="FILE.sql", help="Your own checks: see above.")
 @click.option("--skip-amcheck", is_flag=True, help="Leave out pg_amcheck, which reads every table and index.")
 @click.option("--backup", metavar="NAME", help="Begin with this backup instead of the best one.")
 @click.option("--from", "source", default="", metavar="DEST", help="Read from this destination only.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -14,10 +15,15 @@ from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, cluster_option, emit, human, json_option, say, settings, typed
 from infra.expire import Outcome, Plan, expire, make_plan, marks_of
 from infra.records import recording
+from infra.storage import display_name
+from infra.storage.remains import Remains, facts, remaining
 from infra.wiring import Site, open_site
 from pipeline.errors import ConfigError, StoreError
 from pipeline.moments import show
 from pipeline.policy import Policy
+
+#: Destination → what its bucket still holds, or why that is not known.
+_Remains = Mapping[str, Remains | StoreError]
 
 #: Ranges of WAL that are shown of one destination.
 _SHOWN = 5
@@ -63,7 +69,9 @@ async def command(
         site.keys.need_reading("walship expire")
         if dry_run:
             plan = await make_plan(site, policy, marks_of(site), skip=skip_unreachable)
-            emit(_result(plan, policy, None), _plan_lines(plan, policy, would=True), as_json=as_json)
+            remains = await _remains(site, plan)
+            lines = _plan_lines(plan, policy, would=True) + _remains_lines(remains)
+            emit(_result(plan, policy, None, remains), lines, as_json=as_json)
             return
         refused = await _run(site, policy, skip=skip_unreachable, ask=not yes, as_json=as_json)
     if refused is not None:
@@ -91,8 +99,9 @@ async def _run(site: Site, policy: Policy, *, skip: bool, ask: bool, as_json: bo
 
             outcome = await expire(site, plan, marks, tell=say, progress=progress)
         entry.summary |= outcome.summary()
-        lines = _plan_lines(plan, policy, would=False) + _outcome_lines(outcome)
-        emit(_result(plan, policy, outcome), lines, as_json=as_json)
+        remains = await _remains(site, plan)
+        lines = _plan_lines(plan, policy, would=False) + _outcome_lines(outcome) + _remains_lines(remains)
+        emit(_result(plan, policy, outcome, remains), lines, as_json=as_json)
         if not outcome.refusals:
             return None
         first = outcome.refusals[0]
@@ -173,7 +182,32 @@ def _outcome_lines(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _result(plan: Plan, policy: Policy, outcome: Outcome | None) -> dict[str, Any]:
+async def _remains(site: Site, plan: Plan) -> _Remains:
+    """What buckets with versions still hold, at the destinations that were looked at."""
+    names = {store.name for store in plan.seen.stores}
+    urls = [url for url in site.settings.destinations if display_name(url) in names]
+    return await remaining(urls, site.settings, site.facts.system_id)
+
+
+def _remains_lines(remains: _Remains) -> list[str]:
+    lines = []
+    for name, found in remains.items():
+        if isinstance(found, StoreError):
+            lines.append(f"{name} keeps versions; what it still holds of what was deleted is not known: {found.fact}")
+            continue
+        words = (
+            f"{name} keeps versions: {'' if found.counted else 'at least '}{found.versions} old ones"
+            f" ({human(found.size)}) and {found.markers} delete markers are there"
+        )
+        if found.locked_until is not None:
+            words += f"; the bucket's lock ({found.lock}) holds the last of them until {show(found.locked_until)}"
+        if found.versions and found.rule is not None:
+            words += "; a lifecycle rule removes them" if found.rule else "; no lifecycle rule ever removes them"
+        lines.append(words)
+    return lines
+
+
+def _result(plan: Plan, policy: Policy, outcome: Outcome | None, remains: _Remains) -> dict[str, Any]:
     decision = plan.decision
     return {
         "dry_run": outcome is None,
@@ -192,6 +226,7 @@ def _result(plan: Plan, policy: Policy, outcome: Outcome | None) -> dict[str, An
         "destinations": [_destination(plan, store.name) for store in plan.seen.stores],
         "unreachable": {name: error.fact for name, error in plan.seen.away.items()},
         "notes": list(decision.notes),
+        "versions": {name: facts(found) for name, found in remains.items()},
         **(outcome.summary() if outcome else {}),
     }
 

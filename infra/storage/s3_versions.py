@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from infra.storage.remains import Remains
 from infra.storage.s3 import S3Store
 from infra.storage.s3_client import STALL
 from pipeline.errors import StoreError
@@ -46,30 +47,6 @@ class Page:
     #: Last key and version, if there is another page.
     key: str = ""
     version: str = ""
-
-
-@dataclass(slots=True)
-class Remains:
-    """What a bucket still holds below a prefix although nobody sees it any more."""
-
-    #: Versions that were replaced or deleted, their bytes, and delete markers.
-    versions: int = 0
-    size: int = 0
-    markers: int = 0
-    #: When the newest of those versions was stored.
-    newest: datetime | None = None
-    #: False: there are more, there was no time to count them.
-    counted: bool = True
-    #: The bucket's own object lock, like ``COMPLIANCE``, and for how long it locks what is stored; none: empty.
-    lock: str = ""
-    locked_for: timedelta = timedelta()
-    #: Whether a lifecycle rule of the bucket removes old versions; None: it could not be asked.
-    rule: bool | None = None
-
-    @property
-    def locked_until(self) -> datetime | None:
-        """When the last of them can be removed at the earliest, by the bucket's own lock; None: it has none."""
-        return self.newest + self.locked_for if self.newest and self.lock else None
 
 
 class S3Versions(S3Store):

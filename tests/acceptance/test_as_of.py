@@ -6,7 +6,7 @@ import json
 import re
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,14 @@ class Bucket:
         destination = {"WALSHIP_DESTINATIONS": self.server.url("pg", bucket=self.name)}
         return self.copy.run(*words, expect=expect, **destination, **self.server.environment)
 
+    def content(self, prefix: str) -> dict[str, bytes]:
+        """As ``content_of``."""
+        client = s3_client(self.server)
+        keys = [entry["Key"] for entry in client.list_objects_v2(Bucket=self.name, Prefix=prefix)["Contents"]]
+        return kept({key[len(prefix) :]: client.get_object(Bucket=self.name, Key=key)["Body"].read() for key in keys})
+
     def versions(self) -> int:
-        answer = s3_client(self.server).list_object_versions(Bucket=self.name)
+        answer = s3_client(self.server).list_object_versions(Bucket=self.name, Prefix="pg/")
         assert not answer["IsTruncated"]
         return len(answer["Versions"]) + len(answer["DeleteMarkers"])
 
@@ -69,8 +75,12 @@ def bucket(copy: Copy, seaweed: Seaweed, s3_prefix: str) -> Bucket:
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """Names of objects below a local destination and what they hold; without what a copy adds or leaves behind."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Names of objects below a local destination and what they hold; see ``kept``."""
+    return kept({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+
+
+def kept(found: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what a copy adds or leaves behind."""
     return {name: content for name, content in found.items() if not re.search("/(log|use|lease|verified)/", name)}
 
 
@@ -112,10 +122,21 @@ def test_the_bucket_alone_brings_back_what_somebody_has_wrecked(bucket: Bucket, 
     assert "name a later moment" in bucket.run("list", "--as-of", bucket.empty, expect=2).stderr
     assert bucket.versions() == left, "nobody writes into what is looked at"
 
-    mended = tmp_path / "mended"
-    bucket.run("copy", *as_of, "--from", bucket.server.url("pg", bucket=bucket.name), "--to", f"file://{mended}")
-    assert content_of(mended) == content_of(copy.local)
-    assert bucket.versions() == left
+    mended = bucket.server.url("mended", bucket=bucket.name)
+    bucket.run("copy", *as_of, "--from", bucket.server.url("pg", bucket=bucket.name), "--to", mended)
+    assert bucket.content("mended/") == content_of(copy.local)
+
+    # What expire says of such a bucket: the copy has left the object that it tried the target with, and its mark.
+    changed: dict[str, Any] = {"WALSHIP_DESTINATIONS": mended, "WALSHIP_KEEP_LAST": "1", **bucket.server.environment}
+    (found,) = json.loads(copy.run("expire", "--dry-run", "--json", **changed).stdout)["versions"].values()
+    assert found["old_versions"] >= 1
+    assert found["delete_markers"] >= 1
+    assert (found["lock"], found["removed_by_lifecycle_rule"]) == ("COMPLIANCE", False)
+    assert datetime.fromisoformat(found["locked_until"]) > datetime.now(UTC) + timedelta(hours=23)
+    said = copy.run("expire", "--dry-run", **changed).stdout
+    assert "mended keeps versions: " in said
+    assert "the bucket's lock (COMPLIANCE) holds the last of them until 20" in said
+    assert "no lifecycle rule ever removes them" in said
 
 
 def test_a_folder_cannot_be_seen_as_it_was(copy: Copy) -> None:

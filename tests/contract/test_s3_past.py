@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from handlers.body import joined
+from handlers.fetch import read_catalog
 from infra.demo.seaweed import Seaweed
 from infra.settings import Settings
 from infra.storage import display_name, is_past, open_store
@@ -16,11 +17,15 @@ from infra.storage.as_of import as_it_was
 from infra.storage.s3 import S3Store
 from infra.storage.s3_past import S3Past
 from infra.storage.s3_versions import S3Versions
+from pipeline.catalog import wal_key
 from pipeline.contracts import Store
 from pipeline.errors import ConfigError, ObjectMissing, ReadOnly
 from pipeline.objects import MemoryBody
+from pipeline.wal import WalFile
+from tests.acceptance.made_repository import OPEN, build
 from tests.contract.versions import Versions, versions
 from tests.stores import s3_client, s3_store, versioned_bucket
+from tests.waldata import SEGMENT_SIZE
 
 BUCKET = "past"
 
@@ -113,6 +118,36 @@ async def test_nothing_is_written_into_the_past(now: S3Store) -> None:
         with pytest.raises(ReadOnly, match=r"past-.* as of .*Z: \w+ a: the past cannot be changed"):
             await refused
     assert [info async for info in now.list("")] == []
+
+
+async def test_wal_tails_and_parts_are_what_they_were(now: S3Store) -> None:
+    """Everything is replaced or deleted, in turn; tails as well, of which a fold would leave none."""
+    made = await build()
+    objects = {info.key: joined(await made.shelf.store.get(info.key)) async for info in made.shelf.store.list("")}
+    assert sum(key.startswith("tail/") for key in objects) == 3
+    await asyncio.gather(*(now.put(key, MemoryBody([content])) for key, content in objects.items()))
+    moment, names = await a_moment(), sorted(objects)
+    await now.delete(names[::2])
+    await asyncio.gather(*(now.put(key, MemoryBody([b"lost"]), replace=True) for key in names[1::2]))
+    past = S3Past(now._options, moment)
+    try:
+        repository = made.repository(past)
+        catalog = await read_catalog(repository.stores, repository.fetch, repository.system_id)
+        (backup,) = catalog.backups
+        assert backup.archives
+        for name, content in made.wal.items():
+            file = WalFile.parse(name)
+            assert file is not None
+            if name == OPEN.name:
+                joint = await repository.fetch.tail(file, SEGMENT_SIZE)
+                assert joint is not None
+                assert joint.reach > 2500
+                assert bytes(joint.content) == content
+            else:
+                assert bytes((await repository.fetch(wal_key(file))).plain) == content
+        assert {key: joined(await past.get(key)) for key in objects} == objects
+    finally:
+        await past.close()
 
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)

@@ -270,6 +270,11 @@ def _finish(plan: RestorePlan, restored: Restored, planning: float, *, standby: 
         where = f", port {server.port}" if server.port else ""
         lines.append(f"the server is {server.state}{where}; its log is {server.log_file}")
         lines.append(_reached(plan, server))
+        if server.state == "paused":
+            lines.append(
+                "it can be read, and not written to: SELECT pg_wal_replay_resume(); ends recovery here and promotes it;"
+                " for another target stop it, and restore again with --delta"
+            )
     lines.append("it took " + ", ".join(f"{seconds:.1f} s for {_STEPS[step]}" for step, seconds in took.items()))
     emit(result, lines, as_json=as_json)
 

@@ -1,11 +1,11 @@
 """``walship WORDS`` in a process of its own that does not load everything anew.
 
 A command costs 0.3 to 0.7 s of CPU time before it does anything: the modules, and the key ring's passphrase, which is
-slow on purpose. Hundreds of commands are run by the acceptance tests. So each is forked off a process that has loaded
-the modules and has done nothing else (``multiprocessing``'s fork server): it has its own process id, environment,
-folder, streams, signals and exit code, as any other. The key rings that ``init`` makes here are cheap to open; what
-opening costs stands in the ring, and every command obeys that. And where a command waits for nothing but time to pass,
-less time is enough here: see ``_hurry``.
+slow on purpose. Hundreds of commands are run by the acceptance tests, and dozens of services. So each is forked off a
+process that has loaded the modules and has done nothing else (``multiprocessing``'s fork server): it has its own
+process id, environment, folder, streams, signals and exit code, as any other. The key rings that ``init`` makes here
+are cheap to open; what opening costs stands in the ring, and every command obeys that. And where a command (not a
+service) waits for nothing but time to pass, less time is enough here: see ``_hurry``.
 
 ``as_installed=True`` is the real start, the real cost and the real waits.
 """
@@ -16,6 +16,7 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Protocol
 
 from handlers import upload
 from infra import cli, ring, safety
@@ -65,29 +67,71 @@ def run(
     # Files, not pipes: servers that outlive the command may keep them open.
     with tempfile.TemporaryDirectory(prefix="walship-c-") as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
-        deadline = time.monotonic() + timeout
-        with _lock:
-            process = _server().Process(
-                target=_command, args=(words, dict(environment), str(folder), str(out), str(err))
-            )
-            process.start()
+        process = Forked(words, environment, folder, out=out, err=err, hurry=True)
+        late = None
         try:
-            started(process.pid or 0)
-            in_time = connection.wait([process.sentinel], max(0.0, deadline - time.monotonic()))
-        except BaseException:
+            started(process.pid)
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            late = error
+        finally:
             process.kill()
-            raise
-        if not in_time:
-            process.kill()
-        with _lock:
-            process.join()
-            code = process.exitcode
-            process.close()
+            process.wait()
         said = [path.read_text("utf-8") if path.exists() else "" for path in (out, err)]
-    if not in_time:
+    if late is not None:
         raise subprocess.TimeoutExpired(command, timeout, *said)
-    assert code is not None
     return subprocess.CompletedProcess(command, code, *said)
+
+
+class Process(Protocol):
+    """What is used of a ``subprocess.Popen``."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Forked:
+    """A command under way, a ``Process``."""
+
+    def __init__(
+        self, words: Sequence[str], environment: Mapping[str, str], folder: Path, *, out: Path, err: Path,
+        hurry: bool = False,
+    ) -> None:  # fmt: skip
+        """Start it. What it prints is added to the files ``out`` and ``err``. ``hurry``: see ``_hurry``."""
+        with _lock:
+            self._process = _server().Process(
+                target=_command, args=(words, dict(environment), str(folder), str(out), str(err), hurry), daemon=True
+            )
+            self._process.start()
+        self.pid = self._process.pid or 0
+        self._words = words
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        with _lock:
+            if self._code is None and self._process.exitcode is not None:
+                self._code = self._process.exitcode
+                self._process.close()
+            return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code. Raises subprocess.TimeoutExpired, and leaves it running then."""
+        if self.poll() is None and not connection.wait([self._process.sentinel], timeout):
+            raise subprocess.TimeoutExpired(list(self._words), timeout or 0.0)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def send_signal(self, sig: int, /) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 @functools.cache
@@ -98,14 +142,14 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _command(words: Sequence[str], environment: dict[str, str], folder: str, out: str, err: str) -> None:
+def _command(words: Sequence[str], environment: dict[str, str], folder: str, out: str, err: str, hurry: bool) -> None:
     """The forked process becomes the command: everything that it could have inherited is replaced."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
     for number, path in ((1, out), (2, err)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
         os.close(file)
     # As the interpreter makes them for files.
@@ -113,7 +157,10 @@ def _command(words: Sequence[str], environment: dict[str, str], folder: str, out
     sys.stderr = sys.__stderr__ = io.TextIOWrapper(  # type: ignore[misc]  # to be replaced, as ``secure`` does
         open(2, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True  # noqa: SIM115 - likewise
     )  # fmt: skip
-    _hurry()
+    # What else is installed does not change from one command to the next; ``infra.names`` has tests of its own.
+    cli.refuse_strangers = lambda _=None: None  # type: ignore[assignment,attr-defined]
+    if hurry:
+        _hurry()
     sys.argv = ["walship", *words]
     cli.main()
 

@@ -82,7 +82,7 @@ class Rig:
             **(settings or {}),
         }
         self._backed_up = ""
-        self._services: list[subprocess.Popen[bytes]] = []
+        self._services: list[commands.Process] = []
         self._restored: list[ThrowawayServer] = []
         self._targets: list[Path] = []
 
@@ -120,22 +120,22 @@ class Rig:
         """The result of ``walship WORDS --json``."""
         return json.loads(self.run(*words, "--json", expect=expect, timeout=timeout).stdout)
 
-    def serve(self, *prefix: str, **changed: str) -> subprocess.Popen[bytes]:
+    def serve(self, *prefix: str, **changed: str) -> commands.Process:
         """Start ``walship run`` and wait until it ships; its log goes to ``service.log``.
 
         Or the Python program ``prefix`` in its place, which may end at any moment and is not waited for.
         """
         before = self.service_log().count(_STARTED)
-        command = [sys.executable, *(prefix or ("-m", "infra.cli")), "run"]
-        with (self.folder / "service.log").open("ab") as log:
-            service = subprocess.Popen(
-                command,
-                env=self.environment(**changed),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        service: commands.Process
+        environment, path = self.environment(**changed), self.folder / "service.log"
+        if prefix or self.as_installed:
+            command = [sys.executable, *(prefix or ("-m", "infra.cli")), "run"]
+            with path.open("ab") as log:
+                service = subprocess.Popen(
+                    command, env=environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+        else:
+            service = commands.Forked(("run",), environment, self.folder, out=path, err=path)
         self._services.append(service)
         if not prefix:
             self.wait(
@@ -145,7 +145,7 @@ class Rig:
             assert service.poll() is None, f"the service ended with {service.poll()}\n{self.service_log()[-4000:]}"
         return service
 
-    def stop(self, service: subprocess.Popen[bytes], number: int = signal.SIGTERM, *, timeout: float = 40.0) -> int:
+    def stop(self, service: commands.Process, number: int = signal.SIGTERM, *, timeout: float = 40.0) -> int:
         if service.poll() is None:
             service.send_signal(number)
         return service.wait(timeout)
@@ -202,7 +202,7 @@ class Rig:
 
     # -- the end of it all
 
-    def destroy(self, service: subprocess.Popen[bytes], *, first: Callable[[], object] = lambda: None) -> float:
+    def destroy(self, service: commands.Process, *, first: Callable[[], object] = lambda: None) -> float:
         """The host is lost: server and service get SIGKILL at one moment, and all that lies on it is deleted.
 
         ``first`` is called just before the signals. Returns when it happened, in monotonic seconds: before any of it.
@@ -278,8 +278,8 @@ def stop_started(target: Path) -> None:
 class Load:
     """Clients that commit numbered rows until they are stopped, and remember what was acknowledged."""
 
-    def __init__(self, server: ThrowawayServer, *, pause: float = 0.0) -> None:
-        """``pause``: seconds between commits."""
+    def __init__(self, server: ThrowawayServer, *, pause: float = 0.005) -> None:
+        """``pause``: seconds between commits. At full speed they would take a processor from what is tested."""
         self._server = server
         self._pause = pause
         self._stop = threading.Event()

@@ -75,7 +75,14 @@ class Bench:
         give(self._logs, run_as())
         url = f"s3://{s3.bucket}/bench?endpoint=http://127.0.0.1:{proxy.port}&region=us-east-1"
         self.rig = Rig(
-            folder, MAJOR, [url], settings=s3.environment, segment_mb=16, server_settings=_SERVER, sources="stream"
+            folder,
+            MAJOR,
+            [url],
+            settings=s3.environment,
+            segment_mb=16,
+            server_settings=_SERVER,
+            sources="stream",
+            as_installed=True,
         )
         self.rig.server.start()
         self.rig.run("init")
@@ -217,7 +224,7 @@ def catch_up(folder: Path, megabytes: int, rounds: int) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     destination = f"file://{folder}/store"
     with Rig(
-        folder, MAJOR, [destination], segment_mb=16, sources="stream",
+        folder, MAJOR, [destination], segment_mb=16, sources="stream", as_installed=True,
         server_settings={"synchronous_commit": "off", **_SERVER},
     ) as rig:  # fmt: skip
         rig.server.start()

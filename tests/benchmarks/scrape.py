@@ -71,7 +71,7 @@ def tables(folder: Path, seconds: float) -> Iterator[str]:
     """All of it, line by line."""
     listen = f"127.0.0.1:{free_port()}"
     places = [f"file://{folder}/{name}" for name in ("near", "far")]
-    with Rig(folder, MAJOR, places, sources="stream", settings={"WALSHIP_LISTEN": "off"}) as rig:
+    with Rig(folder, MAJOR, places, sources="stream", settings={"WALSHIP_LISTEN": "off"}, as_installed=True) as rig:
         rig.server.run(
             "pg_resetwal", "-f", "-l", WalFile.segment(1, _BEGIN * SIZE, SIZE).name, str(rig.server.data_dir)
         )

@@ -39,6 +39,7 @@ def _once(folder: Path, destinations: list[str], s3: Seaweed, major: int, megaby
     """Bytes of WAL, seconds until it was committed, and the most memory that the service had."""
     with Rig(
         folder, major, destinations, segment_mb=SEGMENT >> 20, sources="stream", settings=s3.environment,
+        as_installed=True,
         server_settings={"max_wal_size": "4GB", "min_wal_size": "256MB", "shared_buffers": "256MB"},
     ) as rig:  # fmt: skip
         rig.server.start()

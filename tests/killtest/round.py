@@ -14,6 +14,7 @@ import psycopg
 
 from infra.demo.seaweed import Seaweed
 from infra.postgres.throwaway import free_port, make_folder
+from tests.commands import Process
 from tests.killtest.load import TABLE, Load, digest
 from tests.killtest.plan import Plan, Trouble
 from tests.killtest.verdict import Outcome
@@ -95,12 +96,12 @@ class _Round:
         if self.outcome.violations:
             self._note_requests(kill)
 
-    def _serve(self) -> subprocess.Popen[bytes]:
+    def _serve(self) -> Process:
         service = self.rig.serve(POSTGRES_PORT=str(self.postgres.port))
         self.rig.wait(self.rig.streams, "the service streams")
         return service
 
-    def _trouble(self, service: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    def _trouble(self, service: Process) -> Process:
         time.sleep(self.dice.uniform(0, 1))
         match self.plan.trouble:
             case Trouble.SERVICE_KILLED:

@@ -196,7 +196,9 @@ def _day(
         stack.callback(shutil.rmtree, folder)
         store = stack.enter_context(Proxy(int(seaweed.endpoint.rpartition(":")[2])))
         url = seaweed.url(prefix).replace(seaweed.endpoint, f"http://127.0.0.1:{store.port}")
-        rig = stack.enter_context(Rig(folder, NEWEST, [url], settings=seaweed.environment, sources="stream"))
+        rig = stack.enter_context(
+            Rig(folder, NEWEST, [url], settings=seaweed.environment, sources="stream", as_installed=True)
+        )
         rig.server.start()
         rig.sql("create table kept (client int, n int, filler text, primary key (client, n))")
         rig.sql("create table bulk (n int, filler text)")

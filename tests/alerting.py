@@ -194,18 +194,18 @@ class Watch:
             found = json.load(answer)["data"]["result"]
         return [(each["metric"], float(each["value"][1])) for each in found]
 
-    def fires(self, *alerts: tuple[str, str], timeout: float = 30.0) -> None:
+    def fires(self, *alerts: tuple[str, str], timeout: float = 60.0) -> None:
         """Wait until all of them are firing at the Alertmanager."""
         _until(
             lambda: set(alerts) <= self.firing(), f"{alerts} fire", timeout, lambda: f"{self.firing()}\n{self.log()}"
         )
 
-    def resolves(self, *alerts: tuple[str, str], timeout: float = 40.0) -> None:
+    def resolves(self, *alerts: tuple[str, str], timeout: float = 60.0) -> None:
         """Wait until none of them is."""
         gone = set(alerts)
         _until(lambda: not gone & self.firing(), f"{alerts} resolve", timeout, lambda: f"{self.firing()}\n{self.log()}")
 
-    def quiet(self, usual: Collection[str], *, timeout: float = 40.0) -> None:
+    def quiet(self, usual: Collection[str], *, timeout: float = 60.0) -> None:
         """Wait until no alerts but those of these names are firing."""
         _until(
             lambda: {name for name, _ in self.firing()} <= set(usual),

@@ -61,7 +61,7 @@ class Running:
 
 def nothing_left(server: ThrowawayServer) -> None:
     """No session of ours, no backup in progress, and no slot."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     queries = (_OURS, *(f"select count(*) from {name}" for name in ("pg_stat_progress_basebackup", _SLOTS)))
     while any(server.query(query) != [(0,)] for query in queries):
         assert time.monotonic() < deadline, server.query("select pid, state, query from pg_stat_activity")

@@ -83,7 +83,7 @@ class Receiving:
     def told(self, kind: type[N]) -> list[N]:
         return [notice for notice in self.notices if isinstance(notice, kind)]
 
-    async def until(self, condition: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
         """Poll; fails with what was told."""
         deadline = time.monotonic() + timeout
         while not condition():

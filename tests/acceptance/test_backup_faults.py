@@ -72,7 +72,7 @@ def test_stopped_it_leaves_no_trace(rig: Rig, first: list[str], mode: str) -> No
         began = time.monotonic()
         running.signal(number)
         running.end(code)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         nothing_left(rig.server)
     assert names(rig) == first
 

@@ -19,6 +19,7 @@ import pytest
 from infra.demo.seaweed import Seaweed
 from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
 from tests.acceptance.test_two_writers import events
+from tests.commands import Process
 from tests.rig import Load, Rig, stop_started
 from tests.servers import NEWEST
 
@@ -55,7 +56,7 @@ class Clones:
             conf.write("synchronous_standby_names = ''\n")
         return clone
 
-    def serve(self, server: ThrowawayServer) -> subprocess.Popen[bytes]:
+    def serve(self, server: ThrowawayServer) -> Process:
         """Its service, which may be refused."""
         return self.rig.serve("-m", "infra.cli", **server.environment())
 
@@ -64,7 +65,7 @@ class Clones:
         self.rig.wait(
             lambda: any(all(text in line["error"] for text in texts) for line in events(self.rig, event)),
             f"refused: {texts}",
-            30,
+            120,
         )
 
     def restored(self) -> set[int]:
@@ -132,7 +133,7 @@ def test_a_clone_that_took_over_where_the_original_ended_is_told_apart_from_then
     rig.stop(clones.service, signal.SIGKILL)
     clone.start()
     second = clones.serve(clone)
-    rig.wait(lambda: clone.query("select 1 from pg_stat_replication where state = 'streaming'") != [], "it streams", 30)
+    rig.wait(lambda: clone.query("select 1 from pg_stat_replication where state = 'streaming'") != [], "it streams", 120)
     clone.query("insert into load values (-1, 'of the clone')")
     ((end,),) = clone.query("select pg_current_wal_lsn()::text")
     durable = f"select 1 from pg_stat_replication where flush_lsn >= '{end}'"

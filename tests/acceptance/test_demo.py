@@ -41,7 +41,7 @@ def _left(mark: str) -> list[str]:
 
 def _wait_until_none_is_left(mark: str) -> None:
     """Guards and grandchildren end a moment later."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while _left(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _left(mark)

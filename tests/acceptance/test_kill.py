@@ -81,7 +81,7 @@ def test_a_store_that_is_killed_and_comes_back_gets_all_that_it_missed(tmp_path:
                 rig.wait(lambda: '"event": "destination_failed"' in rig.service_log(), "the outage is told", 120)
                 s3.start()
                 rig.wait(lambda: not rig.spooled(), "all is acknowledged again", 120)
-                assert '"event": "destination_caught_up"' in rig.service_log()
+                rig.wait(lambda: '"event": "destination_caught_up"' in rig.service_log(), "its return is told", 120)
                 assert rig.stop(service) == 0
                 assert rig.json("verify")["ok"]
     finally:

@@ -63,7 +63,7 @@ def test_one_commit_on_a_quiet_database_is_safe_within_its_second(seaweed: Seawe
             rig.caught_up()
             rig.sql("insert into t values (1)")
             ((segment,),) = rig.sql("select pg_walfile_name(pg_current_wal_lsn())")
-            rig.wait(lambda: any(f"/tail/{segment}/" in put.path for put in store.requests), "a tail is stored", 5)
+            rig.wait(lambda: any(f"/tail/{segment}/" in put.path for put in store.requests), "a tail is stored")
             service.kill()
             service.wait()
             service = rig.serve()

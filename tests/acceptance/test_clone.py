@@ -133,7 +133,9 @@ def test_a_clone_that_took_over_where_the_original_ended_is_told_apart_from_then
     rig.stop(clones.service, signal.SIGKILL)
     clone.start()
     second = clones.serve(clone)
-    rig.wait(lambda: clone.query("select 1 from pg_stat_replication where state = 'streaming'") != [], "it streams", 120)
+    rig.wait(
+        lambda: clone.query("select 1 from pg_stat_replication where state = 'streaming'") != [], "it streams", 120
+    )
     clone.query("insert into load values (-1, 'of the clone')")
     ((end,),) = clone.query("select pg_current_wal_lsn()::text")
     durable = f"select 1 from pg_stat_replication where flush_lsn >= '{end}'"

@@ -52,6 +52,8 @@ _END = bytes(1024)
 _SAME_START = 5
 #: How often a control file is read that the server is writing.
 _TRIES = 20
+#: Seconds that the commit of a DROP TABLESPACE gets, and between two looks at it.
+_DROPPED, _AGAIN = 2.0, 0.1
 #: Seconds between looks at whether the session that began the backup is still there.
 _LOOK = 2.0
 _MANIFEST_PIECE = 1 << 20
@@ -181,7 +183,6 @@ async def _look_again(connection: Connection, *, standby: bool) -> None:
 
 async def look(connection: Connection, directory: Path) -> DataDirectory:
     """Whether the server can be backed up by reading ``directory``. Begins nothing. Raises SourceError."""
-    tablespaces = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
     (found,) = await rows(connection, _FACTS)
     system_id, catalog, started, estimate, port, checksums, blocks, standby, allowed, root = found
     if not allowed:
@@ -191,12 +192,30 @@ async def look(connection: Connection, directory: Path) -> DataDirectory:
             hint="WALSHIP_DATA_DIR needs that: GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean),"
             f' pg_backup_stop(boolean) TO "{user}";',
         )
-    await asyncio.to_thread(_check_places, directory, tablespaces)
+    tablespaces = await _settled(connection, directory)
     await asyncio.to_thread(_check_same, directory, system_id, int(started), port)
     major = connection.info.server_version // 10000
     return DataDirectory(
         system_id, major, f"PG_{major}_{catalog}", tablespaces, root, int(estimate or 0), checksums, blocks, standby
     )
+
+
+async def _settled(connection: Connection, directory: Path) -> tuple[Tablespace, ...]:
+    """The tablespaces, each with its folder there. DROP TABLESPACE removes its link before it commits, so for a moment
+    one is listed that is gone already: only what stays so is refused. Raises SourceError.
+    """
+    deadline = time.monotonic() + _DROPPED
+    while True:
+        try:
+            # The server itself looks at the link, and refuses to answer if there is none.
+            found = tuple(Tablespace(int(oid), place) for oid, place in await rows(connection, _TABLESPACES))
+            await asyncio.to_thread(_check_places, directory, found)
+        except SourceError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(_AGAIN)
+        else:
+            return found
 
 
 def linked_tablespaces(directory: Path) -> tuple[Tablespace, ...]:

@@ -276,6 +276,22 @@ async def test_a_tablespace_that_is_not_mounted_is_refused(start_server: StartSe
         await Taken().take(local_copy.stream(settings_for(server), mounted))
 
 
+async def test_a_tablespace_that_is_dropped_in_that_moment_is_no_obstacle(
+    start_server: StartServer, server_folder: Path
+) -> None:
+    """Its link is gone before the server stops listing it."""
+    server = start_server(NEWEST)
+    oid = create_tablespace(server, server_folder / "going")
+    server.query("drop table in_going")
+    (server.data_dir / f"pg_tblspc/{oid}").unlink()
+    async with await psycopg.AsyncConnection.connect(server.dsn(), autocommit=True) as connection:
+        looking = asyncio.create_task(local_copy.look(connection, server.data_dir))
+        await asyncio.wait([looking], timeout=0.2)
+        assert not looking.done(), "it waits"
+        await asyncio.to_thread(server.query, "drop tablespace going")
+        assert (await looking).tablespaces == ()
+
+
 async def test_a_second_backup_is_refused_by_name(start_server: StartServer) -> None:
     settings = settings_for(start_server(NEWEST))
     async with claimed(settings):

@@ -8,6 +8,7 @@ import secrets
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,8 @@ from infra.repository import Destination, RepositoryFacts, find
 from infra.repository import read_facts as read_repository
 from infra.settings import SECRETS, Settings
 from infra.sources.spool import check_spool
+from infra.storage import display_name
+from infra.storage.remains import rules
 from infra.storage.retry import LOOK
 from infra.storage.rooted import Rooted
 from infra.whereabouts import why_here
@@ -239,6 +242,8 @@ async def _destination(
         severity: Literal["ok", "warning"] = "ok" if abilities.conditional_put else "warning"
         yield Finding(name, severity, f"conditional put: {abilities.remark}")
         yield await _round_trip(store, name)
+        if (finding := await _versions(destination, settings)) is not None:
+            yield finding
         at_hand = look_at_hand(settings, lambda *_: None)  # what is wrong with it was said
         keys = await open_keyring(
             store, facts.system_id, at_hand, writer=True, wanted=policy_of(settings), clock=SystemClock()
@@ -250,6 +255,27 @@ async def _destination(
         yield _wrong(name, ConfigError(f"there is no repository of cluster {facts.system_id}: {error.fact}", hint=hint))
     except (ConfigError, StoreError, IntegrityError) as error:
         yield _wrong(name, error)
+
+
+async def _versions(destination: Destination, settings: Settings) -> Finding | None:
+    """Whether a bucket keeps what is deleted, and for how long. None for a folder."""
+    name = destination.name
+    url = next((url for url in settings.destinations if display_name(url) == name), "")
+    if not url.startswith("s3:"):
+        return None
+    try:
+        status, found = await rules(url, settings)
+    except StoreError as error:
+        return Finding(name, "ok", f"whether the bucket keeps versions is not known: {error.fact}")
+    if status != "Enabled":
+        words = "no versions any more (they are suspended)" if status else "no versions"
+        return Finding(name, "ok", f"the bucket keeps {words}: what is deleted or replaced there is gone")
+    lock = f", each locked for {_days(found.locked_for)} ({found.lock})" if found.lock else ""
+    fact = f"the bucket keeps versions{lock}"
+    if found.rule is False:
+        hint = "what is deleted or replaced stays there, and costs, until a rule removes it: docs/ransomware.md has one"
+        return Finding(name, "warning", f"{fact}, and no lifecycle rule ever removes old ones", hint)
+    return Finding(name, "ok", fact + ("; a lifecycle rule removes old ones" if found.rule else ""))
 
 
 async def _round_trip(store: Rooted, name: str) -> Finding:
@@ -267,3 +293,7 @@ async def _round_trip(store: Rooted, name: str) -> Finding:
             name, "warning", f"an object could be written and read back, not deleted: {error.fact}", error.hint
         )
     return Finding(name, "ok", "an object was written, read back, compared and deleted")
+
+
+def _days(span: timedelta) -> str:
+    return "1 day" if span.days == 1 else f"{span.days} days"

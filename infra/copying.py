@@ -26,7 +26,7 @@ from infra.monitoring.log import log_notice
 from infra.pace import Pace
 from infra.repository import Destination, RepositoryFacts, clusters, find, read_facts
 from infra.settings import Settings
-from infra.storage import display_name, make_folder, open_store
+from infra.storage import display_name, is_past, make_folder, open_store
 from infra.storage.memory import MemoryStore
 from infra.storage.rooted import Rooted
 from infra.whereabouts import endpoint_of
@@ -118,7 +118,7 @@ async def open_ends(
             stack.push_async_callback(store.close)
             return store
 
-        origins = tuple(Destination(opened(url), required=True) for url in urls)
+        origins = tuple(Destination(opened(url), required=True, past=is_past(url)) for url in urls)
         facts = await find(origins[:1], cluster)
         absent = _is_absent(to)
         if not (absent and (dry or existing)):

@@ -78,3 +78,13 @@ def facts(found: Remains | StoreError) -> dict[str, Any]:
         "locked_until": until.isoformat() if until else None,
         "removed_by_lifecycle_rule": found.rule,
     }
+
+
+async def rules(url: str, settings: Settings) -> tuple[str, Remains]:
+    """Whether an ``s3:`` destination keeps versions, as ``S3Versions.versioning`` says it, and its bucket's rules."""
+    store, _ = open_versions(url, settings)
+    try:
+        status = await store.versioning()
+        return status, await store.rules() if status else Remains()
+    finally:
+        await store.close()

@@ -97,8 +97,7 @@ class S3Versions(S3Store):
 
     async def remains(self, prefix: str, *, seconds: float) -> Remains:
         """Count what was replaced or deleted below a prefix, for at most so many seconds. Raises StoreError."""
-        found = Remains()
-        await self._rules(found)
+        found = await self.rules()
         try:
             async with asyncio.timeout(seconds):
                 async for page in self.pages(prefix):
@@ -107,8 +106,9 @@ class S3Versions(S3Store):
             found.counted = False
         return found
 
-    async def _rules(self, found: Remains) -> None:
-        """What the bucket does by itself. Not every server knows such rules, nor may everybody read them."""
+    async def rules(self) -> Remains:
+        """What the bucket does by itself; nothing is counted. Not every server has rules, nor may everybody ask."""
+        found = Remains()
         client = await self._open()
         try:
             async with self._explained("ask for the bucket's lock", ""), asyncio.timeout(STALL):
@@ -124,6 +124,7 @@ class S3Versions(S3Store):
             found.rule = any("NoncurrentVersionExpiration" in r and r.get("Status") == "Enabled" for r in rules)
         except StoreError as error:
             found.rule = False if "NoSuchLifecycleConfiguration" in error.fact else None
+        return found
 
 
 def _count(found: Remains, page: Page) -> None:

@@ -57,7 +57,9 @@ def test_a_bucket_that_keeps_every_version(folder: Path, seaweed: Seaweed, s3_pr
         assert not events(rig, "delete_refused"), "a delete without a version is allowed under any lock"
         assert not events(rig, "destination_failed")
         assert not events(rig, "destination_hampered"), "put-if-absent holds there"
-        assert "conditional put: the store itself" in rig.run("check").stdout
+        check = rig.run("check").stdout
+        assert "conditional put: the store itself" in check
+        assert "the bucket keeps versions, each locked for 1 day (COMPLIANCE), and no lifecycle rule" in check
         rig.destroy(service)
         assert restored(rig, "select n from t order by n")[0] == [(0,), (1,), (2,), (3,)]
         listing = rig.json("list")

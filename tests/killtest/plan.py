@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Self
 
-from tests.servers import SERVER_VERSIONS
-
 
 class Pace(Enum):
     """How the clients of a round commit."""
@@ -64,6 +62,8 @@ class Plan:
     @classmethod
     def draw(cls, seed: int, number: int, *, synchronous: bool) -> Self:
         """The same for the same seed and number; the mode changes nothing else."""
+        from tests.servers import SERVER_VERSIONS  # not for the processes of ``load``: it brings pytest along
+
         dice = random.Random(f"walship/{seed}/{number}")
         clients = dice.choice((1, 1, 2, 4, 8, 16))
         segment_mb = dice.choice((1, 16))

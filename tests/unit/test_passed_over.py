@@ -12,11 +12,10 @@ import pytest
 import structlog
 
 from handlers.fetch import Fetcher, read_catalog
-from infra.keys import Policy, RepositoryKeys, open_keyring
+from infra.keys import Policy, RepositoryKeys, open_keyring, open_keys
 from infra.ring import fresh_ring, ring_name, seal_ring
 from infra.settings import Settings
 from infra.storage.memory import MemoryStore
-from infra.wiring import open_keys
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.contracts import Body, Span

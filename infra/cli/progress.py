@@ -5,20 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from typing import TYPE_CHECKING, Self
 
 from infra.cli.verb import human, say
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 #: Seconds between lines where there is no terminal.
 EVERY = 5.0
@@ -36,15 +28,7 @@ class Bytes:
     def __enter__(self) -> Self:
         self._began = self._said = time.monotonic()
         if sys.stderr.isatty():
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+            self._bar = _bar()
             self._bar.start()
             self._bar.add_task(self._what, total=None)
         return self
@@ -83,3 +67,18 @@ class Bytes:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _bar() -> Progress:
+    from rich import progress  # only where there is a terminal: it takes a while to load
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -6,6 +6,8 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
+from importlib import import_module
+from threading import Thread
 
 from handlers.base_backup import Cluster, Progress, WalSafe, take
 from handlers.expire import Expirer
@@ -67,6 +69,9 @@ async def backup(
     source = settings.for_backups()
     if settings.backup_host:
         refuse_stranger(await look_at_server(source), server, settings.backup_host)
+    if source.data_dir is not None and not incremental:
+        # Page checksums need numpy, which takes a while to load: meanwhile scrypt opens the key ring, on another core.
+        Thread(target=import_module, args=("numpy",)).start()
     taken: BackupInfo | None = None
     found: list[Damage] = []
 

@@ -40,7 +40,7 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
       walship backup --incremental
       walship backup --label 'before the migration' --json
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
-    give_back_large_blocks(keep=LARGE)
+    give_back_large_blocks(keep=3 * LARGE)  # of each worker's heap: what it makes of one part
     damaged: list[Damage] = []
     tell = say
     if as_json:  # whatever is read there, it is JSON

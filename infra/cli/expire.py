@@ -99,6 +99,8 @@ async def _run(site: Site, policy: Policy, *, skip: bool, ask: bool, as_json: bo
 
             outcome = await expire(site, plan, marks, tell=say, progress=progress)
         entry.summary |= outcome.summary()
+        if as_json and outcome.gone:  # for the log of the service, which prints no result
+            say(f"deleted: {', '.join(outcome.gone)}")
         remains = await _remains(site, plan)
         lines = _plan_lines(plan, policy, would=False) + _outcome_lines(outcome) + _remains_lines(remains)
         emit(_result(plan, policy, outcome, remains), lines, as_json=as_json)

@@ -111,10 +111,10 @@ async def open_destinations(
 
 def _no_destinations() -> ConfigError:
     """Most often the file with the settings is in another folder."""
-    here = "" if Path(".env").exists() else f"there is no .env in {Path.cwd()}; "
+    here = "" if Path(".env").exists() else f"there is no .env in {Path.cwd()}: go to the folder that has it; "
     return ConfigError(
         "WALSHIP_DESTINATIONS is not set",
-        hint=f"{here}it is for example file:///var/backups/walship,s3://bucket/prefix",
+        hint=f"{here}WALSHIP_DESTINATIONS is for example file:///var/backups/walship,s3://bucket/prefix",
     )
 
 

@@ -25,4 +25,4 @@ async def command(cluster: str, as_json: bool) -> None:
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     shipped = await push(settings(), log_notice, cluster=cluster)
     result = {"shipped": shipped}
-    emit(result, [f"shipped {shipped} files"], as_json=as_json)
+    emit(result, ["shipped 1 file" if shipped == 1 else f"shipped {shipped} files"], as_json=as_json)

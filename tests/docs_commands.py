@@ -306,6 +306,9 @@ class Machine:
         self._script("walship", f"name=walship\n{ask}")
         self._script("systemctl", f"name=systemctl\n{ask}")
         self._script("journalctl", f"exec cat {self.folder}/service.log\n")
+        if not shutil.which("curl"):
+            fetch = "import sys, urllib.request as r; print(r.urlopen(sys.argv[-1], timeout=30).read().decode())"
+            self._script("curl", f'exec {python} -I -S -c {shlex.quote(fetch)} "$@"\n')
         self.use(self.bin_dir)
 
     def use(self, bin_dir: Path) -> None:
@@ -369,6 +372,8 @@ class Machine:
         self._end_services()
         for lost in (self.data_dir, self.spool, self.folder / "backups"):
             shutil.rmtree(lost)
+        for left in self.folder.glob(".s.PGSQL.*"):
+            left.unlink()
 
     def empty_bucket(self) -> None:
         """All objects of this machine go."""

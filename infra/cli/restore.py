@@ -140,6 +140,11 @@ def _target(options: dict[str, Any]) -> tuple[Target, str]:
             f"--standby and --{(aimed or ['action'])[0].replace('_', '-')} contradict each other",
             hint="a standby follows the archive and stops nowhere; leave one of the two out",
         )
+    if options["standby"] and options["as_of"]:
+        raise ConfigError(
+            "--standby and --as-of contradict each other",
+            hint="a standby follows what is still being written, and the past is not; leave one of the two out",
+        )
     target = Target.parse(
         time=options["to_time"],
         lsn=options["to_lsn"],

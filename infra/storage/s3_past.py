@@ -106,7 +106,8 @@ class S3Past(S3Versions):
         return versions
 
     def _refusal(self, what: str) -> ReadOnly:
-        return ReadOnly(f"{self.name}: {what}: the past cannot be changed", hint="leave out --as-of to write there")
+        hint = "leave out --as-of, or as_of= of the destination, to write there"
+        return ReadOnly(f"{self.name}: {what}: the past cannot be changed", hint=hint)
 
 
 def _passed_over(page: Page) -> list[str]:

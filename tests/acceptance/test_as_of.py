@@ -143,4 +143,6 @@ def test_a_folder_cannot_be_seen_as_it_was(copy: Copy) -> None:
     said = copy.run("list", "--as-of", "2 hours ago", expect=2).stderr
     assert f"keeps no versions: file://{copy.local} (a folder)" in said
     assert "2 hours ago was taken by the clock of this machine" in said
+    standby = ("restore", "--target-dir", "/nowhere", "--standby", "--as-of", "2 hours ago")
+    assert "--standby and --as-of contradict each other" in copy.run(*standby, expect=2).stderr
     assert "--as-of 'tomorrow' is not a time" in copy.run("list", "--as-of", "tomorrow", expect=2).stderr

@@ -1,4 +1,4 @@
-"""The command blocks of the documents, and a throw-away machine on which they are run as they stand there.
+"""A throw-away machine on which the command blocks of the documents are run as they stand there.
 
 A block is run by a real ``sh``, with redirections, variables and comments. Only places are others: ``/srv/restored`` is
 a folder below the test's, ``s3://my-bucket/pg`` a prefix in the test's bucket. ``walship`` is the command, forked off
@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,13 +29,11 @@ from infra.postgres.processes import give, kill_tree, run_as
 from infra.postgres.programs import environment_for
 from infra.postgres.throwaway import free_port, make_folder
 from tests import commands
+from tests.docs_blocks import HOME, Block
 from tests.rig import stop_started
 from tests.servers import new_server, programs
 from tests.stores import s3_client
 
-HOME = Path(__file__).resolve().parents[1]
-_DRAWN = re.compile(r"[─▶└├│]")
-_COMMENT = re.compile(r"(?:^|\s+)(?:#|--) .*$")
 _SERVER_PROGRAMS = ("psql", "pg_ctl", "pg_dump", "pg_basebackup", "initdb", "pg_upgrade", "pg_controldata")
 
 #: Asks the test process to run a command, and is its stand-in: its folder, environment, output and exit code.
@@ -59,78 +56,6 @@ if os.geteuid() == 0:
     os.setgroups([]), os.setgid(gid), os.setuid(uid)
 os.execv(program, sys.argv[3:])
 """
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive indented or fenced lines of a document."""
-
-    document: str
-    #: Heading above it, without signs.
-    heading: str
-    line: int
-    lines: tuple[str, ...]
-
-    @property
-    def first(self) -> str:
-        """What it begins with, without comment."""
-        return _COMMENT.sub("", self.lines[0]).strip()
-
-    @property
-    def text(self) -> str:
-        return "".join(f"{line}\n" for line in self.lines)
-
-    @property
-    def kind(self) -> str:
-        """``sh``, ``env`` (settings of walship), ``conf`` (of the server), ``hba``, ``sql``, or ``drawing``."""
-        first = self.first
-        for kind, pattern in (
-            ("drawing", _DRAWN), ("env", r"[A-Z][A-Z_]+=\S*$|WALSHIP_SCHEDULE"), ("hba", r"(host|local) +\w"),
-            ("sql", r"(SELECT|ALTER SYSTEM|CREATE ROLE|GRANT) "), ("conf", r"[a-z_.]+ = "),
-        ):  # fmt: skip
-            if (re.search if kind == "drawing" else re.match)(pattern, self.text if kind == "drawing" else first):
-                return kind
-        return "sh"
-
-    def __str__(self) -> str:
-        return f"{self.document}:{self.line} ({self.heading})"
-
-
-def blocks_of(document: str) -> list[Block]:
-    """All of a document's blocks, in order."""
-    found: list[Block] = []
-    heading, fenced, begun, lines = "", False, 0, list[str]()
-
-    def end() -> None:
-        while lines and not lines[-1]:
-            lines.pop()
-        if lines:
-            found.append(Block(document, heading, begun, tuple(lines)))
-        lines.clear()
-
-    before = ""
-    for number, line in enumerate((HOME / document).read_text("utf-8").splitlines(), 1):
-        if line.startswith("```"):
-            end()
-            fenced = not fenced
-        elif fenced or (line.startswith("    ") and (lines or not before.strip())):
-            if not lines:
-                begun = number
-            lines.append(line if fenced else line[4:])
-        elif lines and not line.strip() and not fenced:
-            end()
-        else:
-            end()
-            if line.startswith("#"):
-                heading = line.lstrip("# ")
-        before = line
-    end()
-    return found
-
-
-def bare(block: Block) -> list[str]:
-    """Its lines without comments and drawings: what has to be the same in every language."""
-    return [stripped for line in block.lines if (stripped := _COMMENT.sub("", line).rstrip())]
 
 
 class Machine:

@@ -19,7 +19,8 @@ import psycopg
 from infra.demo.seaweed import Seaweed
 from infra.postgres.processes import kill_tree
 from infra.postgres.throwaway import free_port
-from tests.docs_commands import Block, Machine, bare, blocks_of
+from tests.docs_blocks import Block, bare, blocks_of
+from tests.docs_commands import Machine
 from tests.servers import NEWEST, programs
 
 #: Blocks that are not run here, by their first line, and why.

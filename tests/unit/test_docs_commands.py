@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.settings import known_names
-from tests.docs_commands import HOME, blocks_of
+from tests.docs_blocks import HOME, blocks_of
 from tests.unit.test_help import parse
 
 _COMMAND = re.compile(r"(?:^|&& )(?:[A-Z_]+=\S* )*(walship [^|>&]*)")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.docs_commands import HOME, bare, blocks_of
+from tests.docs_blocks import HOME, bare, blocks_of
 
 _ENGLISH, _CHINESE = "README.md", "README.zh-TW.md"
 _FOLLOW = f"{_CHINESE} has to follow {_ENGLISH}: the same change there, in the same commit"

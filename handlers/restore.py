@@ -33,7 +33,7 @@ from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, ObjectMissing
 from pipeline.index import Slice
 from pipeline.layout import Layout, prefix_of
-from pipeline.manifest import FileLine, files_of, read_manifest
+from pipeline.manifest import FileLine, files_of, read_manifest, top_names
 from pipeline.objects import MAX_PLAIN
 
 #: The server makes links of it, to folders that may be a running server's: ``seal`` writes one of what was restored.
@@ -113,7 +113,7 @@ class _LayDown:
     async def run(self) -> Laid:
         (full, *later), targets = self._chain, self._targets
         manifest = await self._manifest(full)  # before anything is touched: the store answers
-        await in_thread(partial(prepare, targets, self._chain[-1]))
+        await self._mark(manifest)
         await in_thread(partial(disarm, targets))
         present = Present()
         if targets.delta:
@@ -165,10 +165,16 @@ class _LayDown:
         over = LayOver(self._targets, backup)
         unpackers = await self._unpack(backup, over.stages, layout, {})
         control, mode = _control_of(backup, unpackers)
+        await self._mark(manifest)
         await in_thread(over.apply)
         if backup is not self._chain[-1]:
             return manifest, control, mode
         return await in_thread(partial(over.manifest, manifest, control, left_out=NEVER)), control, mode
+
+    async def _mark(self, manifest: bytearray) -> None:
+        """Before anything of the backup that it is of is laid down: should it end half way, what is there is ours."""
+        names = await asyncio.to_thread(top_names, manifest)
+        await in_thread(partial(prepare, self._targets, self._chain[-1], names))
 
     def _folder(self, area: str, backup: BackupInfo) -> Path:
         """Where an area of the full backup goes, made if it is not there."""

@@ -14,14 +14,14 @@ import pwd
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from handlers.full_disk import check_room
 from handlers.running import check_not_running
 from handlers.tablespaces import OURS, check_may_overwrite, linked, locate
-from handlers.target_walk import LOST_AND_FOUND, read_file
+from handlers.target_walk import LOST_AND_FOUND, read_file, walk
 from pipeline.backup import BackupInfo, Tablespace, area_of
 from pipeline.errors import ConfigError, RecoveryError
 from pipeline.layout import prefix_of
@@ -34,6 +34,12 @@ CONTROL = "global/pg_control"
 MAP = "tablespace_map"
 #: Bytes of a marker that is ours.
 _MOST = 1 << 20
+#: What a restore, and PostgreSQL with it, puts into any data directory; folders that may be empty need no mention.
+_USUAL = frozenset({
+    OURS, LOST_AND_FOUND, "PG_VERSION", "base", "global", "pg_wal", "pg_tblspc", "pg_xact", "pg_multixact",
+    "pg_subtrans", "pg_logical", "pg_stat", "pg_replslot", "postgresql.conf", "postgresql.auto.conf", "pg_hba.conf",
+    "pg_ident.conf", "backup_label", "backup_manifest", MAP, "recovery.signal", "standby.signal", "current_logfiles",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,9 @@ def _look(
     if _holds_something(directory):
         notices += _links(directory)
         check_not_running(directory, ours=bool(token))
-        if not token:
+        if token:
+            _check_nothing_new(directory, force=force)
+        else:
             _check_may_empty(directory, force=force or delta)
             if delta and not force:
                 _check_same_cluster(backup, directory)
@@ -160,14 +168,22 @@ def _look(
     return replace(targets, owner=owner, notices=tuple(notices))
 
 
-def prepare(targets: Targets, backup: BackupInfo) -> None:
-    """Make the folders, mode 0700, and put the markers into them, durably; before ``disarm``."""
+def prepare(targets: Targets, backup: BackupInfo, names: Collection[str] = ()) -> None:
+    """Make the folders, mode 0700, and put the markers into them, durably; before ``disarm``.
+
+    ``names``: what the backup has at the top of its data directory. With what is there now, which may be removed, they
+    are all that the marker will let the next restore take for its own.
+    """
     for _, folder in targets.roots:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         give(folder, targets.owner)
     places = [str(path) for _, path in targets.outside]
-    content = {"backup": backup.name, "directory": str(targets.directory), "tablespaces": places, "id": targets.token}
+    known = sorted({*names, *(entry.name for entry in targets.directory.iterdir())})
+    content = {
+        "backup": backup.name, "directory": str(targets.directory), "tablespaces": places, "id": targets.token,
+        "names": known,
+    }  # fmt: skip
     # The data directory's first: one in a tablespace says nothing by itself.
     for _, folder in targets.roots:
         _mark(folder, json.dumps(content).encode(), targets.owner)
@@ -258,19 +274,46 @@ def _check_may_write(folder: Path) -> None:
 def _check_in_no_other(folder: Path) -> None:
     """Refuse what lies in a data directory: its server and its base backups would take the files for theirs."""
     for parent in Path(os.path.realpath(folder)).parents:
-        if (parent / "PG_VERSION").is_file() and (parent / "global").is_dir():
+        if _is_recognised(parent):
             raise RecoveryError(f"{folder} lies inside the data directory {parent}", hint="choose a folder elsewhere")
 
 
 def _token(folder: Path) -> str:
     """What the marker in it says; empty if there is none that can be read."""
-    if (folder / OURS).is_symlink():
-        return ""
-    try:
-        token = json.loads(read_file(folder / MARKER, _MOST) or b"")["id"]
-    except (ValueError, KeyError, TypeError):
-        return ""
+    token = _marker(folder).get("id")
     return token if isinstance(token, str) else ""
+
+
+def _marker(folder: Path) -> dict[str, object]:
+    """All that it says."""
+    if (folder / OURS).is_symlink():
+        return {}
+    try:
+        found = json.loads(read_file(folder / MARKER, _MOST) or b"")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_nothing_new(directory: Path, *, force: bool) -> None:
+    """Refuse what came into the folder after the restore that was interrupted there: years may have gone by, and the
+    marker of a restore that was stopped before it wrote anything gives nobody leave to remove what others keep there.
+    """
+    names = _marker(directory).get("names")
+    known = {*_USUAL, *(names if isinstance(names, list) else ())}
+    known |= {f"{name}.walship" for name in known}  # of ``create``
+    with os.scandir(directory) as entries:
+        new = sorted(entry.name for entry in entries if entry.name not in known and _holds_files(entry))
+    if new and not (force and _is_recognised(directory)):
+        shown = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+        raise RecoveryError(
+            f"{directory} holds {shown}, which the restore that was interrupted there has not left",
+            hint="move that elsewhere, and run the same restore again; or choose another folder",
+        )
+
+
+def _holds_files(entry: os.DirEntry[str]) -> bool:
+    return not entry.is_dir(follow_symlinks=False) or any(files for _, files in walk(Path(entry.path)))
 
 
 def _links(directory: Path) -> list[str]:
@@ -296,15 +339,18 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _check_may_empty(directory: Path, *, force: bool) -> None:
-    recognised = (directory / "PG_VERSION").is_file() and (directory / "global").is_dir()
-    if force and recognised:
+    if force and _is_recognised(directory):
         return
     hint = "choose an empty folder"
-    if recognised:
+    if _is_recognised(directory):
         hint += ", or --force to replace the data directory that is there; --delta keeps what of it is as in the backup"
     elif force:
         hint += ": --force empties only what can be told to be a PostgreSQL data directory"
     raise RecoveryError(f"{directory} is not empty", hint=hint)
+
+
+def _is_recognised(directory: Path) -> bool:
+    return (directory / "PG_VERSION").is_file() and (directory / "global").is_dir()
 
 
 def _check_same_cluster(backup: BackupInfo, directory: Path) -> None:

@@ -326,7 +326,7 @@ async def test_force_replaces_a_data_directory_but_never_a_running_server(tmp_pa
         assert f"remove {directory}/postmaster.pid" in caught.value.hint
     assert (directory / "later").exists()
     # Where our own interrupted restore left its marker, and no pg_control, no server was ever started.
-    (directory / MARKER).write_text('{"id": "1"}')
+    (directory / MARKER).write_text('{"id": "1", "names": ["later", "postmaster.pid"]}')
     with pytest.raises(RecoveryError, match="may be running elsewhere"):
         see(info, directory)
     (directory / "global/pg_control").rename(tmp_path / "control")

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 import pytest
 
 from pipeline.errors import IntegrityError
-from pipeline.manifest import WalRange, last_modified, read_manifest
+from pipeline.manifest import WalRange, files_of, last_modified, read_manifest, top_names
 from pipeline.wal import Lsn
+from tests import laying
 
 RANGES = (
     b'{ "Timeline": 2, "Start-LSN": "0/5000000", "End-LSN": "0/6000100" },\n'
@@ -52,3 +53,11 @@ def test_a_whole_manifest_tells_cluster_ranges_and_the_youngest_file() -> None:
 def test_a_manifest_that_is_none_is_refused(content: bytes, fact: str) -> None:
     with pytest.raises(IntegrityError, match=fact):
         read_manifest(content)
+
+
+def test_the_names_at_the_top_are_those_of_the_files() -> None:
+    files = {"a": b"", "b c/d": b"", "b c/e/f": b"", '\u00fc "x\\': b"", "odd\udcff/g": b"", "empty/": b""}
+    content = laying.manifest({"base": files, "17": {"PG_17_1/1": b""}})
+    names = top_names(content)
+    assert names == {line.path.partition("/")[0] for line in files_of(content)}
+    assert names == {"a", "b c", '\u00fc "x\\', "odd\udcff", "pg_tblspc"}

@@ -15,9 +15,10 @@ from handlers.fetch import Fetcher
 from handlers.restore import lay_down
 from handlers.target_dir import CONTROL, MARKER, look
 from pipeline.backup import BackupInfo, Tablespace
-from pipeline.errors import IntegrityError, RecoveryError
+from pipeline.errors import IntegrityError, RecoveryError, StoreError
 from tests.laying import PART, VERSION, cluster, store
 from tests.parts import Shelf
+from tests.stores import Faulty
 from tests.unit.test_hostile_targets import is_whole, lay, tree
 
 # -- marks
@@ -76,6 +77,47 @@ async def test_killed_while_its_mark_is_written(tmp_path: Path) -> None:
     info = await store(shelf, {"base": files})
     (directory / MARKER).parent.mkdir(parents=True)
     (directory / f"{MARKER}.walship").write_text("{")
+    await lay(shelf, info, directory)
+    assert is_whole(directory, files)
+
+
+async def stopped(shelf: Shelf, info: BackupInfo, directory: Path, *, at: int, force: bool = False) -> None:
+    """A restore that ends at its so-maniest fetch."""
+    store = Faulty(shelf.store, fail={("get", at): StoreError("the line is cut")})
+    targets = look(info, directory, {}, force=force, wal_margin=0)
+    fetch = Fetcher([store], shelf.chain, shelf.system_id)
+    with pytest.raises(StoreError, match="the line is cut"):
+        await lay_down(info, targets, fetch=fetch, complete=lambda _: None, part_size=PART)
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_a_mark_gives_no_leave_to_remove_what_came_later(tmp_path: Path, *, force: bool) -> None:
+    """Stopped at once, and forgotten; then somebody puts other things there, another cluster for one."""
+    shelf, files, directory = Shelf(), {**cluster(), "site.conf": b"mine", "empty/": b""}, tmp_path / "data"
+    info = await store(shelf, {"base": files})
+    await stopped(shelf, info, directory, at=2)  # the manifest is read, and the mark is set
+    assert [path.name for path in directory.iterdir()] == [Path(MARKER).parts[0]]
+    (directory / "main/global").mkdir(parents=True)
+    for name in ("main/PG_VERSION", "main/global/pg_control", "thesis"):
+        (directory / name).write_text("years of work")
+    before = tree(directory)
+    with pytest.raises(RecoveryError, match="data holds main, thesis, which the restore") as caught:
+        await lay(shelf, info, directory, force=force)
+    assert "move that elsewhere" in caught.value.hint
+    assert tree(directory) == before
+
+
+@pytest.mark.parametrize("ends_at", range(2, 11, 2))
+async def test_what_the_backup_or_force_put_there_is_no_obstacle(tmp_path: Path, ends_at: int) -> None:
+    """Wherever it ended, it goes on without being told again: with people's own files, and what was to be removed."""
+    shelf, directory = Shelf(), tmp_path / "data"
+    files = {**cluster(), "server.key": b"mine", "conf.d/": b"", "conf.d/a": b"1", "empty/": b"", '\u00fc "x\\': b"2"}
+    info = await store(shelf, {"base": files})
+    await lay(shelf, info, directory)
+    (directory / "old").mkdir()
+    (directory / "old/one").write_text("to be removed")
+    await stopped(shelf, info, directory, at=ends_at, force=True)
+    assert not (directory / CONTROL).exists()
     await lay(shelf, info, directory)
     assert is_whole(directory, files)
 

@@ -28,6 +28,10 @@ SERVER_VERSIONS = (15, 16, 17, 18)
 #: The newest: for what does not depend on the version.
 NEWEST = SERVER_VERSIONS[-1]
 
+#: What a killed server leaves of its shared memory goes with its folder: /dev/shm, of 64 MB in many containers, would
+#: keep a megabyte of each until the machine is booted.
+_OWN_MEMORY = {"dynamic_shared_memory_type": "mmap"}
+
 _RELEASES = {15: "15.19.0", 16: "16.15.0", 17: "17.11.0", 18: "18.6.0"}
 
 
@@ -117,7 +121,7 @@ def new_server(
         return server
     subprocess.run(["cp", "-a", "--reflink=auto", template(major, segment_mb), server.data_dir], check=True)
     give(server.data_dir, run_as())
-    server.configure({**FAST, **(settings or {})})
+    server.configure({**FAST, **_OWN_MEMORY, **(settings or {})})
     return server
 
 

@@ -1,7 +1,7 @@
 """Marks on backups that are in use: taken, restored, rehearsed, copied, or built upon. What has one is not deleted.
 
     use/<backup>/<8 hex digits>            content: see ``heartbeat``
-    use/<backup>/<8 hex digits>.going      the same, of who is about to delete it
+    use/<backup>/<8 hex digits>.going      the same, of who is about to delete it, until all of it is deleted
 
 Whoever uses a backup writes its mark anew all the time, at every destination that lets it, and removes it at the end. A
 mark counts until somebody has seen it unchanged for one time to live on its own monotonic clock: no age and no wall
@@ -286,19 +286,39 @@ class Marks:
         Raises StoreError if any destination cannot be written, or be asked.
         """
         key = f"{FOLDER}{backup}/{secrets.token_hex(4)}.going"
-        heartbeat = Heartbeat.of(Holder.here(self._clock.now(), what), 1, self._clock.now())
+        holder = Holder.here(self._clock.now(), what)
         self._ours.add(key)
         written: list[Store] = []
+        beats: asyncio.Task[None] | None = None
         try:
             for store in self._stores:
                 written.append(store)
-                await store.put(key, heartbeat.encode(), replace=True)
+                await store.put(key, Heartbeat.of(holder, 1, self._clock.now()).encode(), replace=True)
             await self.look(backup)
+            beats = asyncio.create_task(self._go_on_saying(key, holder))
             yield self.word(backup)
         finally:
+            if beats is not None:
+                beats.cancel()
+                await asyncio.wait([beats])  # what is being written now would be there again behind our deletion
             for store in written:
                 with contextlib.suppress(StoreError):  # told by whoever deletes there next; dead after one time to live
                     await store.delete([key])
+
+    async def _go_on_saying(self, key: str, holder: Holder) -> None:
+        """A large backup takes longer to delete than a mark lives; until cancelled."""
+        counter = 1
+        while True:
+            await self._clock.sleep(TTL / _BEATS)
+            counter += 1
+            heartbeat = Heartbeat.of(holder, counter, self._clock.now())
+            await asyncio.gather(*(self._say_so(store, key, heartbeat) for store in self._stores))
+
+    @staticmethod
+    async def _say_so(store: Store, key: str, heartbeat: Heartbeat) -> None:
+        with contextlib.suppress(StoreError, TimeoutError):  # told by whoever deletes there next
+            async with asyncio.timeout(ANSWER):
+                await store.put(key, heartbeat.encode(), replace=True)
 
     def _of(self, backup: str) -> list[_Seen]:
         return [seen for seen in self._seen.values() if seen.backup == backup]

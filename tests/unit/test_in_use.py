@@ -176,3 +176,15 @@ async def test_a_destination_that_cannot_be_asked_stops_the_deletion() -> None:
     with pytest.raises(StoreError):
         async with Marks([store], clock=FastClock()).claim(NAME, what="expire"):
             raise AssertionError
+
+
+async def test_who_deletes_a_large_backup_is_not_taken_for_gone_meanwhile() -> None:
+    """Parts of terabytes take hours to delete: who thought the deleter dead would build on what is half gone."""
+    store, clock = MemoryStore(), FastClock()
+    async with Marks([store], clock=clock).claim(NAME, what="expire"):
+        began, others = clock.monotonic(), Marks([store], clock=clock)
+        while clock.monotonic() < began + 3 * TTL:
+            await others.look(NAME)
+            assert "(expire)" in others.word(NAME, going=True)
+            await clock.sleep(TTL / 10)
+    assert await names(store) == []

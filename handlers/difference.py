@@ -42,10 +42,12 @@ class Wanted:
 
     #: Segments and what belongs to them; histories are asked for as well.
     wal: Callable[[WalFile], bool] = lambda _: True
-    #: Complete backups by name, each with its pin if ``beside``.
+    #: Complete backups by name.
     backups: Callable[[str], bool] = lambda _: True
-    #: What the open end consists of (tails), what nobody reads by itself (``conflict/``), and records of operations.
+    #: What the open end consists of (tails), and records of operations; and all that is ``aside``.
     beside: bool = False
+    #: What was set aside (``conflict/``), and the pins of complete backups: nobody makes them a second time.
+    aside: bool = False
     #: Objects that are at both with different sizes are told of as well.
     sizes: bool = False
 
@@ -88,13 +90,15 @@ async def phases(
     histories: list[ObjectInfo] = []
     yield Phase("wal", look.wal(histories))
     yield Phase("history", look.these(histories, "wal/"))
-    if wanted.beside:
+    aside = wanted.aside or wanted.beside
+    if aside:
         yield Phase("conflict", look.below("conflict/"))
+    if wanted.beside:
         yield Phase("tail", look.tails())
     async for backup, info in look.backups():
         yield Phase("part", look.parts(backup), backup)
         yield Phase("backup", look.these([info], info.key), backup, partial(look.parts, backup))
-        if wanted.beside:
+        if aside:
             yield Phase("pin", look.below(pins.pin_key(backup), frozenset([pins.pin_key(backup)]).__contains__))
     if wanted.beside:
         yield Phase("record", look.below(operations.FOLDER, lambda name: operations.RecordName.parse(name) is not None))

@@ -382,8 +382,8 @@ class Uploader:
         self.notify(DestinationFilling(outlet.name, objects, size))
 
 
-#: What any destination has to have: all but tails, which each gets at its own pace, and what is no data.
-WANTED = Wanted()
+#: What any destination has to have: all but tails, which each gets at its own pace, and records, which are no data.
+WANTED = Wanted(aside=True)
 
 
 def _hand_on(done: asyncio.Future[list[None]], future: asyncio.Future[None]) -> None:

@@ -7,12 +7,17 @@ import socket
 from collections.abc import Callable
 from datetime import datetime
 
+from infra.expire import marks_of
 from infra.expiry_look import read_pin
 from infra.records import encoded, put_key
 from infra.wiring import Site
 from pipeline.catalog import info_key
+from pipeline.contracts import Store
 from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
 from pipeline.pins import FOLDER, Pin, pin_key, pinned
+
+#: Seconds between looks whether a deletion is over, or who made it gone.
+_PAUSE = 1.0
 
 
 async def pin(
@@ -42,9 +47,25 @@ async def pin(
             taken.append(store.name)
     if not taken:
         raise errors[0]
-    # Somebody may have begun to delete it before our pin was there: it is looked for once more.
-    await _find(site, backup)
+    await _behind_deletion(site, backup, [store for store in site.stores if store.name in taken], tell)
     return made, taken
+
+
+async def _behind_deletion(site: Site, backup: str, stores: list[Store], tell: Callable[[str], None]) -> None:
+    """Whoever began to delete it may have looked for pins before ours was there. Raises as ``_find`` does."""
+    marks = marks_of(site)
+    marks.only(stores)
+    try:
+        await marks.look(backup)
+        if who := marks.word(backup, going=True):
+            tell(f"waiting, for it may be being deleted: by {who}")
+        while marks.word(backup, going=True):
+            await _find(site, backup)
+            await site.clock.sleep(_PAUSE)
+            await marks.look(backup)
+    except StoreError as error:
+        tell(f"whether somebody has begun to delete it is not known: {error.fact}; look with walship list")
+    await _find(site, backup)
 
 
 async def unpin(site: Site, backup: str) -> list[Pin]:
@@ -64,8 +85,9 @@ async def unpin(site: Site, backup: str) -> list[Pin]:
             found += [was] if was is not None and was not in found else []
     if not there:
         raise ConfigError(f"backup {backup} is not pinned", hint="`walship list` shows pins and what they are for")
-    for store in site.stores:
-        await store.delete([pin_key(backup)])
+    for _ in range(2):  # where the service fills a destination, it may just have copied one
+        for store in site.stores:
+            await store.delete([pin_key(backup)])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
@@ -173,6 +174,26 @@ async def test_a_pin_that_is_set_between_plan_and_deletion_counts() -> None:
     assert outcome.stayed == {backups[1].name: "pinned", backups[0].name: f"{backups[1].name} builds on it, and stays"}
     assert outcome.gone == [backups[3].name, backups[2].name]
     await check_listed(site)
+
+
+async def test_a_pin_is_not_called_set_while_somebody_may_be_deleting_the_backup() -> None:
+    """Whoever deletes it may have looked for pins a moment before: only behind that it is known which came first."""
+    site, backups = await small()
+    name, told = backups[1].name, list[str]()
+    async with marks_of(site).claim(name, what="expire"):
+        setting = asyncio.create_task(pin(site, name, reason="", until=None, tell=told.append))
+        async with asyncio.timeout(10):
+            while not told:
+                await asyncio.sleep(0.01)
+        assert not setting.done()
+        for store in site.stores:
+            await store.delete([info_key(name)])
+    with pytest.raises(ConfigError, match="there is no backup"):
+        await setting
+    async with marks_of(site).claim(backups[3].name, what="expire"):
+        setting = asyncio.create_task(pin(site, backups[3].name, reason="", until=None, tell=told.append))
+        await asyncio.sleep(0.05)
+    assert (await setting)[1] == ["a", "b"]
 
 
 async def test_what_is_in_use_stays_also_when_that_begins_after_the_plan() -> None:

@@ -99,6 +99,16 @@ async def test_a_new_destination_gets_everything_that_belongs_to_a_repository() 
         assert not any(isinstance(notice, DestinationFailed) for notice in it.notices)
 
 
+async def test_pins_and_what_was_set_aside_are_there_when_the_old_destination_is_taken_away() -> None:
+    """Else the next expire would delete what somebody had pinned: nobody would know of it any more."""
+    aside = ["conflict/000000010000000000000003.0123456789abcdef", "pin/base_1"]
+    beside = ["pin/base_9", "tail/000000010000000000000015/00000001-00000000-00000100", "log/20260114T120000Z-a"]
+    async with filling(*WAL[:2], *BACKUP, *aside, *beside) as it, running(it):
+        await until(lambda: it.caught_up)
+        assert it.new._objects.keys() == {REPOSITORY, *WAL[:2], *BACKUP, *aside}
+        assert it.new.puts.index("pin/base_1") > it.new.puts.index(BACKUP[-1])
+
+
 async def test_what_is_shipped_just_now_goes_before_what_is_old() -> None:
     async with filling(*WAL, *BACKUP) as it:
         latest = "wal/0000000100000001/000000010000000100000001"

@@ -91,7 +91,7 @@ def test_it_says_what_it_is(installed: Installed) -> None:
 def test_its_own_modules_are_the_ones_of_the_wheel(installed: Installed) -> None:
     ask = "import infra, handlers, pipeline; print(infra.__file__, handlers.__file__, pipeline.__file__)"
     done = subprocess.run(
-        [installed.place / "bin" / "python", "-c", ask], capture_output=True, text=True, check=True, cwd="/"
+        [installed.place / "bin" / "python", "-I", "-c", ask], capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.count(str(installed.packages)) == 3
 

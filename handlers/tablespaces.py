@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, RecoveryError
 #: Our folder, in the data directory and in each tablespace. Base backups leave out what begins with ``pgsql_tmp``.
 OURS = "pgsql_tmp.walship"
 #: The folder that a server version makes in a tablespace: PG_17_202406281.
-_VERSION_FOLDER = re.compile(r"PG_(\d+(?:\.\d+)?)_\d+")
+VERSION_FOLDER = re.compile(r"PG_(\d+(?:\.\d+)?)_\d+")
 #: postmaster.opts is one line.
 _MOST = 64 << 10
 
@@ -84,7 +84,7 @@ def check_may_overwrite(place: Place, backup: BackupInfo, directory: Path, *, li
     oid, path = place.tablespace.oid, place.path
     elsewhere = f"--tablespace-map {place.tablespace.location}=/another/folder puts it elsewhere"
     names = sorted(entry.name for entry in path.iterdir() if entry.name not in (LOST_AND_FOUND, OURS))
-    versions = {name: found[1] for name in names if (found := _VERSION_FOLDER.fullmatch(name))}
+    versions = {name: found[1] for name in names if (found := VERSION_FOLDER.fullmatch(name))}
     if not (linked or ours) or len(versions) < len(names) or any((path / name).is_symlink() for name in names):
         raise RecoveryError(f"the location of tablespace {oid}, {path}, is not empty", hint=elsewhere)
     foreign = [name for name, version in versions.items() if version != str(backup.major)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from handlers.full_disk import check_room
 from handlers.running import check_not_running
-from handlers.tablespaces import OURS, check_may_overwrite, linked, locate
+from handlers.tablespaces import OURS, VERSION_FOLDER, check_may_overwrite, linked, locate
 from handlers.target_walk import LOST_AND_FOUND, read_file, walk
 from pipeline.backup import BackupInfo, Tablespace, area_of
 from pipeline.errors import ConfigError, RecoveryError
@@ -272,10 +272,16 @@ def _check_may_write(folder: Path) -> None:
 
 
 def _check_in_no_other(folder: Path) -> None:
-    """Refuse what lies in a data directory: its server and its base backups would take the files for theirs."""
+    """Refuse what lies in a data directory, or where a server version has its files in a tablespace: that server and
+    its base backups would take the files for theirs.
+    """
     for parent in Path(os.path.realpath(folder)).parents:
         if _is_recognised(parent):
             raise RecoveryError(f"{folder} lies inside the data directory {parent}", hint="choose a folder elsewhere")
+        if VERSION_FOLDER.fullmatch(parent.name):
+            raise RecoveryError(
+                f"{folder} lies inside the tablespace at {parent.parent}", hint="choose a folder elsewhere"
+            )
 
 
 def _token(folder: Path) -> str:

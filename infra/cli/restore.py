@@ -33,7 +33,7 @@ from pipeline.wal import WalFile
 
 
 @click.command("restore")
-@click.option("--target-dir", required=True, type=click.Path(path_type=Path), help="Data directory to make.")
+@click.option("--target-dir", required=True, metavar="PATH", help="Data directory to make.")
 @click.option("--latest", is_flag=True, help="As far as the stored WAL reaches (the default).")
 @click.option(
     "--to-time", metavar="TIME", help="Everything committed up to then, like '2026-01-14 12:00:00+01', '2 h ago'."
@@ -67,7 +67,7 @@ from pipeline.wal import WalFile
 @click.option("--allow-unencrypted", is_flag=True, help="Accept plain objects in an encrypted repository.")
 @json_option
 @asynchronous
-async def command(target_dir: Path, **options: Any) -> None:
+async def command(target_dir: str, **options: Any) -> None:
     """Bring the cluster back to a moment.
 
     The plan is made, checked and shown before anything is touched: target, backup, WAL without a hole, room, version,
@@ -159,19 +159,24 @@ def _target(options: dict[str, Any]) -> tuple[Target, str]:
     return target, time_remark(options["to_time"], target.time) if target.time else ""
 
 
-def _place(directory: Path, options: dict[str, Any]) -> Place:
+def _place(directory: str, options: dict[str, Any]) -> Place:
     """Where to, and what happens there."""
-    maps = {}
+    if not directory:  # a variable that is not set; as a path it would be the folder that somebody stands in
+        raise ConfigError("--target-dir is empty", hint="name the data directory to make, for here with --target-dir .")
+    maps: dict[str, str] = {}
     for entry in options["maps"]:
         old, equals, new = entry.partition("=")
         if not (equals and old and new):
             raise ConfigError(f"--tablespace-map {entry} is not OLD=NEW", hint="both are absolute paths")
-        maps[old] = new
+        if maps.setdefault(old, new) != new:
+            raise ConfigError(
+                f"--tablespace-map puts {old} at {maps[old]} and at {new}", hint="it goes to one place: leave one out"
+            )
     if options["port"] and not options["start_server"]:
         raise ConfigError("--port needs --start", hint="without it the restored postgresql.conf says where to listen")
     listen = {"port": str(options["port"])} if options["port"] else {}
     return Place(
-        directory,
+        Path(directory),
         maps,
         force=options["force"],
         delta=options["delta"],

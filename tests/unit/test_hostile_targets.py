@@ -88,6 +88,10 @@ async def test_a_target_inside_a_data_directory_is_refused(tmp_path: Path) -> No
     for place in ("pg/base/new", "link/new"):
         with pytest.raises(RecoveryError, match="lies inside the data directory"):
             await lay(shelf, info, tmp_path / place)
+    (tmp_path / "space/PG_17_202406281/5").mkdir(parents=True)
+    with pytest.raises(RecoveryError, match=f"lies inside the tablespace at {tmp_path}/space"):
+        await lay(shelf, info, tmp_path / "space/PG_17_202406281/5/new")
+    await lay(shelf, info, tmp_path / "space/beside")
 
 
 async def test_a_target_that_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

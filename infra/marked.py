@@ -10,7 +10,7 @@ from typing import Any
 from infra.storage.in_use import Use, using
 from infra.wiring import Site
 from pipeline.backup import BackupInfo
-from pipeline.catalog import backup_of, info_key
+from pipeline.catalog import backup_of, info_key, is_piece
 from pipeline.contracts import Buffer, Ship, Shipped
 from pipeline.errors import ObjectMissing, SourceError, StoreError
 
@@ -28,16 +28,21 @@ class MarkedShip:
         self._site = site
         self._parent = parent
         self._marked: asyncio.Future[None] | None = None
+        #: Objects of the backup that are stored.
+        self._count = 0
 
     async def __call__(self, name: str, plain: Buffer, *, backup: str = "", **more: Any) -> Shipped:
         if self._marked is None:
             self._marked = asyncio.ensure_future(self._use.add(name.split("/")[1]))
         await asyncio.shield(self._marked)
         if backup_of(name) is not None:
-            await self._use.check()
+            if not await self._use.check():
+                await check_pieces(self._site, name.split("/")[1], self._count)
             if self._parent is not None:
                 await check_there(self._site, self._parent.name)
-        return await self._ship(name, plain, backup=backup, **more)
+        shipped = await self._ship(name, plain, backup=backup, **more)
+        self._count += 1
+        return shipped
 
 
 @asynccontextmanager
@@ -70,4 +75,25 @@ async def check_there(site: Site, backup: str) -> None:
     raise SourceError(
         f"{backup} was deleted meanwhile, and what builds on it is of no use",
         hint="take a full backup: walship backup",
+    )
+
+
+async def check_pieces(site: Site, backup: str, count: int) -> None:
+    """Raise SourceError if fewer than ``count`` objects of it are stored: whoever saw no mark may have cleared them up.
+
+    StoreError if the destinations that answer have fewer, and another does not answer.
+    """
+    found, failure = set[str](), None
+    for store in site.stores:
+        try:
+            found |= {e.key async for e in store.list(f"base/{backup}/") if is_piece(e.key, backup)}
+        except StoreError as error:
+            failure = error
+    if len(found) >= count:
+        return
+    if failure is not None:
+        raise failure
+    raise SourceError(
+        f"{count - len(found)} of {count} objects of {backup} are gone, and no mark could tell others of it",
+        hint="the destinations were too slow to take a mark, or refuse what lies below use/; take the backup again",
     )

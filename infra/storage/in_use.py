@@ -51,6 +51,9 @@ class Use:
         #: (destination, backup) of the marks that are there; and of those that somebody has removed.
         self._written: set[tuple[str, str]] = set()
         self._lost: set[tuple[str, str]] = set()
+        #: Destinations that did not take their marks when they were asked last, and backups that none took at first.
+        self._silent: set[str] = set()
+        self._unmarked: set[str] = set()
         self._backups: list[str] = []
         self._told: set[str] = set()
         self._over = False
@@ -60,11 +63,14 @@ class Use:
         """Mark a backup: before anything of it is stored or read."""
         self._backups.append(backup)
         await self._at_all(self._stores, [backup], self._write)
+        if not any(marked == backup for _, marked in self._written):
+            self._unmarked.add(backup)
 
-    async def check(self) -> None:
+    async def check(self) -> bool:
         """Raise SourceError if a mark was removed: we were suspended so long that others took us for gone.
 
-        What we had stored may be deleted since. To be asked before it is declared complete.
+        What we had stored may be deleted since. To be asked before it is declared complete. False: that is not certain,
+        for a destination could not be asked, or none took the mark at first.
         """
         await self._at_all(self._stores, self._backups, self._beat)
         if self._lost:
@@ -74,6 +80,7 @@ class Use:
                 " for a minute or longer",
                 hint="the machine was suspended, or the store did not answer for so long: take the backup again",
             )
+        return not (self._silent or self._unmarked)
 
     async def going(self, backup: str, *, ttl: float = TTL) -> str:
         """Who is deleting the backup, in words; empty if nobody is. Waits up to ``ttl`` to see whether they live."""
@@ -118,13 +125,16 @@ class Use:
             for backup in list(backups):
                 async with asyncio.timeout(ANSWER):
                     await do(store, backup)
+            self._silent.discard(store.name)
         except ReadOnly:
             self._stores.remove(store)  # the past, from which nobody deletes
         except StoreError as error:
+            self._silent.add(store.name)
             if not error.passing and not any(name == store.name for name, _ in self._written):
                 self._stores.remove(store)  # it lets us read and not write: asked once
             self._say(store, error.fact)
         except TimeoutError:
+            self._silent.add(store.name)
             self._say(store, f"it has not answered in {ANSWER:.0f} s")
 
     def _say(self, store: Store, fact: str) -> None:

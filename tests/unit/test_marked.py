@@ -11,10 +11,11 @@ from infra.storage.memory import MemoryStore
 from pipeline.backup import BackupInfo
 from pipeline.catalog import info_key, part_key
 from pipeline.contracts import Body, Buffer, Shipped, Span
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StoreError
 from pipeline.objects import MemoryBody
 from tests.expiring import add_backup, names
 from tests.sites import site_at
+from tests.stores import Faulty
 from tests.unit.test_in_use import Held
 
 NAME = "base_20260114_120000"
@@ -50,6 +51,29 @@ async def test_what_was_given_up_by_others_is_never_complete() -> None:
         with pytest.raises(SourceError, match=f"{NAME} was given up at b"):
             await ship(info_key(NAME), b"info")
     assert info_key(NAME) not in sent.names
+
+
+async def test_what_nobody_could_see_being_taken_is_complete_only_with_all_its_objects() -> None:
+    """No destination took the mark, as over a line that the parts themselves fill: an expire may have cleared up."""
+    store, told = Faulty(MemoryStore("a"), fail={("put", 1): StoreError("too slow", passing=True)}), list[str]()
+    site = await site_at(store, clock=Held())
+
+    class Storing(Ship):
+        async def __call__(self, name: str, plain: Buffer, **more: object) -> Shipped:
+            await store.put(name, MemoryBody([bytes(plain)]))
+            return await super().__call__(name, plain, **more)
+
+    sent = Storing()
+    async with marked(site, sent, tell=told.append) as ship:
+        for number in (1, 2):
+            await ship(part_key(NAME, "base", number), b"part", backup="id")
+        await store.delete([part_key(NAME, "base", 1)])
+        with pytest.raises(SourceError, match=f"1 of 2 objects of {NAME} are gone"):
+            await ship(info_key(NAME), b"info", backup="id")
+        assert info_key(NAME) not in sent.names
+        await store.put(part_key(NAME, "base", 1), MemoryBody([b"part"]))
+        await ship(info_key(NAME), b"info", backup="id")
+    assert "too slow" in told[0]
 
 
 async def parent_at(site_stores: MemoryStore) -> BackupInfo:

@@ -135,7 +135,8 @@ async def open_ends(
             await read_facts(origins[stores.index(other)].root, facts.system_id)  # ObjectMissing: of no use here
         notes = [f"cluster {other} is there as well" for other in await clusters(root) if other != facts.system_id]
         end = Rooted(root, facts.system_id)
-        await _refuse_other_rings(stores[0], end)
+        if remark := await _refuse_other_rings(stores[0], end):
+            notes.append(remark)
         site = await _site(settings, facts, origins, stores, clock)
         yield Ends(facts, stores, end, root, there, site, clock, tuple(notes))
 
@@ -177,8 +178,11 @@ async def _existing(root: Store, facts: RepositoryFacts) -> RepositoryFacts | No
     return there
 
 
-async def _refuse_other_rings(source: Store, target: Store) -> None:
-    """Key rings of one number that differ were made apart: what is copied could not be read beside what is there."""
+async def _refuse_other_rings(source: Store, target: Store) -> str:
+    """Key rings of one number that differ were made apart: what is copied could not be read beside what is there.
+
+    Returns what people should know. Raises ConfigError, StoreError.
+    """
     ours = {entry.key async for entry in source.list("keys/ring-")}
     theirs = {entry.key async for entry in target.list("keys/ring-")}
     for name in sorted(ours & theirs):
@@ -192,6 +196,13 @@ async def _refuse_other_rings(source: Store, target: Store) -> None:
             f"the repository at {target.name} is encrypted, and that at {source.name} is not: they were made apart",
             hint="copy to another destination, or to a prefix of its own. Nothing was copied",
         )
+    if theirs and max(theirs) > max(ours):
+        return (
+            f"{max(theirs)} at {target.name} is newer than {max(ours)} at {source.name}, and counts there: if it has"
+            " another repository key, what the source encrypts under the former one from then on cannot be read there"
+            " until `walship key accept` has taken the data key"
+        )
+    return ""
 
 
 async def select(ends: Ends, *, backup: str = "", wal: bool = False, backups: bool = False) -> Selection:

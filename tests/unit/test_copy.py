@@ -14,7 +14,7 @@ import pytest
 
 from handlers.copy import MOST_REFUSALS, Means, copy, estimate
 from handlers.difference import Wanted
-from infra.copying import Ends, _refuse_overlap, run, select, url_of
+from infra.copying import Ends, _refuse_overlap, open_ends, run, select, url_of
 from infra.repository import RepositoryFacts
 from infra.settings import Settings
 from infra.storage.memory import MemoryStore
@@ -475,8 +475,6 @@ def test_sizes_of_any_names_come_back_in_little_memory() -> None:
 
 
 async def test_a_newer_format_and_another_segment_size_are_refused(tmp_path: Path) -> None:
-    from infra.copying import open_ends
-
     urls = [f"file://{tmp_path}/{name}" for name in ("a", "b")]
     for name, text in (("a", facts()), ("b", RepositoryFacts(SYSTEM_ID, 17, 16 << 20, "2026-01-14T12:00:00+00:00"))):
         (tmp_path / name / SYSTEM_ID).mkdir(parents=True)
@@ -500,3 +498,18 @@ async def test_a_newer_format_and_another_segment_size_are_refused(tmp_path: Pat
     with pytest.raises(ConfigError, match="there is no repository of cluster 1 "):
         async with open_ends(chosen, urls[:1], urls[1], cluster="1", dry=False):
             pass
+
+
+async def test_a_key_ring_of_the_target_that_is_newer_is_told(tmp_path: Path) -> None:
+    """What its owner changed there alone, the source does not know: it goes on writing with the former key."""
+    urls = [f"file://{tmp_path}/{name}" for name in ("a", "b")]
+    for name, rings in (("a", (1,)), ("b", (1, 2))):
+        folder = tmp_path / name / SYSTEM_ID
+        (folder / "keys").mkdir(parents=True)
+        (folder / REPOSITORY).write_bytes(b"".join(facts().encode().chunks()))
+        for number in rings:
+            (folder / "keys" / f"ring-{number:08d}").write_bytes(b"ring %d" % number)
+    async with open_ends(Settings(_env_file=None), urls[:1], urls[1], dry=True) as opened:
+        assert [note.partition(" at ")[0] for note in opened.notes] == ["keys/ring-00000002"]
+    async with open_ends(Settings(_env_file=None), urls[1:], urls[0], dry=True) as opened:
+        assert opened.notes == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -99,9 +100,9 @@ async def command(**options: Any) -> None:
         await _rehearse(order, report, options)
     except WalshipError as error:
         report.failure = error
-        _write(report, folder)
+        write_report(report, folder)
         raise
-    _write(report, folder)
+    write_report(report, folder)
     emit(report.summary(), _lines(report), as_json=as_json)
     if (verdict := judge(report)) is not None:
         # The report is the result, on stdout, and one result is enough for whoever reads JSON.
@@ -168,20 +169,37 @@ def _report_folder(folder: Path) -> Path:
     return folder
 
 
-def _write(report: Report, folder: Path) -> None:
-    """Both files, each complete or not there."""
+def write_report(report: Report, folder: Path) -> None:
+    """Both files, each complete or not there. Of drills that began in the same second the later ones get a number."""
     report.seconds = time.monotonic() - report.start
-    name = f"drill_{report.began:%Y%m%d_%H%M%S}"
-    contents = {"json": json.dumps(report.summary(), indent=2) + "\n", "md": report.markdown()}
-    for ending, content in contents.items():
-        path, temporary = folder / f"{name}.{ending}", folder / f".{name}.{ending}.{os.getpid()}"
-        try:
-            temporary.write_text(content, "utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ConfigError(f"the report {path} cannot be written: {error.strerror}") from None
+    stem = name = f"drill_{report.began:%Y%m%d_%H%M%S}"
+    numbers = itertools.count(2)
+    content = json.dumps(report.summary(), indent=2) + "\n"
+    while (folder / f"{name}.md").exists() or not _put(folder / f"{name}.json", content):
+        name = f"{stem}_{next(numbers)}"
+    _put(folder / f"{name}.md", report.markdown())
     say(f"report: {folder / name}.md and .json")
+
+
+def _put(path: Path, content: str) -> bool:
+    """False if there is one of that name. Raises ConfigError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(content, "utf-8")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            if path.exists():
+                return False
+            temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"the report {path} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return True
 
 
 def _lines(report: Report) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from handlers.drill import Outcome, Reading, Report, State
+from infra.cli.drill import write_report
 from infra.drill import judge
 from infra.postgres.preloaded import acting, without_workers
 from pipeline.backup import ArchiveInfo, BackupInfo
@@ -152,3 +155,16 @@ def plan(target: Target) -> RestorePlan:
     lineage = Lineage((Leg(1, Lsn(0), None),), 16 << 20)
     path = WalPath((), start, Lsn(0x4000000), None, 16 << 20)
     return RestorePlan(backup, target, target, lineage, "1", path, None)
+
+
+def test_drills_of_the_same_second_take_no_report_from_each_other(tmp_path: Path) -> None:
+    """Those of two clusters, begun by cron at the full hour."""
+    reports = [new_report(target) for target in ("latest", "immediate", "2026-01-14 12:00:00+00")]
+    for report in reports:
+        report.began = reports[0].began
+        write_report(report, tmp_path)
+    stem = f"drill_{reports[0].began:%Y%m%d_%H%M%S}"
+    for name, report in zip((stem, f"{stem}_2", f"{stem}_3"), reports, strict=True):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["target"] == report.target
+        assert report.target in (tmp_path / f"{name}.md").read_text()
+    assert len(list(tmp_path.iterdir())) == 6, "and no temporary files"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,17 @@ from infra.storage.in_use import Marks
 from infra.wiring import Site
 from pipeline import pins
 from pipeline.backup import BackupInfo
-from pipeline.catalog import backup_of, checked_info, index_key, info_key, is_piece, manifest_key, part_key, wal_key
+from pipeline.catalog import (
+    REPOSITORY,
+    backup_of,
+    checked_info,
+    index_key,
+    info_key,
+    is_piece,
+    manifest_key,
+    part_key,
+    wal_key,
+)
 from pipeline.contracts import Fetch, Store
 from pipeline.errors import IntegrityError, ObjectMissing, Sealed, StoreError, foreseen
 from pipeline.listing import Listing
@@ -98,6 +108,7 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
         listing.merge(each.wal)
     names = frozenset[str]().union(*(each.folders for _, each in listed))
     await _few(names, found.info)
+    _refuse_other_segments(site, found.infos.values())
     await _few(listing.history_files, lambda file: _history(fetch, listing, wal_key(file), file.timeline, file.name))
     for info in found.infos.values():
         listing.add_backup(info)
@@ -139,6 +150,18 @@ async def _refuse_strange(site: Site) -> None:
     for destination in site.destinations:
         with suppress(StoreError):  # it does not answer, which is found out behind this; or the file is lost
             await read_facts(destination.root, site.facts.system_id)
+
+
+def _refuse_other_segments(site: Site, backups: Iterable[BackupInfo]) -> None:
+    """Which segment is whose follows from their size, and anybody may have written what repository.json says of it."""
+    for backup in backups:
+        if backup.segment_size != site.facts.segment_size:
+            raise IntegrityError(
+                f"{REPOSITORY} says that segments have {site.facts.segment_size} bytes, and those of {backup.name} have"
+                f" {backup.segment_size}: nothing is deleted",
+                hint=f"compare {REPOSITORY} of each destination, and put back the right one; backups are authenticated,"
+                " that file is not",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,6 +301,17 @@ async def test_a_destination_of_a_newer_format_is_refused_by_name() -> None:
     assert info_key(backups[0].name) in await names(site.stores[0])
 
 
+async def test_nothing_goes_by_a_segment_size_that_is_not_that_of_the_backups() -> None:
+    """repository.json is not authenticated: with another size in it, needed WAL would lie "before" all backups."""
+    site, _ = await small()
+    before = await kept_names(site.stores[0])
+    for size in (SIZE // 2, SIZE * 16):
+        wrong = replace(site, facts=replace(site.facts, segment_size=size))
+        with pytest.raises(IntegrityError, match=f"says that segments have {size} bytes"):
+            await expired(wrong, LAST)
+    assert await kept_names(site.stores[0]) == before
+
+
 async def test_the_newest_one_is_not_the_last_good_one_if_a_part_of_it_is_lost() -> None:
     site, backups = await small()
     for store in site.stores:

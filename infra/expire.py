@@ -119,10 +119,12 @@ async def expire(
 
     expirer, outcome = Expirer(seen.stores, claim=claim, tell=tell, progress=progress), Outcome()
     outcome.freed, outcome.refusals = expirer.freed, expirer.refusals
+    unburied = ""
     try:
         await marks.bury()
     except StoreError as error:
-        tell(f"marks of processes that are gone could not be removed: {error.fact}")
+        unburied = f"marks of processes that are gone could not be removed: {error.fact}"
+        tell(unburied)
     for backup in decision.going:
         above = next((b.name for b in decision.going if b.parent == backup.name and b.name in outcome.stayed), "")
         reason = f"{above} builds on it, and stays" if above else await expirer.backup(backup.name)
@@ -132,7 +134,8 @@ async def expire(
         else:
             outcome.gone.append(backup.name)
     for name in seen.leftovers:
-        if reason := await expirer.unlisted(name):
+        # Who was only suspended must find its mark gone, or it would list what has lost its parts.
+        if reason := unburied or await expirer.unlisted(name):
             outcome.stayed[name] = reason
         else:
             outcome.leftovers.append(name)

@@ -32,6 +32,7 @@ from tests.expiring import SIZE, START, Dying, Killed, add_backup, add_wal, at, 
 from tests.keys import SYSTEM_ID
 from tests.sites import site_at
 from tests.stores import Faulty
+from tests.unit.test_in_use import left_behind
 
 LAST = Policy(last=1)
 UNKNOWN = ["base/note.txt", "mine/a", "wal/note.txt"]
@@ -225,6 +226,24 @@ async def test_what_is_being_taken_is_no_leftover() -> None:
 
 
 REFUSED = StoreError("b: AccessDenied")
+
+
+async def test_parts_stay_where_the_mark_of_who_left_them_cannot_be_removed() -> None:
+    """He may only have been suspended: finding his mark as he left it, he would list them as a whole backup."""
+    store = Faulty(MemoryStore("a"))
+    site, _ = await small(store)
+    name = "base_20260107_000000"
+    key = await left_behind(store, backup=name)
+    await store.put(f"base/{name}/data/base/00000001", MemoryBody([b"part"]))
+    marks = marks_of(site)
+    plan = await make_plan(site, LAST, marks, settle=True)
+    assert plan.seen.leftovers == (name,)
+    store.fail["delete", 1] = StoreError("a: not now")
+    outcome = await expire(site, plan, marks, tell=lambda _: None)
+    assert "a: not now" in outcome.stayed[name]
+    assert {key, f"base/{name}/data/base/00000001"} <= {*await names(store)}
+    _, outcome = await expired(site, LAST)
+    assert outcome.leftovers == [name]
 
 
 async def test_what_a_store_refuses_is_listed_everywhere_as_before() -> None:

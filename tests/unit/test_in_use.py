@@ -9,6 +9,7 @@ import pytest
 from infra.storage.heartbeat import Heartbeat, Holder
 from infra.storage.in_use import TTL, Marks, using
 from infra.storage.memory import MemoryStore
+from pipeline.contracts import Store
 from pipeline.errors import SourceError, StoreError
 from pipeline.objects import MemoryBody
 from tests.clock import FastClock
@@ -28,12 +29,12 @@ async def names(store: MemoryStore) -> list[str]:
     return [entry.key async for entry in store.list("")]
 
 
-async def left_behind(store: MemoryStore, *, going: bool = False, counter: int = 1) -> str:
+async def left_behind(store: Store, *, backup: str = NAME, going: bool = False, counter: int = 1) -> str:
     """The mark of a process of another machine."""
     clock = FastClock()
     here = Holder.here(clock.now(), "restore")
     holder = Holder("db9", 77, here.started, "another kernel", 1, here.instance, "restore")
-    key = f"use/{NAME}/0000000a{'.going' if going else ''}"
+    key = f"use/{backup}/0000000a{'.going' if going else ''}"
     await store.put(key, Heartbeat.of(holder, counter, clock.now()).encode(), replace=True)
     return key
 

@@ -220,8 +220,8 @@ class Expirer:
                 try:
                     await store.delete([key])
                 except StoreError as error:
-                    body.close()
                     self._refused_at(store, name, error)
+                    taken.append((store, body))  # it may have done so, and its answer was lost
                     await self._put_back(key, taken)
                     return f"{store.name} refuses to delete it: {error.fact}"
                 taken.append((store, body))
@@ -249,7 +249,7 @@ class Expirer:
             except ObjectConflict:
                 continue
             except StoreError as error:
-                self._tell(f"{key} could not be put back at {store.name}; other destinations list it: {error.fact}")
+                self._tell(f"{key} may be gone at {store.name}, and could not be put back there: {error.fact}")
 
     async def _pieces(self, name: str) -> None:
         """All that belongs to a backup that is not listed. What walship has not put there stays."""

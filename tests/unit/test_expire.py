@@ -264,6 +264,19 @@ async def test_what_a_store_refuses_is_listed_everywhere_as_before() -> None:
     assert segment(2) in await names(a)
 
 
+async def test_what_stays_is_listed_also_where_the_answer_to_its_deletion_was_lost() -> None:
+    """Else it would be said to stay, and its parts would go the next time as those of a backup that nobody lists."""
+    store = Faulty(MemoryStore("a"))
+    site, backups = await small(store)
+    store.lose["delete", 1] = StoreError("a: no answer", passing=True)
+    _, outcome = await expired(site, LAST)
+    (stayed, *above) = sorted(outcome.stayed, reverse=True)
+    assert "a: no answer" in outcome.stayed[stayed]
+    assert {info_key(each) for each in (stayed, *above)} <= {*await names(store)}
+    assert len(outcome.gone) + len(outcome.stayed) == 4
+    assert backups[4].name not in outcome.gone
+
+
 async def test_one_object_that_is_held_keeps_its_backup_and_no_other() -> None:
     a, b = MemoryStore("a"), MemoryStore("b")
     site, backups = await small(a, b)

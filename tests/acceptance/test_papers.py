@@ -193,8 +193,8 @@ class Sufferer(Reader):
         self.it.play(block)
 
     def copied(self, block: Block) -> None:
-        init, verify = block.lines
-        self.it.sh(init)
+        *first, verify = block.lines
+        self.it.sh("\n".join(first))
         self.it.wait(self.healthy, "the bucket has been filled again")
         self.it.sh(verify)
 

@@ -80,15 +80,17 @@ async def command(
 
 async def _run(site: Site, policy: Policy, *, skip: bool, ask: bool, as_json: bool) -> StoreError | None:
     """Delete; what a store refused, as an error to end with."""
-    marks, plan = marks_of(site), None
+    marks, shown = marks_of(site), None
     if ask:
-        plan = await make_plan(site, policy, marks, skip=skip, settle=True)
-        for line in _plan_lines(plan, policy, would=True):
+        shown = await make_plan(site, policy, marks, skip=skip, settle=True)
+        for line in _plan_lines(shown, policy, would=True):
             say(line)
-        if not plan.empty and not await _agreed("Delete this? [y/N]: "):
+        if not shown.empty and not await _agreed("Delete this? [y/N]: "):
             raise click.Abort
     async with recording(site, "expire", typed(), tell=say) as entry:
-        plan = plan or await make_plan(site, policy, marks, skip=skip, settle=True)
+        # Anew, however short the question: since then somebody may have built on what goes, or gone back to it.
+        plan = await make_plan(site, policy, marks, skip=skip, settle=True)
+        _refuse_more(plan, shown)
         gone, whole = 0, plan.size
         with Bytes("expire") as bar:
 
@@ -115,6 +117,15 @@ async def _run(site: Site, policy: Policy, *, skip: bool, ask: bool, as_json: bo
         )
         entry.fail(error.fact, hint=error.hint)
         return error
+
+
+def _refuse_more(plan: Plan, shown: Plan | None) -> None:
+    """Nothing goes to which nobody has agreed."""
+    agreed = {backup.name for backup in shown.decision.going} if shown else set()
+    if shown and (more := sorted({backup.name for backup in plan.decision.going} - agreed)):
+        raise ConfigError(
+            f"more would go by now than was shown, {', '.join(more)}: nothing was deleted", hint="look again"
+        )
 
 
 async def _agreed(question: str) -> bool:

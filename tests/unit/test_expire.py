@@ -13,6 +13,7 @@ import pytest
 from handlers.expire import WalGoing, find_wal
 from handlers.fetch import read_catalog
 from handlers.verify import objects_of, verify
+from infra.cli import expire as command
 from infra.expire import expire, make_plan, marks_of
 from infra.pins import pin, pins_of, unpin
 from infra.repository import Destination
@@ -25,10 +26,10 @@ from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.objects import MemoryBody
 from pipeline.policy import Policy
 from pipeline.runs import Runs
-from pipeline.wal import WalFile
+from pipeline.wal import Lsn, WalFile
 from pipeline.wal_needs import WalNeeds
 from tests.clock import FastClock
-from tests.expiring import SIZE, START, Dying, Killed, add_backup, add_wal, at, expired, names, small
+from tests.expiring import SIZE, START, Dying, Killed, add_backup, add_wal, at, expired, names, put, small
 from tests.keys import SYSTEM_ID
 from tests.sites import site_at
 from tests.stores import Faulty
@@ -275,6 +276,30 @@ async def test_what_stays_is_listed_also_where_the_answer_to_its_deletion_was_lo
     assert {info_key(each) for each in (stayed, *above)} <= {*await names(store)}
     assert len(outcome.gone) + len(outcome.stayed) == 4
     assert backups[4].name not in outcome.gone
+
+
+async def test_what_comes_while_somebody_is_asked_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question may stand for hours. What goes by then was shown, and is needed by nothing that came meanwhile."""
+    site, backups = await small()
+    monkeypatch.setattr(command, "typed", tuple)
+
+    async def somebody_goes_back(_question: str) -> bool:
+        await put(site, "wal/00000003.history", f"1\t{Lsn(7 * SIZE + 512)}\twhy\n".encode())
+        await add_wal(site, 7, 9, timeline=3)
+        return True
+
+    monkeypatch.setattr(command, "_agreed", somebody_goes_back)
+    assert await command._run(site, LAST, skip=False, ask=True, as_json=True) is None
+    assert {info_key(backup.name) for backup in backups} <= {*await names(site.stores[0], "base/")}
+    site, backups = await small()
+
+    async def a_backup_ends(_question: str) -> bool:
+        await add_backup(site, 7, 16, timeline=2)
+        return True
+
+    monkeypatch.setattr(command, "_agreed", a_backup_ends)
+    with pytest.raises(ConfigError, match="more would go by now than was shown"):
+        await command._run(site, LAST, skip=False, ask=True, as_json=True)
 
 
 async def test_one_object_that_is_held_keeps_its_backup_and_no_other() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from handlers.fetch import Fetcher
@@ -26,7 +28,7 @@ from pipeline.catalog import (
     part_key,
     wal_key,
 )
-from pipeline.contracts import Fetch, Store
+from pipeline.contracts import Fetch, ObjectInfo, Store
 from pipeline.errors import IntegrityError, ObjectMissing, Sealed, StoreError, foreseen
 from pipeline.listing import Listing
 from pipeline.pins import Pin
@@ -36,6 +38,9 @@ from pipeline.wal import parse_history
 
 #: Most bytes that the description of a backup may have, and a history file.
 _MOST_INFO, _MOST_HISTORY = 256 << 20, 1 << 20
+#: Characters of a segment's name; a history's is shorter. And how each begins.
+_SEGMENT_NAME = 24
+_TIMELINE = re.compile(r"[0-9A-F]{8}")
 #: Small objects that are read at a time.
 _AT_ONCE = 16
 
@@ -126,6 +131,7 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
         in_use={name: marks.word(name) for name in sorted(used & found.infos.keys())},
         unreadable=tuple(sorted(found.unreadable)),
         being_taken=bool(used - found.infos.keys()),
+        stored=_newest(each.stored for _, each in listed),
     )
     gone = names - found.infos.keys() - found.unreadable - used
     left = [
@@ -172,19 +178,48 @@ class _Listed:
     tails: Collection[TailName]
     folders: frozenset[str]
     pins: frozenset[str]
+    #: Timeline → when the newest of its WAL and tails was stored.
+    stored: Mapping[int, datetime]
 
 
 async def _list(store: Store, system_id: str) -> _Listed:
     # Tails first: a segment that is finished meanwhile is seen in one of the two listings.
-    tails = [tail async for entry in store.list("tail/") if (tail := TailName.parse(entry.key))]
+    tails, stored = list[TailName](), dict[str, datetime]()
+    async for entry in store.list("tail/"):
+        if tail := TailName.parse(entry.key):
+            tails.append(tail)
+            _later(stored, tail.file.name, entry)
     wal = Listing(system_id)
     async for entry in store.list("wal/"):
         wal.add(entry.key)
+        _later(stored, entry.key.rpartition("/")[2], entry)
     below = [entry.key async for entry in store.list("base/", shallow=True)]
     pinned = [pins.pinned(entry.key) async for entry in store.list(pins.FOLDER)]
     names = (key.removeprefix("base/").removesuffix("/") for key in below if key.endswith("/"))
     folders = frozenset(name for name in names if backup_of(info_key(name)))
-    return _Listed(wal, tails, folders, frozenset(name for name in pinned if name))
+    return _Listed(
+        wal,
+        tails,
+        folders,
+        frozenset(name for name in pinned if name),
+        {int(timeline, 16): at for timeline, at in stored.items() if _TIMELINE.fullmatch(timeline)},
+    )
+
+
+def _later(stored: dict[str, datetime], name: str, entry: ObjectInfo) -> None:
+    """Note when a segment, or what belongs to one, was stored; a million of them are looked at."""
+    if entry.modified is not None and len(name) >= _SEGMENT_NAME:
+        known = stored.get(name[:8])
+        if known is None or entry.modified > known:
+            stored[name[:8]] = entry.modified
+
+
+def _newest(each: Iterable[Mapping[int, datetime]]) -> dict[int, datetime]:
+    found: dict[int, datetime] = {}
+    for stored in each:
+        for timeline, at in stored.items():
+            found[timeline] = max(at, found.get(timeline, at))
+    return found
 
 
 async def _any_piece(stores: Sequence[Store], name: str) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from pipeline.backup import BackupInfo
 from pipeline.backup_chain import chain_of
@@ -31,6 +31,9 @@ _PERIODS: dict[str, Callable[[datetime], tuple[int, ...]]] = {
     "yearly": lambda at: (at.year,),
 }
 _FORMATS = {"daily": "%Y-%m-%d", "weekly": "week %V of %G", "monthly": "%Y-%m", "yearly": "%Y"}
+
+#: What a store says to have stored further ahead than this is not compared with the times of backups.
+_AHEAD = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Holdings:
     unreadable: Collection[str] = ()
     #: Somebody takes a backup right now.
     being_taken: bool = False
+    #: Timeline → when its newest WAL was stored, by the clock of the store, as far as that is known.
+    stored: Mapping[int, datetime] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +91,10 @@ def decide(held: Holdings, policy: Policy, now: datetime) -> Decision:
     future = {name: backup for name, backup in known.items() if backup.stopped > now}
     good = [backup for name, backup in known.items() if name not in broken and name not in future]
     lines = lines_of(held.catalog)
-    rules = _Rules(held.catalog, lines, policy)
+    stored = {timeline: at for timeline, at in held.stored.items() if at <= now + _AHEAD}
+    rules = _Rules(held.catalog, lines, policy, stored)
     reasons = {name: [*said] for name, said in rules.of(good, now).items()}
-    for name, said in _Rules(held.catalog, lines, policy).of([*known.values()], now).items():
+    for name, said in _Rules(held.catalog, lines, policy, stored).of([*known.values()], now).items():
         reasons.setdefault(name, said)
     # A pin ends when there is a backup behind its end: the clock alone ends none.
     reference = min(now, max((backup.stopped for backup in good), default=now))
@@ -223,10 +229,11 @@ def _notes(
 class _Rules:
     """The rules of a policy, asked about some of the backups."""
 
-    def __init__(self, catalog: Catalog, lines: Lines, policy: Policy) -> None:
+    def __init__(self, catalog: Catalog, lines: Lines, policy: Policy, stored: Mapping[int, datetime]) -> None:
         self._catalog = catalog
         self._lines = lines
         self._policy = policy
+        self._stored = stored
         #: Those on which rests what can be restored at all.
         self.vital: set[str] = set()
 
@@ -295,8 +302,13 @@ class _Rules:
         return able[-1] if able else None
 
     def _is_over(self, timeline: int, pool: Sequence[BackupInfo], cover: BackupInfo | None) -> bool:
-        """Whether the newest timeline covers all that is promised with a backup newer than each of this one's own."""
+        """Whether the newest timeline covers all that is promised with a backup newer than each of this one's own.
+
+        And newer than its WAL: a clone that archived by mistake, and was backed up, takes no living server's place.
+        """
         if cover is None or self._lines.holds(timeline, cover):
+            return False
+        if (last := self._stored.get(timeline)) is not None and last > cover.stopped:
             return False
         return all(backup.stopped <= cover.stopped for backup in pool if backup.timeline == timeline)
 

@@ -393,6 +393,25 @@ async def test_the_same_numbers_of_another_timeline_stay() -> None:
     ]  # fmt: skip
 
 
+async def test_a_backup_of_a_clone_takes_no_living_servers_place() -> None:
+    """A clone that archives by mistake is the newest timeline; the server that goes on is the one that matters."""
+    site, backups = await small()
+    for store in site.stores:
+        assert isinstance(store, MemoryStore)
+        for name, (held, _) in [*store._objects.items()]:
+            newest = name == segment(12)
+            store._objects[name] = held, START + timedelta(days=6 if newest else 1)
+    plan, outcome = await expired(site, LAST)
+    assert "timeline 1" in plan.decision.kept[1].reasons[0]
+    assert outcome.gone == [backups[1].name, backups[0].name]
+    assert segment(12) in await names(site.stores[0])
+    for store in site.stores:
+        assert isinstance(store, MemoryStore)
+        store._objects[segment(12)] = store._objects[segment(12)][0], START + timedelta(days=4)
+    _, outcome = await expired(site, LAST)
+    assert outcome.gone == [backups[3].name, backups[2].name]
+
+
 async def test_a_repository_without_backups_keeps_all_its_wal() -> None:
     site = await site_at(MemoryStore())
     await add_wal(site, 0, 5, raw=True)

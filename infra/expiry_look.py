@@ -131,6 +131,7 @@ async def look(site: Site, marks: Marks, *, skip: bool, settle: bool) -> Look:
         in_use={name: marks.word(name) for name in sorted(used & found.infos.keys())},
         unreadable=tuple(sorted(found.unreadable)),
         being_taken=bool(used - found.infos.keys()),
+        taking=used - found.infos.keys(),
         stored=_newest(each.stored for _, each in listed),
     )
     gone = names - found.infos.keys() - found.unreadable - used

@@ -54,6 +54,8 @@ class Holdings:
     unreadable: Collection[str] = ()
     #: Somebody takes a backup right now.
     being_taken: bool = False
+    #: Names of those that are being taken, or copied here. A name tells when a backup began.
+    taking: Collection[str] = ()
     #: Timeline → when its newest WAL was stored, by the clock of the store, as far as that is known.
     stored: Mapping[int, datetime] = field(default_factory=dict)
 
@@ -150,6 +152,9 @@ def needed_by(held: Holdings, staying: Collection[BackupInfo]) -> WalNeeds:
     first = min((backup.name for backup in held.catalog.backups), default="")
     if any(name < first for name in held.unreadable):
         return WalNeeds({})  # nobody knows where that one begins, and no other begins before it
+    newest = max((backup.name for backup in staying), default="")
+    if any(name < newest for name in held.taking):
+        return WalNeeds({})  # it began before one that stays, so it may need WAL that no other needs
     return wal_needs(held.catalog, staying, being_taken=held.being_taken)
 
 

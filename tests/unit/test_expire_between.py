@@ -11,6 +11,7 @@ import pytest
 from infra.cli import expire as command
 from infra.expire import expire, make_plan, marks_of
 from infra.pins import pin
+from infra.storage.in_use import using
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import info_key
 from pipeline.errors import ConfigError, IntegrityError, StoreError
@@ -40,6 +41,19 @@ async def test_a_pin_is_not_called_set_while_somebody_may_be_deleting_the_backup
         setting = asyncio.create_task(pin(site, backups[3].name, reason="", until=None, tell=told.append))
         await asyncio.sleep(0.05)
     assert (await setting)[1] == ["a", "b"]
+
+
+async def test_no_wal_goes_while_a_backup_is_taken_that_began_before_one_that_stays() -> None:
+    """That of a standby takes hours, in which one of the primary may begin and end; or it is being copied here."""
+    site, backups = await small()
+    async with using(site.stores, "base_20260105_120000", clock=site.clock, tell=pytest.fail, what="backup"):
+        plan, outcome = await expired(site, LAST)
+        assert (len(outcome.gone), plan.wal["a"].objects) == (4, 0)
+        assert segment(13, 2) in await names(site.stores[0])
+    async with using(site.stores, "base_20260107_000000", clock=site.clock, tell=pytest.fail, what="backup"):
+        plan, outcome = await expired(site, LAST)
+    assert segment(13, 2) not in await names(site.stores[0])
+    assert info_key(backups[4].name) in await names(site.stores[0])
 
 
 async def test_parts_stay_where_the_mark_of_who_left_them_cannot_be_removed() -> None:

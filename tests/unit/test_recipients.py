@@ -49,6 +49,7 @@ def test_every_mistyped_letter_is_noticed() -> None:
         (SHOWN.replace("-1-", "-2-"), "is of a form that this walship does not know"),
         (SHOWN[:-1] + "1", "it is cut, or has other characters"),
     ],
+    ids=["nothing", "age's", "a newer form", "cut"],  # the key is another one in each process that runs tests
 )
 def test_what_is_no_public_key(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -15,7 +15,7 @@ from tests.acceptance.conftest import Copy
     [
         (["list"], 0, {}),
         (["list", "--json"], 0, {}),
-        (["verify"], 0, {}),
+        (["verify", "--all"], 0, {}),
         (["list", "--jsno"], 2, {}),
         (["list"], 2, {"BACKUP_ENCRYPTION_PASSWORD": "wrong"}),
         (["push"], 2, {"WALSHIP_SPOOL_DIR": ""}),

@@ -58,6 +58,13 @@ def test_every_module_of_the_three_packages_is_in_it(wheel: zipfile.ZipFile) -> 
     assert {name for name in wheel.namelist() if name.endswith(".py")} == sources
 
 
+def test_no_secret_of_a_deployment_is_in_it(wheel: zipfile.ZipFile) -> None:
+    """infra/deploy is where they are filled in; nor does a container's build get them."""
+    assert [name for name in wheel.namelist() if name.startswith("infra/deploy")] == []
+    ignored = (_HOME / ".dockerignore").read_text("utf-8").splitlines()
+    assert ignored.index("infra/deploy") > ignored.index("!infra")  # the last line that fits counts
+
+
 def test_what_the_status_page_is_made_of_is_in_it(wheel: zipfile.ZipFile) -> None:
     parts = {f"infra/monitoring/{name}" for name in ("page.html", "page.css", "page.js", "moments.js")}
     assert parts <= set(wheel.namelist())

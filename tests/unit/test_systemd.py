@@ -56,6 +56,11 @@ def test_the_units_are_closed(name: str) -> None:
     assert done.returncode == 0, done.stdout[-300:]
 
 
+def test_a_service_that_is_the_servers_user_leaves_the_servers_shared_memory_alone() -> None:
+    drop_in = (_UNITS / "as-the-server.conf").read_text("utf-8").splitlines()
+    assert {"User=postgres", "RemoveIPC=no"} <= {*drop_in}
+
+
 def test_the_service_may_write_where_its_documents_put_things() -> None:
     unit = (_UNITS / "walship.service").read_text("utf-8")
     readme = (_UNITS.parents[2] / "README.md").read_text("utf-8")

@@ -99,6 +99,7 @@ class Machine:
             "5433": str(self.other_port),
             "127.0.0.1:9432": listen,
             "infra/deploy/": f"{HOME}/infra/deploy/",
+            "runuser -u postgres -- ": "",  # psql is run as the server's user in any case
         }
         self.environment = {
             "PATH": f"{self.folder}/bin:/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8", "HOME": str(self.folder),

@@ -161,7 +161,7 @@ async def test_the_role_and_the_settings_are_all_that_is_asked_for(
     give(spool, run_as())
     conf["basic_archive.archive_directory"] = str(spool)
     server = start_server(segment_mb=1, settings={**conf, "fsync": "on"})
-    words = ["-Xqd", server.dsn(), "-v", "ON_ERROR_STOP=1", "-v", "password='its own'"]
+    words = ["-Xqd", server.dsn(), "-v", "ON_ERROR_STOP=1", "-v", "password=its own"]
     server.run("psql", *words, "-f", str(shutil.copy(_FOLDER / "role.sql", server_folder)))
     settings = Settings(
         POSTGRES_HOST=server.host, POSTGRES_PORT=server.port, POSTGRES_USERNAME="walship",

@@ -1,11 +1,13 @@
--- The role that walship connects as: psql -f role.sql -v password="'...'"
+-- The role that walship connects as. As root, who need not be a role, and whose files the server's user cannot read:
+--
+--   runuser -u postgres -- psql -v ON_ERROR_STOP=1 -v password='...' < role.sql
 --
 -- pg_hba.conf has to let it in, for the database postgres and for replication:
 --
 --   host  postgres,replication  walship  10.0.0.5/32  scram-sha-256
 
 -- Base backups and the stream are replication connections.
-CREATE ROLE walship LOGIN REPLICATION PASSWORD :password CONNECTION LIMIT 20;
+CREATE ROLE walship LOGIN REPLICATION PASSWORD :'password' CONNECTION LIMIT 20;
 
 -- What check, status and the metrics read: archiver, slots, senders, settings.
 GRANT pg_monitor TO walship;

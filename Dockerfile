@@ -24,11 +24,14 @@ RUN /opt/build/bin/python -m build --wheel --no-isolation --outdir /dist \
     && /opt/walship/bin/pip uninstall --yes pip setuptools
 
 # What ships. 999 is the user of PostgreSQL's own image: the segments that basic_archive writes are readable for their
-# owner alone. It is made first: packages take the system's numbers from the top.
+# owner alone. It is made first: packages take the system's numbers from the top. The image may run as another user
+# (SERVER_USER of infra/deploy/compose/host.yml), who has to look for .env in its folder, and to restore.
 FROM ${BASE} AS shipper
 RUN groupadd --gid 999 walship \
     && useradd --uid 999 --gid walship --home-dir /var/lib/walship --no-create-home --shell /usr/sbin/nologin walship \
-    && install -d -o walship -g walship -m 0700 /var/lib/walship /spool /backups /restored
+    && install -d -o walship -g walship -m 0700 /spool /backups \
+    && install -d -o walship -g walship -m 0755 /var/lib/walship \
+    && install -d -o walship -g walship -m 1777 /restored
 COPY --from=build /opt/walship /opt/walship
 ENV PATH=/opt/walship/bin:$PATH PYTHONUNBUFFERED=1 WALSHIP_LISTEN=0.0.0.0:9432
 USER walship

@@ -34,6 +34,7 @@ Codec = Literal["zstd", "lz4", "gzip", "none"]
 SECRETS = ("POSTGRES_PASSWORD", "BACKUP_ENCRYPTION_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 _ENV_FILE = Path(".env")
+_EXPLAINED = "each setting is explained in .env.example of walship's source"
 
 
 def _env(name: str, **more: Any) -> Any:
@@ -281,7 +282,7 @@ def load(env_file: Path | None = None, *, keyless: bool = False) -> Settings:
         return Settings(_env_file=None, **values)
     except ValidationError as error:
         wrong = "; ".join(_sentence(dict(e)) for e in error.errors())
-        raise ConfigError(wrong, hint="each setting is explained in .env.example") from None
+        raise ConfigError(wrong, hint=_EXPLAINED) from None
 
 
 def secret_files(env_file: Path | None = None) -> dict[str, Path]:
@@ -351,7 +352,7 @@ def _refuse_unknown(given: dict[str, str]) -> None:
     for name in sorted(given):
         if name.startswith("WALSHIP_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "each setting is explained in .env.example"
+            hint = f"did you mean {close[0]}?" if close else _EXPLAINED
             raise ConfigError(f"there is no setting {name}", hint=hint)
 
 

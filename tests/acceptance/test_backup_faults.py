@@ -85,7 +85,8 @@ def test_the_connection_is_lost(rig: Rig, first: list[str], mode: str) -> None:
         proxy.cut()
         words = running.end(10).stderr
     assert "connection" in words
-    assert "no backup was made" in words
+    # Whichever of its connections notices first: the one that reads, or the one that holds others off.
+    assert "no backup was made" in words or "while processing the request" in words
     nothing_left(rig.server)
     assert names(rig) == first
 

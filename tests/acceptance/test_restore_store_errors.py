@@ -18,6 +18,7 @@ import pytest
 
 from handlers.body import joined
 from handlers.fetch import Fetcher
+from infra.postgres import neighbours
 from infra.postgres.wal_script import RESTORE_COMMAND
 from infra.restore import Place, feeding, make_plan, restore
 from infra.storage.memory import MemoryStore
@@ -98,6 +99,12 @@ class Struck(Faulty):
         if self.blow is Blow.GONE and key == self.key:
             raise ObjectMissing(f"{key} is missing from {self.name}")
         return number
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a plan reads all WAL wherever another test's server with a tablespace runs at the same time."""
+    monkeypatch.setattr(neighbours, "servers", list)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from itertools import count
 
@@ -13,6 +15,10 @@ from infra.demo.seaweed import Seaweed
 # A deadline per example fails on a busy machine, and says nothing about the code. Set before tests are collected.
 settings.register_profile("walship", deadline=None)
 settings.load_profile("walship")
+
+# A shell starts its background jobs with SIGINT ignored, and so would be all that tests start and interrupt.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _numbers = count(1)
 

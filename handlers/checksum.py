@@ -77,3 +77,16 @@ def check_stored(name: str, chunks: Iterable[Buffer]) -> tuple[Header, str]:
             next(frames)
         except StopIteration as end:
             return header, str(end.value)
+
+
+class Trailing:
+    """Pieces as they are, with the last 32 bytes remembered: the trailer of a stored object."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self.trailer = b""
+
+    def __iter__(self) -> Iterator[Buffer]:
+        for piece in self._pieces:
+            self.trailer = (self.trailer + piece[-TRAILER_SIZE:])[-TRAILER_SIZE:]
+            yield piece

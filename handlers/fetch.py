@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from handlers.checksum import check_stored
+from handlers.checksum import Trailing, check_stored
 from handlers.stitch import read_tail  # fetch in two files: one object, and all tails of a segment
 from handlers.to_the_end import in_thread
 from pipeline import operations
@@ -158,7 +158,7 @@ class Fetcher:
 
     def _decode(self, expected: Expected, body: Body) -> tuple[Header, bytearray, str]:
         """Runs in a thread: the whole chain in one hop."""
-        end = _End(body.chunks())
+        end = Trailing(body.chunks())
         header, plain = self._chain.decode(expected, end)
         return header, plain, end.trailer.hex()
 
@@ -168,19 +168,6 @@ class Fetcher:
             return ObjectMissing(f"{name} is missing from {places}")
         # A damaged copy is known to exist; a store that failed may yet serve a good one, so it is the one to name.
         return next((error for error in failures if isinstance(error, StoreError)), failures[0])
-
-
-class _End:
-    """Pieces as they are, with the last 32 bytes remembered: the trailer of a stored object."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self.trailer = b""
-
-    def __iter__(self) -> Iterator[Buffer]:
-        for piece in self._pieces:
-            self.trailer = (self.trailer + piece[-TRAILER_SIZE:])[-TRAILER_SIZE:]
-            yield piece
 
 
 async def _whole(store: Store, name: str, digest: str) -> Body:

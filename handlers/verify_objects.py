@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from handlers.checksum import check_stored  # a leaf: plain bytes in, verdict out
+from handlers.checksum import Trailing, check_stored  # a leaf: plain bytes in, verdict out
 from handlers.to_the_end import in_thread
 from handlers.verify_report import Fault
 from pipeline.backup import BackupInfo
 from pipeline.catalog import index_key, info_key, manifest_key, part_key
 from pipeline.chain import Chain, Expected
-from pipeline.contracts import Body, Buffer, ObjectInfo, Store
+from pipeline.contracts import Body, ObjectInfo, Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
-from pipeline.objects import TRAILER_SIZE, Header
+from pipeline.objects import Header
 from pipeline.verified import Memory
 
 #: Told of objects and bytes that were read, and of objects that need not be.
@@ -256,7 +256,7 @@ def _judge(body: Body, wanted: Wanted, system_id: str, chain: Chain | None, keep
         header, digest = check_stored(wanted.name, body.chunks())
         _compare(wanted, header, digest, system_id)
         return Judged(header, digest, None)
-    end = _End(body.chunks())
+    end = Trailing(body.chunks())
     try:
         header, plain = chain.decode(Expected(wanted.name, system_id, wanted.backup), end)
     except IntegrityError as error:
@@ -277,16 +277,3 @@ def _compare(wanted: Wanted, header: Header, digest: str, system_id: str) -> Non
         raise Differs(f"{wanted.name} belongs to the base backup {header.backup or '(none)'}")
     if wanted.digest and digest != wanted.digest:
         raise Differs(f"{wanted.name} is not the one that its backup_info lists")
-
-
-class _End:
-    """Pieces as they are, with the last 32 bytes remembered: the trailer of a stored object."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self.trailer = b""
-
-    def __iter__(self) -> Iterator[Buffer]:
-        for piece in self._pieces:
-            self.trailer = (self.trailer + piece[-TRAILER_SIZE:])[-TRAILER_SIZE:]
-            yield piece

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -12,7 +12,7 @@ from infra.storage.memory import MemoryStore
 from infra.wiring import Site
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import REPOSITORY, index_key, info_key, manifest_key, part_key, wal_key
-from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
+from pipeline.contracts import Store
 from pipeline.objects import MemoryBody
 from pipeline.policy import Policy
 from pipeline.wal import Lsn, WalFile
@@ -101,51 +101,3 @@ def at(site: Site, *stores: Store) -> Site:
 
 async def names(store: Store, prefix: str = "") -> list[str]:
     return sorted([entry.key async for entry in store.list(prefix)])
-
-
-class Killed(BaseException):
-    """The process is gone: nothing behind this happens."""
-
-
-class Dying:
-    """A store whose process ends after so many calls, all stores of it together."""
-
-    def __init__(self, store: Store, calls: list[str], last: int) -> None:
-        self._store = store
-        self._calls = calls
-        self._last = last
-
-    @property
-    def name(self) -> str:
-        return self._store.name
-
-    def _live(self, call: str) -> None:
-        if len(self._calls) >= self._last:
-            raise Killed
-        self._calls.append(call)
-
-    async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
-        self._live(f"put {key}")
-        await self._store.put(key, body, replace=replace, keep_until=keep_until)
-
-    async def get(self, key: str, span: Span | None = None) -> Body:
-        return await self._store.get(key, span)
-
-    async def head(self, key: str) -> ObjectInfo:
-        return await self._store.head(key)
-
-    async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
-        async for info in self._store.list(prefix, after=after, shallow=shallow):
-            yield info
-
-    async def delete(self, keys: Collection[str]) -> None:
-        # One after the other: it may die within a batch.
-        for key in keys:
-            self._live(f"delete {key}")
-            await self._store.delete([key])
-
-    async def probe(self, key: str, body: Body) -> Abilities:
-        return await self._store.probe(key, body)
-
-    async def close(self) -> None:
-        await self._store.close()

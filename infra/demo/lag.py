@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from pathlib import Path
 
@@ -28,7 +29,7 @@ FROM pg_stat_replication WHERE application_name = 'walship'
 """
 
 
-class _Lag:
+class _Lag(ABC):
     """Looks in a thread, from ``start`` to ``stop``."""
 
     def __init__(self) -> None:
@@ -54,8 +55,9 @@ class _Lag:
     def mean(self) -> float:
         return sum(self.waited) / len(self.waited) if self.waited else 0.0
 
+    @abstractmethod
     def _watch(self) -> None:
-        raise NotImplementedError
+        """Look until ``_stop`` is set; runs in the thread."""
 
 
 class SpoolLag(_Lag):

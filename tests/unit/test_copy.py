@@ -2,91 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
 from handlers.copy import MOST_REFUSALS, Means, copy, estimate
 from handlers.difference import Wanted
-from infra.copying import Ends, _refuse_overlap, open_ends, run, select, url_of
-from infra.repository import RepositoryFacts
-from infra.settings import Settings
+from infra.copying import Ends, run, select
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import REPOSITORY, data_key_name, info_key, part_key
-from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
-from pipeline.errors import ConfigError, IntegrityError, StoreError
+from pipeline.contracts import Abilities, Body, ObjectInfo, Span
+from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody, read_header
-from pipeline.sizes import Sizes
 from tests import keys
-from tests.clock import FastClock
+from tests.copying import (
+    ALL,
+    BACKUPS,
+    SEGMENTS,
+    Still,
+    content,
+    ends,
+    expected,
+    rooting,
+    source,
+)
 from tests.keys import SYSTEM_ID
 from tests.stores import Faulty
 
 T = TypeVar("T")
-ALL = Wanted(beside=True, sizes=True)
-BACKUPS = ("base_20260101_000000", "base_20260102_000000")
-SEGMENTS = [f"wal/0000000100000000/0000000100000000000000{number:02X}" for number in range(1, 5)]
-LACKING = [
-    "wal/00000002.history", "wal/0000000100000000/000000010000000000000002.00000028.backup",
-    "wal/0000000100000000/000000010000000000000005.partial", "conflict/00000003.history.0123456789abcdef",
-    "tail/000000010000000000000006/00000001-00000000-00000400", f"pin/{BACKUPS[0]}",
-    "log/20260102T000000Z-backup-ok-01234567",
-]  # fmt: skip
-#: Of no use at another place.
-STAYS = ["tail/000000010000000000000001/00000001-00000000-00000400", "lease/00000001", "use/x/00000001", "log/check-1",
-         "wal/0000000100000000/README", "verified/0123/00000001"]  # fmt: skip
-TORSO = "base/base_20260103_000000/data/base/00000001"
-
-
-def content(store: MemoryStore) -> dict[str, bytes]:
-    return {name: held for name, (held, _) in store._objects.items()}
-
-
-async def source(name: str = "a") -> MemoryStore:
-    """A repository with one of everything."""
-    store = MemoryStore(name)
-    ring = keys.encrypting_keys()
-    assert ring.key_object is not None
-    chain = keys.chain(ring, cipher="aes-256-gcm")
-    key_name, key_body = ring.key_object
-    await store.put(key_name, key_body)
-    await store.put(REPOSITORY, facts().encode())
-    backups = [
-        object_name
-        for backup in BACKUPS
-        for object_name in (part_key(backup, "base", 1), part_key(backup, "base", 2), f"base/{backup}/index/00000001",
-                            f"base/{backup}/backup_manifest", info_key(backup))
-    ]  # fmt: skip
-    for object_name in [*SEGMENTS, *LACKING, *STAYS, TORSO, *backups]:
-        await store.put(object_name, MemoryBody([keys.stored(chain, object_name, object_name.encode() * 20)]))
-    return store
-
-
-class Still(FastClock):
-    """Nobody's heart beats again while a copy takes no time."""
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(3600 if seconds else 0)
-
-
-def facts() -> RepositoryFacts:
-    return RepositoryFacts(SYSTEM_ID, 17, 1 << 20, "2026-01-14T12:00:00+00:00")
-
-
-def expected(from_store: MemoryStore) -> dict[str, bytes]:
-    return {name: held for name, held in content(from_store).items() if name not in (*STAYS, TORSO, REPOSITORY)}
-
-
-def ends(origin: object, target: object, *others: object) -> Ends:
-    root = target if isinstance(target, MemoryStore) else MemoryStore("unused")
-    no_key = ConfigError("there is no key")
-    return Ends(facts(), (origin, *others), target, root, None, no_key, Still())  # type: ignore[arg-type]
 
 
 async def test_all_that_matters_is_copied_verbatim_and_nothing_else() -> None:
@@ -197,16 +143,6 @@ async def test_killed_at_any_call_it_goes_on_and_ends_as_if_nothing_had_been(aft
         made = {name: held for name, held in content(inner).items() if not name.startswith("log/check-")}
         assert made == {**expected(a), REPOSITORY: content(a)[REPOSITORY]}
     assert calls > 100
-
-
-def rooting(store: MemoryStore) -> Store:
-    """What holds the cluster's folder, as far as ``repository.json`` is looked for there."""
-
-    class Root(MemoryStore):
-        async def get(self, key: str, span: Span | None = None) -> Body:
-            return await store.get(key.removeprefix(f"{SYSTEM_ID}/"), span)
-
-    return Root()
 
 
 async def test_damage_at_the_source_is_told_and_all_else_is_copied() -> None:
@@ -382,134 +318,3 @@ async def test_what_is_encrypted_under_a_key_that_is_nowhere_is_not_copied() -> 
     assert content(b) == {}
     assert all("which no source has whole" in trouble.fact for trouble in done.troubles)
     assert {trouble.kind for trouble in done.troubles} == {"damaged"}
-
-
-class Longest(FastClock):
-    """Remembers how long somebody wanted to sleep: the pace counts real time, in which nothing passes here."""
-
-    longest = 0.0
-
-    async def sleep(self, seconds: float) -> None:
-        self.longest = max(self.longest, seconds)
-        await super().sleep(seconds)
-
-
-async def test_the_rate_is_kept() -> None:
-    a, b, clock = await source(), MemoryStore("b"), Longest()
-    given = ends(a, b)
-    given = Ends(given.facts, (a,), b, rooting(b), None, given.site, clock)
-    chosen = await select(given, wal=True)
-    size = (await estimate(a, b, chosen.wanted)).total.size
-    await run(given, chosen, rate=size // 10, tell=print)
-    assert 8 < clock.longest < 11, "when the last object may go"
-
-
-async def test_a_store_that_is_the_source_by_another_name_is_found_out() -> None:
-    a = await source()
-    before = content(a).keys()
-    with pytest.raises(ConfigError, match="a is a: nothing can be copied there"):
-        await run(ends(a, a), await select(ends(a, a)), tell=print)
-    assert content(a).keys() == before
-
-
-def test_one_destination_inside_the_other_is_refused_however_it_is_spelled(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    s3 = "s3://bucket/pg?endpoint=http://store:9000"
-    for one, other in (
-        (f"file://{tmp_path}/a", f"file://{tmp_path}/link"),
-        (f"file://{tmp_path}/a", f"file://{tmp_path}/a/"),
-        (f"file://{tmp_path}/a", f"file://{tmp_path}/link/inside"),
-        (f"file://{tmp_path}/a", f"file://localhost{tmp_path}/a"),
-        (s3, "s3://bucket/pg/?endpoint=http://STORE:9000/&region=x"),
-        (s3, "s3://bucket/pg/more?endpoint=http://store:9000"),
-        (s3, "s3://bucket?endpoint=http://store:9000"),
-        ("s3://bucket/pg", "s3://bucket/p%67"),
-    ):
-        with pytest.raises(ConfigError, match=r"nothing can be copied there|one inside the other"):
-            _refuse_overlap(one, other)
-        with pytest.raises(ConfigError):
-            _refuse_overlap(other, one)
-    for one, other in (
-        (f"file://{tmp_path}/a", f"file://{tmp_path}/ab"),
-        (s3, "s3://bucket/pg2?endpoint=http://store:9000"),
-        (s3, "s3://bucket/pg?endpoint=http://other:9000"),
-        (s3, f"file://{tmp_path}/a"),
-    ):
-        _refuse_overlap(one, other)
-
-
-def test_a_destination_is_named_by_its_url_or_as_messages_name_it() -> None:
-    url = "s3://bucket/pg?endpoint=http://store:9000"
-    chosen = Settings(_env_file=None, WALSHIP_DESTINATIONS=url)
-    assert url_of(chosen, "s3://bucket/pg") == url_of(chosen, url) == url
-    assert url_of(chosen, "file:///elsewhere") == "file:///elsewhere"
-    with pytest.raises(ConfigError, match="offsite is no destination") as caught:
-        url_of(chosen, "offsite")
-    assert "s3://bucket/pg" in caught.value.hint
-
-
-def test_sizes_of_any_names_come_back_in_little_memory() -> None:
-    names = {f"wal/00000001{log:08X}/00000001{log:08X}{seg:08X}": log + seg for log in range(80) for seg in range(256)}
-    odd = {
-        "wal/0000000100000000/0000000100000000FFFFFFFF": 7, "wal/00000002.history": 8, "keys/data-0": 0, "": 3,
-        "base/b/data/base/99999999": 4, "base/b/data/base/٠٠٠٠٠٠٠١": 5, "base/b/data/base/00000001": 2**33,
-        "12345678": 1,
-    }  # fmt: skip
-    tracemalloc.start()
-    try:
-        sizes = Sizes()
-        for name, size in names.items():
-            sizes.add(name, size)
-        used, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert used < len(names) * 10
-    for name, size in odd.items():
-        sizes.add(name, size)
-    assert sizes.count == len(names) + len(odd)
-    assert all(sizes.find(name) == size for name, size in {**names, **odd}.items())
-    assert sizes.find("wal/0000000100000000/000000010000000000000100") is None
-    sizes.add("wal/00000002.history", 9)
-    assert (sizes.find("wal/00000002.history"), sizes.count) == (9, len(names) + len(odd))
-
-
-async def test_a_newer_format_and_another_segment_size_are_refused(tmp_path: Path) -> None:
-    urls = [f"file://{tmp_path}/{name}" for name in ("a", "b")]
-    for name, text in (("a", facts()), ("b", RepositoryFacts(SYSTEM_ID, 17, 16 << 20, "2026-01-14T12:00:00+00:00"))):
-        (tmp_path / name / SYSTEM_ID).mkdir(parents=True)
-        (tmp_path / name / SYSTEM_ID / REPOSITORY).write_bytes(b"".join(text.encode().chunks()))
-    chosen = Settings(_env_file=None)
-    with pytest.raises(ConfigError, match="were made apart"):
-        async with open_ends(chosen, urls[:1], urls[1], dry=False):
-            pass
-    newer = tmp_path / "b" / SYSTEM_ID / REPOSITORY
-    newer.write_text(newer.read_text("utf-8").replace('"format": 1', '"format": 2'), "utf-8")
-    with pytest.raises(IntegrityError, match="is of format 2"):
-        async with open_ends(chosen, urls[:1], urls[1], dry=False):
-            pass
-    with pytest.raises(ConfigError, match=f"no repository of cluster {SYSTEM_ID} at .*, and --existing asks for one"):
-        async with open_ends(chosen, urls[:1], f"file://{tmp_path}/c", existing=True, dry=False):
-            pass
-    assert not (tmp_path / "c").exists()
-    async with open_ends(chosen, urls[:1], f"file://{tmp_path}/c", dry=True) as opened:
-        assert opened.there is None
-    assert not (tmp_path / "c").exists()
-    with pytest.raises(ConfigError, match="there is no repository of cluster 1 "):
-        async with open_ends(chosen, urls[:1], urls[1], cluster="1", dry=False):
-            pass
-
-
-async def test_a_key_ring_of_the_target_that_is_newer_is_told(tmp_path: Path) -> None:
-    """What its owner changed there alone, the source does not know: it goes on writing with the former key."""
-    urls = [f"file://{tmp_path}/{name}" for name in ("a", "b")]
-    for name, rings in (("a", (1,)), ("b", (1, 2))):
-        folder = tmp_path / name / SYSTEM_ID
-        (folder / "keys").mkdir(parents=True)
-        (folder / REPOSITORY).write_bytes(b"".join(facts().encode().chunks()))
-        for number in rings:
-            (folder / "keys" / f"ring-{number:08d}").write_bytes(b"ring %d" % number)
-    async with open_ends(Settings(_env_file=None), urls[:1], urls[1], dry=True) as opened:
-        assert [note.partition(" at ")[0] for note in opened.notes] == ["keys/ring-00000002"]
-    async with open_ends(Settings(_env_file=None), urls[1:], urls[0], dry=True) as opened:
-        assert opened.notes == ()

@@ -27,7 +27,8 @@ from pipeline.runs import Runs
 from pipeline.wal import WalFile
 from pipeline.wal_needs import WalNeeds
 from tests.clock import FastClock
-from tests.expiring import SIZE, START, Dying, Killed, add_backup, add_wal, at, expired, names, small
+from tests.dying import Dying, Killed
+from tests.expiring import SIZE, START, add_backup, add_wal, at, expired, names, small
 from tests.keys import SYSTEM_ID
 from tests.sites import site_at
 from tests.stores import Faulty

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
-from datetime import datetime
 from itertools import count
 
 import pytest
@@ -12,9 +10,9 @@ import pytest
 from handlers.verify_report import Report
 from infra.storage.heartbeat import Heartbeat, Holder
 from infra.storage.memory import MemoryStore
-from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
 from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody
+from tests.dying import Dying, Killed
 from tests.keys import NOW, SYSTEM_ID, chain, plain_keys, stored
 from tests.stores import Faulty
 from tests.verifying import KEYS, KINDS, RING, Ground, objects, segment
@@ -179,53 +177,6 @@ async def test_a_backup_that_is_being_deleted_is_left_alone(ground: Ground) -> N
     assert [h.outcome for h in report.healings] == ["cannot"]
     assert "b is being deleted by" in report.healings[0].fact
     assert [entry.key async for entry in ground.stores[0].list("use/")] == [mark]
-
-
-class Killed(BaseException):
-    """The process is gone: nothing behind this happens."""
-
-
-class Dying:
-    """A store whose process ends at the call of that number, of all that change anything, all stores together."""
-
-    def __init__(self, store: Store, calls: list[str], last: int) -> None:
-        self._store = store
-        self._calls = calls
-        self._last = last
-
-    @property
-    def name(self) -> str:
-        return self._store.name
-
-    def _live(self, call: str) -> None:
-        if len(self._calls) >= self._last:
-            raise Killed
-        self._calls.append(call)
-
-    async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
-        self._live(f"put {key}")
-        await self._store.put(key, body, replace=replace, keep_until=keep_until)
-
-    async def get(self, key: str, span: Span | None = None) -> Body:
-        return await self._store.get(key, span)
-
-    async def head(self, key: str) -> ObjectInfo:
-        return await self._store.head(key)
-
-    async def list(self, prefix: str, *, after: str = "", shallow: bool = False) -> AsyncIterator[ObjectInfo]:
-        async for info in self._store.list(prefix, after=after, shallow=shallow):
-            yield info
-
-    async def delete(self, keys: Collection[str]) -> None:
-        for key in keys:
-            self._live(f"delete {key}")
-            await self._store.delete([key])
-
-    async def probe(self, key: str, body: Body) -> Abilities:
-        return await self._store.probe(key, body)
-
-    async def close(self) -> None:
-        await self._store.close()
 
 
 async def test_killed_at_any_step_each_object_is_as_it_was_or_good(ground: Ground) -> None:

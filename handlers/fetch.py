@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -42,7 +42,8 @@ class Fetcher:
 
     ``destinations`` are rooted at the cluster's folder, the first is read first. ``notify`` is told, in a sentence,
     what went wrong at one destination although another one served. ``refresh`` reads the data keys that were stored
-    since, and says whether there were any: a service that starts makes a new one.
+    since, and says whether there were any: a service that starts makes a new one. ``turns`` is held while an object
+    that is returned whole is decoded.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Fetcher:
         *,
         notify: Callable[[str], None] = lambda _: None,
         refresh: Callable[[], Awaitable[bool]] | None = None,
+        turns: AbstractAsyncContextManager[object] | None = None,
     ) -> None:
         self._destinations = tuple(destinations)
         self._chain = chain
@@ -60,6 +62,7 @@ class Fetcher:
         self._notify = notify
         self._told: Counter[str] = Counter()
         self._refresh = refresh
+        self._turns = turns or nullcontext()
         self._refreshing = asyncio.Lock()
         #: How often a refresh has found something.
         self._learned = 0
@@ -147,7 +150,8 @@ class Fetcher:
     async def _read(self, store: Store, expected: Expected) -> Fetched:
         body = await store.get(expected.name)
         try:
-            header, plain, digest = await in_thread(partial(self._decode, expected, body))
+            async with self._turns:
+                header, plain, digest = await in_thread(partial(self._decode, expected, body))
         except Sealed as error:
             raise Sealed(f"{expected.name} cannot be read: {error.fact}", hint=error.hint) from None
         except IntegrityError as error:

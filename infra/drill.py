@@ -151,7 +151,8 @@ async def _start(
         options["shared_preload_libraries"] = libraries
         report.notices.append(f"not loaded, for it acts by itself: {', '.join(left_out)}")
     owner = (room.who["user"], room.who["group"]) if room.who else None
-    async with feeding(repository.fetch, plan, room.data, owner=owner, say=watch.say) as feed:
+    turns = repository.turns
+    async with feeding(repository.fetch, plan, room.data, owner=owner, say=watch.say, turns=turns) as feed:
         try:
             return await start_restored(
                 room.data,

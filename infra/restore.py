@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from handlers.feed import Feed
+from handlers.feed import Feed, Turns
 from handlers.fetch import read_catalog
 from handlers.plan import plan_restore
 from handlers.restore import Laid, lay_down
@@ -70,6 +70,8 @@ class Repository:
     fetch: Fetch
     clock: Clock
     allow_unencrypted: bool = False
+    #: What ``fetch`` holds while it decodes, for the feed to hold while it writes.
+    turns: Turns | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,8 @@ async def _start(
         # What the last segment ends with may be a part of a record, which a standby goes on waiting for.
         reaches = Lsn(max(0, plan.end - plan.lineage.segment_size))
     promoted = plan.stop.action is Action.PROMOTE
-    async with feeding(repository.fetch, plan, directory, owner=targets.owner, say=watch.say) as feed:
+    turns = repository.turns
+    async with feeding(repository.fetch, plan, directory, owner=targets.owner, say=watch.say, turns=turns) as feed:
         try:
             server = await start_restored(
                 directory,
@@ -367,13 +370,15 @@ def cause(feed: Feed) -> WalshipError | None:
 
 @contextlib.asynccontextmanager
 async def feeding(
-    fetch: Fetch, plan: RestorePlan, directory: Path, *, owner: tuple[int, int] | None, say: Callable[[str], None]
-) -> AsyncIterator[Feed]:
+    fetch: Fetch, plan: RestorePlan, directory: Path, *, owner: tuple[int, int] | None, say: Callable[[str], None],
+    turns: Turns | None = None,
+) -> AsyncIterator[Feed]:  # fmt: skip
     """Serve WAL to the server on a restored directory for as long as the block lasts."""
     server = WalServer(fetch, plan.lineage, plan.path.stretches)
     feed = Feed(
-        directory / FOLDER / FEED, server.read, plan.path.finished(), plan.lineage.segment_size, owner=owner, notify=say
-    )
+        directory / FOLDER / FEED, server.read, plan.path.finished(), plan.lineage.segment_size, owner=owner,
+        turns=turns, notify=say,
+    )  # fmt: skip
     feed.open()
     task = asyncio.create_task(feed.serve())
     try:

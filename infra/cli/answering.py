@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from handlers.feed import turns_beside
 from handlers.fetch import Fetcher
 from infra.cli.verb import say
 from infra.restore import Repository
@@ -67,6 +68,7 @@ async def answering(site: Site) -> Site:
 
 def repository_of(site: Site, *, allow_unencrypted: bool) -> Repository:
     """The site as a restore reads it. What one destination did not serve is said to people."""
+    turns = turns_beside()
     return Repository(
         settings=site.settings,
         urls=site.settings.destinations,
@@ -79,7 +81,9 @@ def repository_of(site: Site, *, allow_unencrypted: bool) -> Repository:
             site.facts.system_id,
             notify=say,
             refresh=lambda: site.keys.refresh_from(site.stores),
+            turns=turns,
         ),
         clock=site.clock,
         allow_unencrypted=allow_unencrypted,
+        turns=turns,
     )

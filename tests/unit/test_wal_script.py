@@ -322,24 +322,52 @@ def test_a_process_that_got_the_number_of_the_feed_is_not_asked(data: Path) -> N
     assert ask(data) == 1
 
 
+async def test_it_is_never_at_more_than_its_turns_allow(data: Path) -> None:
+    """The other processors are for whoever replays."""
+    lay(data, "exit 126")
+    turns, inside, most = asyncio.Semaphore(1), 0, 0
+
+    class Watched(Feed):
+        def _write(self, name: str, content: Buffer) -> None:
+            nonlocal inside, most
+            inside += bool(content)
+            most = max(most, inside)
+            time.sleep(0.005)
+            super()._write(name, content)
+            inside -= bool(content)
+
+    async def read(name: str) -> Buffer | None:
+        async with turns:
+            assert not inside
+        return await Shelf().read(name)
+
+    feed = Watched(data / FOLDER / FEED, read, [segment(n) for n in range(3, 9)], SIZE, turns=turns)
+    async with running(feed):
+        for number in range(3, 9):
+            assert await ask_feed(data, segment(number).name) == 0
+    assert most == 1
+    assert not feed.failures
+
+
 async def test_a_full_disk_gives_up_what_was_fetched_ahead(data: Path) -> None:
     lay(data, "exit 126")
     room = 4
 
     class Small(Feed):
-        """A disk with room for four segments. One writer at a time, or what another is renaming would count twice."""
+        """A disk with room for four segments. One thread at a time, or what another is renaming would count twice."""
 
         turn = threading.Lock()
 
-        def _lay(self, folder: str, name: str, content: Buffer, sync: bool) -> None:
+        def _show(self, folder: str, name: str, sync: bool) -> None:
             with self.turn:
-                super()._lay(folder, name, content, sync)
+                super()._show(folder, name, sync)
 
-        def _write(self, name: str, content: Buffer, *, sync: bool = False) -> None:
-            there = [path for folder in ("stage", "ready") for path in (data / FOLDER / FEED / folder).iterdir()]
-            super()._write(name, content[: SIZE // 2] if len(there) >= room else content, sync=sync)
-            if len(there) >= room and content:
-                raise OSError(errno.ENOSPC, "No space left on device")
+        def _write(self, name: str, content: Buffer) -> None:
+            with self.turn:
+                there = [path for folder in ("stage", "ready") for path in (data / FOLDER / FEED / folder).iterdir()]
+                super()._write(name, content[: SIZE // 2] if len(there) >= room else content)
+                if len(there) >= room and content:
+                    raise OSError(errno.ENOSPC, "No space left on device")
 
     said: list[str] = []
     feed = Small(data / FOLDER / FEED, Shelf().read, [segment(n) for n in range(3, 9)], SIZE, notify=said.append)

@@ -140,9 +140,9 @@ async def test_a_listing_that_got_no_answer_is_not_asked_for_twice() -> None:
 async def test_a_person_is_told_once_whom_the_command_waits_for() -> None:
     said: list[str] = []
     faulty = Faulty(MemoryStore())
-    store = Telling(faulty, said.append, patience=0.01)
-    await store.put("a", BODY)
+    await Telling(faulty, said.append, patience=60.0).put("a", BODY)
     assert said == [], "who answers at once is not waited for"
+    store = Telling(faulty, said.append, patience=0.01)
     faulty.delay = {"list": 0.05, "head": 0.05}
     assert [info.key async for info in store.list("")] == ["a"]
     assert (await store.head("a")).size == BODY.size

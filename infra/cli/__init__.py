@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import click
 
+from infra import early
 from infra.cli import streams
 from infra.cli.exits import INTERRUPTED, report
 from infra.names import refuse_strangers
@@ -39,6 +40,8 @@ VERBS = {
     "fetch-wal": "Fetch one WAL file (what restore_command calls).",
     "demo": "All of it, on an embedded server, in about a minute.",
 }
+#: Those that begin by opening the key ring: see ``early``.
+_OPENING = frozenset(VERBS) - {"init", "check", "copy", "key", "fetch-wal", "demo"}
 
 
 class Verbs(click.Group):
@@ -91,6 +94,8 @@ def main() -> NoReturn:
     """Entry point of the ``walship`` script and of ``python -m infra.cli``."""
     as_json = "--json" in sys.argv
     streams.secure()
+    if _OPENING.intersection(sys.argv[1:2]) and "--help" not in sys.argv:
+        early.begin()
     try:
         refuse_strangers()
         # What a verb gave to Context.exit comes back as a value here.

@@ -21,11 +21,12 @@ from handlers.check_file import Check
 from handlers.drill import Outcome, Report, State
 from infra.drill_room import Room, sweep
 from infra.postgres import programs as installed
+from infra.postgres.bare_conf import limits
 from infra.postgres.examine import Door, Seen, Statements, amcheck, look
 from infra.postgres.preloaded import acting, without_workers
 from infra.postgres.programs import Programs
 from infra.postgres.recovery_files import inherited_value, remove_recovery_files
-from infra.postgres.restored import Started, control_data, start_restored
+from infra.postgres.restored import Started, start_restored
 from infra.postgres.throwaway import free_port
 from infra.restore import Place, Repository, Watch, cause, check_place, feeding, make_plan, restore
 from infra.storage.in_use import using
@@ -39,14 +40,6 @@ BUFFERS = "128MB"
 _EVERY = 5.0
 #: Characters of a value that the report shows.
 _SHOWN = 200
-#: A server in recovery must not go below these (chapter "Hot Standby", "Administrator's Overview"). pg_controldata's
-#: word → the setting.
-_LIMITS = {
-    "max_connections setting": "max_connections",
-    "max_wal_senders setting": "max_wal_senders",
-    "max_prepared_xacts setting": "max_prepared_transactions",
-    "max_locks_per_xact setting": "max_locks_per_transaction",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +203,8 @@ def _options(programs: Programs, room: Room, port: int) -> dict[str, str]:
         bare = room.folder / "postgresql.conf"
         bare.write_text("", "utf-8")
         bare.chmod(0o644)
-        options |= {"config_file": str(bare), **_limits(programs, room.data)}
+        options = {"config_file": str(bare), **limits(room.data, programs), **options}
     return options
-
-
-def _limits(programs: Programs, data: Path) -> dict[str, str]:
-    found = control_data(data, programs)
-    return {setting: found[word] for word, setting in _LIMITS.items() if word in found}
 
 
 def _users(wanted: str, room: Room) -> Sequence[str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from handlers.feed import Feed, Turns
 from handlers.fetch import read_catalog
@@ -21,8 +19,10 @@ from handlers.serve_wal import WalServer
 from handlers.target_dir import Targets, folders, look
 from handlers.target_lock import Hold
 from infra.fetch_context import FetchContext
+from infra.following import follow
 from infra.keys import RepositoryKeys
 from infra.postgres import programs as installed
+from infra.postgres.bare_conf import furnish, to_be_put
 from infra.postgres.neighbours import refuse_shared
 from infra.postgres.recovery_files import (
     FORGET,
@@ -40,7 +40,7 @@ from pipeline.contracts import Clock, Fetch, Store
 from pipeline.errors import ConfigError, RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Action, Target, TargetKind
-from pipeline.wal import Lsn, parse_history
+from pipeline.wal import Lsn
 
 #: Replay keeps restored segments until its next restart point; about max_wal_size, whose default is 1 GB.
 _WAL_MARGIN = 1 << 30
@@ -48,8 +48,6 @@ _WAL_MARGIN = 1 << 30
 #: How the server's sh script starts ``fetch-wal``: this Python, with nothing of the data directory on its path.
 FETCH_WAL = (sys.executable, "-P", "-m", "infra.cli", "fetch-wal")
 
-#: Seconds between two looks for a timeline that leaves the one that a standby follows.
-_LOOK = 30.0
 #: Beside what is said of the file with the context.
 _HOLDS_RING = (
     "that file holds the opened key ring, for a standby has to read what is encrypted later: whoever has it reads all"
@@ -253,6 +251,12 @@ async def _restore(
     )
     if place.standby and repository.keys.encrypted:
         said = (*said, _HOLDS_RING)
+    if place.start:
+        programs = await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
+        conf = await asyncio.to_thread(furnish, targets.directory, programs, port=place.port, owner=targets.owner)
+    else:
+        conf = await asyncio.to_thread(to_be_put, targets.directory)
+    said = (*said, conf) if conf else said
     for remark in said:
         watch.say(remark)
 
@@ -309,58 +313,12 @@ async def _start(
             watch.following(result(server))
             wal = WalServer(repository.fetch, plan.lineage)
             ended = standby_ended(server, directory, programs)
-            promoted = await _follow(server, ended, plan, wal, watch.say)
+            promoted = await follow(server, ended, plan, wal, watch.say)
     if promoted:
         await asyncio.to_thread(remove_recovery_files, directory)
         if not await asyncio.to_thread(forget_recovery, directory, owner=targets.owner):
             watch.say(FORGET)
     return server
-
-
-async def _follow(
-    server: Started, ended: Coroutine[Any, Any, bool], plan: RestorePlan, wal: WalServer, say: Callable[[str], None]
-) -> bool:
-    """Until the standby is promoted (True) or ends, or SIGINT or SIGTERM ends the feed and leaves it running."""
-    say(
-        f"the standby (process {server.pid}, port {server.port}) follows timeline {plan.timeline} of the archive;"
-        " SIGINT or SIGTERM ends this command and not the server, which then starts walship for each segment"
-    )
-    loop, told = asyncio.get_running_loop(), asyncio.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        loop.add_signal_handler(number, told.set)
-    waits = [asyncio.create_task(told.wait()), asyncio.create_task(ended)]
-    looking = asyncio.create_task(_tell_of_fork(plan.timeline, wal, say))
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if told.is_set():
-            say(f"the standby goes on without this command, as process {server.pid}")
-            return False
-        return waits[1].result()
-    finally:
-        # The signals stay ours: what remains is done in a moment, and another signal must not cut it short.
-        for task in (*waits, looking):
-            task.cancel()
-
-
-async def _tell_of_fork(timeline: int, wal: WalServer, say: Callable[[str], None]) -> None:
-    """A standby stays on its timeline, and would silently stand still once the primary has gone over to another one."""
-    newer = timeline + 1
-    while True:
-        await asyncio.sleep(_LOOK)
-        try:
-            while (history := await wal.read(f"{newer:08X}.history")) is not None:
-                forks = parse_history(f"{newer:08X}.history", bytes(history))
-                if forks and forks[-1].timeline == timeline:
-                    say(
-                        f"timeline {newer} has left timeline {timeline} at LSN {forks[-1].lsn}, and this standby goes"
-                        f" on following timeline {timeline} only; to follow the new one, end it, and restore it again"
-                        " with --standby --delta"
-                    )
-                    return
-                newer += 1
-        except WalshipError:
-            continue  # the feed tells what is wrong with the store
 
 
 def cause(feed: Feed) -> WalshipError | None:

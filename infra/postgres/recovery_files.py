@@ -333,11 +333,6 @@ def notices(
             )
         if others := [f"{name} ({settings[name]})" for name in _ELSEWHERE if settings.get(name)]:
             said.append(f"{conf} still names the old server's {', '.join(others)}")
-    else:
-        said.append(
-            "the backup holds no postgresql.conf (Debian keeps it below /etc/postgresql): put one there before the"
-            " start, with max_connections and its like not below the old server's"
-        )
     said.append(
         f"{directory}/{FOLDER}/{CONTEXT} lets the server fetch WAL without any environment: it holds what opens the"
         " repository, is readable by its owner only, gets into no backup, and may be deleted once recovery has ended"

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import re
 import signal
 import stat
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from infra.postgres.processes import run_as
 from infra.postgres.programs import Programs
+from infra.postgres.server_log import PORT_TAKEN, ServerLog
 from infra.postgres.wal_script import FOLDER
 from pipeline.errors import ConfigError, RecoveryError, SourceError
 from pipeline.targets import Action
@@ -29,24 +29,11 @@ from pipeline.wal import Lsn, parse_history
 _PAUSE = 0.1
 #: Seconds that a server gets to stop when its restore is interrupted.
 _GRACE = 30.0
-_REDO = re.compile(r"redo in progress, .* current LSN: ([0-9A-F]+/[0-9A-F]+)")
-_RESTORED = re.compile(r'restored log file "([0-9A-F]{24})" from archive')
-_STOPPED = re.compile(r"(recovery stopping (?:before|after) .*)")
-_LAST = re.compile(r"last completed transaction was at log time (.*)")
-_WAITING = re.compile(r"waiting for WAL to become available at ([0-9A-F]+/[0-9A-F]+)")
-_LOUD = re.compile(r"\b(?:FATAL|PANIC|ERROR):  ")
-_DETAIL = re.compile(r"\bDETAIL:  (.*)")
-#: Another server has the port: on its addresses, or in the socket's folder (not open: the lock is another user's).
-_PORT_TAKEN = re.compile(
-    r"Address already in use|lock file \"[^\"]*\.s\.PGSQL\.\d+\.lock\" already exists"
-    r"|could not open lock file \"[^\"]*\.s\.PGSQL\."
-)
 #: How often a standby may ask for WAL in front of what is stored: it asks every 5 s.
 _STUCK = 3
 #: Servers that go on without us. Python takes a Popen that is dropped while its process runs for a mistake.
 _SURVIVORS: list[subprocess.Popen[bytes]] = []
-#: What clients are told while they wait; not why a server ended.
-_NOISE = ("is starting up", "not yet accepting connections", "is shutting down")
+_HALF = "the directory holds half replayed data now"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +86,7 @@ async def start_restored(
     or is cancelled, it stops the server first.
     """
     handle, log_file = _open_log(directory, log_file)
-    follow = _Follower(log_file)
+    follow = ServerLog(log_file)
     try:
         # Not in a thread, where nobody would know of the server that it starts while we are cancelled.
         process = _launch(directory, programs, handle, dict(options or {}), dict(environment or {}))
@@ -112,6 +99,7 @@ async def start_restored(
                 progress(Replay(follow.lsn, follow.segment))
             if ended:
                 return await _after_the_end(directory, programs, action, follow, process.returncode)
+            _check_settings(directory, follow)
             if standby:
                 if _caught_up(follow, reaches):
                     _SURVIVORS.append(process)
@@ -137,7 +125,13 @@ async def start_restored(
         raise
 
 
-def _caught_up(follow: _Follower, reaches: Lsn | None) -> bool:
+def _check_settings(directory: Path, follow: ServerLog) -> None:
+    """The old server has raised a setting since the backup: recovery pauses there, until somebody ends it."""
+    if follow.too_low:
+        raise RecoveryError(f"the restored server has paused its recovery: {follow.too_low}", hint=_raise_it(directory))
+
+
+def _caught_up(follow: ServerLog, reaches: Lsn | None) -> bool:
     """Whether a standby has replayed what is stored. Raises RecoveryError if it never will.
 
     What is missing in the middle is an error of restore_command, and ends the server; but what it cannot read it takes
@@ -244,7 +238,7 @@ def _launch(
 
 
 async def _after_the_end(
-    directory: Path, programs: Programs, action: Action, follow: _Follower, code: int | None
+    directory: Path, programs: Programs, action: Action, follow: ServerLog, code: int | None
 ) -> Started:
     state = await asyncio.to_thread(control_state, directory, programs)
     if action is Action.SHUTDOWN and state == "shut down in recovery":
@@ -256,14 +250,30 @@ async def _after_the_end(
     )
 
 
-def _what_to_do(directory: Path, follow: _Follower, words: str) -> str:
+def _what_to_do(directory: Path, follow: ServerLog, words: str) -> str:
     # One address that is taken is no reason to end, as long as there is another.
-    if _PORT_TAKEN.search(words) or (follow.port_taken and "could not create any TCP/IP sockets" in words):
+    if PORT_TAKEN.search(words) or (follow.port_taken and "could not create any TCP/IP sockets" in words):
         return (
             "another server uses that port; the directory is ready all the same: start it on a free port N, as its"
             f" owner, with pg_ctl -D {directory} -o '-p N' start"
         )
-    return f"see {follow.path}; the directory holds half replayed data now: run the same restore again with --force"
+    if "insufficient parameter settings" in words:
+        return _raise_it(directory)
+    if not follow.looked_at_data:
+        return (
+            f"it had not looked at its data yet, and {follow.path} says why: its configuration, as a rule; mend that,"
+            f" and start the server as its owner, with pg_ctl -D {directory} start, for the directory is ready"
+        )
+    # Taken away when the replay begins; before that the WAL to begin with is fetched.
+    replayed = "nothing is replayed yet" if (directory / "backup_label").exists() else _HALF
+    return f"see {follow.path}; {replayed}: run the same restore again with --force"
+
+
+def _raise_it(directory: Path) -> str:
+    return (
+        f"raise that setting, in {directory}/postgresql.conf if it is not set elsewhere, and start the server as its"
+        f" owner, with pg_ctl -D {directory} start: it goes on where it was"
+    )
 
 
 def _check_reached(directory: Path, reaches: Lsn, log_file: Path) -> None:
@@ -283,7 +293,7 @@ def _check_reached(directory: Path, reaches: Lsn, log_file: Path) -> None:
         )
 
 
-def _started(directory: Path, pid: int, state: str, follow: _Follower) -> Started:
+def _started(directory: Path, pid: int, state: str, follow: ServerLog) -> Started:
     port, socket_dir = 0, ""
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = (directory / "postmaster.pid").read_text("utf-8").splitlines()
@@ -301,66 +311,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGQUIT)
         process.wait()
-
-
-class _Follower:
-    """Reads a server's log as it grows, from where it ends now."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._position = path.stat().st_size if path.exists() else 0
-        self._rest = ""
-        self.lsn: Lsn | None = None
-        self.segment = ""
-        self.paused = False
-        self.ready = False
-        self.consistent = False
-        #: Where a standby last asked in vain, and how often it did so there.
-        self.waiting: Lsn | None = None
-        self.waited = 0
-        self.stopped_at = ""
-        self.last_transaction = ""
-        #: Lines that tell of errors.
-        self.loud: list[str] = []
-        self.last_line = ""
-        #: Some address of the port belongs to another server.
-        self.port_taken = False
-        self._was_loud = False
-
-    def read(self) -> bool:
-        """Take what is new. True if there was something."""
-        with self.path.open("rb") as log:
-            log.seek(self._position)
-            new = log.read()
-        self._position += len(new)
-        *lines, self._rest = (self._rest + new.decode("utf-8", "replace")).split("\n")
-        for line in lines:
-            self._take(line)
-        return bool(new)
-
-    def _take(self, line: str) -> None:
-        self.port_taken = self.port_taken or bool(_PORT_TAKEN.search(line))
-        if match := _REDO.search(line):
-            self.lsn = Lsn.parse(match[1])
-        elif match := _WAITING.search(line):
-            at = Lsn.parse(match[1])
-            self.waited = self.waited + 1 if at == self.waiting else 1
-            self.waiting = self.lsn = at
-        elif match := _RESTORED.search(line):
-            self.segment = match[1]
-        elif match := _STOPPED.search(line):
-            self.stopped_at = match[1]
-        elif match := _LAST.search(line):
-            self.last_transaction = match[1]
-        elif "consistent recovery state reached" in line:
-            self.consistent = True
-        elif "pausing at the end of recovery" in line:
-            self.paused = True
-        elif "database system is ready to accept connections" in line:
-            self.ready = True
-        elif (match := _LOUD.search(line)) and not any(noise in line for noise in _NOISE):
-            self.loud.append(line[match.start() :].strip())
-        elif self._was_loud and (match := _DETAIL.search(line)):
-            self.loud[-1] += f" ({match[1]})"
-        self._was_loud = bool(self.loud) and bool(_LOUD.search(line))
-        self.last_line = line.strip() or self.last_line

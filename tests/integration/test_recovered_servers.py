@@ -111,7 +111,7 @@ async def test_a_server_that_cannot_recover_says_why_and_can_be_replaced(
     broken = replace(place, options={**place.options, "max_connections": "20"})
     with pytest.raises(RecoveryError, match=r"ended before .* insufficient parameter settings \(max_conn") as caught:
         await restore(bank.repository(), plan, broken)
-    assert "run the same restore again with --force" in caught.value.hint
+    assert f"raise that setting, in {place.directory}/postgresql.conf" in caught.value.hint
     with pytest.raises(RecoveryError, match="is not empty"):
         await restore(bank.repository(), plan, place)
     restored = await restore(bank.repository(), plan, replace(place, force=True))

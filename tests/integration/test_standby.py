@@ -123,7 +123,7 @@ async def test_a_standby_stays_on_its_timeline_and_says_so_when_the_primary_leav
     start_server: StartServer, server_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Restored again with --delta it follows the new one."""
-    monkeypatch.setattr("infra.restore._LOOK", 0.2)
+    monkeypatch.setattr("infra.following._LOOK", 0.2)
     server = start_server(NEWEST, settings=archiving(server_folder / "archive"), segment_mb=1)
     bank = Bank(server, server_folder / "archive")
     server.query("create table t (n int)")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from infra.checkup import env_file
-from infra.postgres.restored import _Follower, _what_to_do
+from infra.postgres.restored import _what_to_do
+from infra.postgres.server_log import ServerLog
 from infra.settings import Settings
 from infra.wiring import open_destinations
 from pipeline.errors import ConfigError
@@ -31,10 +32,37 @@ _NO_SOCKET = "FATAL:  could not create any TCP/IP sockets"
 )
 def test_a_port_in_use_is_told_from_what_another_port_does_not_mend(tmp_path: Path, log: str, port: bool) -> None:
     path = tmp_path / "log"
-    follow = _Follower(path)
+    follow = ServerLog(path)
     path.write_text(log)
     follow.read()
     assert ("-o '-p N'" in _what_to_do(tmp_path, follow, "; ".join(follow.loud))) is port
+
+
+@pytest.mark.parametrize(
+    ("log", "label", "said", "again"),
+    [
+        ('postgres: could not access the server configuration file "/x/postgresql.conf": No such file\n', True,
+         "pg_ctl -D", False),
+        ("LOG:  starting PostgreSQL 18.6\nFATAL:  could not load pg_hba.conf\nLOG:  database system is shut down\n",
+         True, "the directory is ready", False),
+        ("LOG:  database system was interrupted\nFATAL:  could not restore file\n", True, "nothing is replayed", True),
+        ("LOG:  database system was interrupted\nFATAL:  could not restore file\n", False, "half replayed", True),
+        ("LOG:  entering standby mode\nFATAL:  recovery aborted because of insufficient parameter settings\n", False,
+         "raise that setting", False),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_lacks_needs_no_other_restore(
+    tmp_path: Path, log: str, label: bool, said: str, again: bool
+) -> None:
+    path = tmp_path / "log"
+    follow = ServerLog(path)
+    path.write_text(log)
+    follow.read()
+    if label:
+        (tmp_path / "backup_label").touch()
+    advice = _what_to_do(tmp_path, follow, "; ".join(follow.loud) or follow.last_line)
+    assert said in advice
+    assert ("--force" in advice) is again
 
 
 @pytest.mark.parametrize("there", [False, True])

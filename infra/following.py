@@ -1,0 +1,63 @@
+"""While a standby follows the archive: who ends that, and what is told meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from handlers.serve_wal import WalServer
+from infra.postgres.restored import Started
+from pipeline.errors import WalshipError
+from pipeline.recovery import RestorePlan
+from pipeline.wal import parse_history
+
+#: Seconds between two looks for a timeline that leaves the one that a standby follows.
+_LOOK = 30.0
+
+
+async def follow(
+    server: Started, ended: Coroutine[Any, Any, bool], plan: RestorePlan, wal: WalServer, say: Callable[[str], None]
+) -> bool:
+    """Until the standby is promoted (True) or ends, or SIGINT or SIGTERM ends the feed and leaves it running."""
+    say(
+        f"the standby (process {server.pid}, port {server.port}) follows timeline {plan.timeline} of the archive;"
+        " SIGINT or SIGTERM ends this command and not the server, which then starts walship for each segment"
+    )
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, told.set)
+    waits = [asyncio.create_task(told.wait()), asyncio.create_task(ended)]
+    looking = asyncio.create_task(_tell_of_fork(plan.timeline, wal, say))
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if told.is_set():
+            say(f"the standby goes on without this command, as process {server.pid}")
+            return False
+        return waits[1].result()
+    finally:
+        # The signals stay ours: what remains is done in a moment, and another signal must not cut it short.
+        for task in (*waits, looking):
+            task.cancel()
+
+
+async def _tell_of_fork(timeline: int, wal: WalServer, say: Callable[[str], None]) -> None:
+    """A standby stays on its timeline, and would silently stand still once the primary has gone over to another one."""
+    newer = timeline + 1
+    while True:
+        await asyncio.sleep(_LOOK)
+        try:
+            while (history := await wal.read(f"{newer:08X}.history")) is not None:
+                forks = parse_history(f"{newer:08X}.history", bytes(history))
+                if forks and forks[-1].timeline == timeline:
+                    say(
+                        f"timeline {newer} has left timeline {timeline} at LSN {forks[-1].lsn}, and this standby goes"
+                        f" on following timeline {timeline} only; to follow the new one, end it, and restore it again"
+                        " with --standby --delta"
+                    )
+                    return
+                newer += 1
+        except WalshipError:
+            continue  # the feed tells what is wrong with the store

@@ -63,7 +63,7 @@ def begin(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def take(passphrase: bytes, salt: bytes, n: int, r: int, p: int) -> bytes | None:
-    """The key, 32 bytes, if just this was begun, after waiting for it. None: calculate it yourself. It is kept no longer."""
+    """The key, 32 bytes, if just this was begun, after waiting for it. None: calculate it yourself. Kept no longer."""
     global _guess
     guess, _guess = _guess, None
     if guess is None or (guess.passphrase, guess.salt, N, R, P) != (passphrase, salt, n, r, p):

@@ -5,6 +5,11 @@
 #   docker build -t walship --target shipper .            # without them: ships, backs up, lists, verifies
 #
 # PG_MAJORS are the majors of the servers that are to be restored or drilled here. Restoring wants the same major.
+#
+# Pinned are walship's libraries (constraints.lock). Not pinned are the base, a tag that moves with Python's and Debian's
+# updates, and Debian's packages. Who wants the same image each time gives a digest:
+#
+#   docker build -t walship --build-arg BASE=python:3.13-slim-bookworm@sha256:... .
 
 ARG BASE=python:3.13-slim-bookworm
 
@@ -25,16 +30,17 @@ RUN /opt/build/bin/python -m build --wheel --no-isolation --outdir /dist \
 
 # What ships. 999 is the user of PostgreSQL's own image: the segments that basic_archive writes are readable for their
 # owner alone. It is made first: packages take the system's numbers from the top. The image may run as another user
-# (SERVER_USER of infra/deploy/compose/host.yml), who has to look for .env in its folder, and to restore.
+# (SERVER_USER of infra/deploy/compose/host.yml), who has to look for .env in its folder, and to restore. And a tmpfs that
+# an engine puts over a folder belongs to root, with the mode of what it covers: so these are for everybody, like /tmp.
 FROM ${BASE} AS shipper
 RUN groupadd --gid 999 walship \
     && useradd --uid 999 --gid walship --home-dir /var/lib/walship --no-create-home --shell /usr/sbin/nologin walship \
     && install -d -o walship -g walship -m 0700 /spool /backups \
-    && install -d -o walship -g walship -m 0755 /var/lib/walship \
-    && install -d -o walship -g walship -m 1777 /restored
+    && install -d -o walship -g walship -m 1777 /var/lib/walship /restored
 COPY --from=build /opt/walship /opt/walship
 ENV PATH=/opt/walship/bin:$PATH PYTHONUNBUFFERED=1 WALSHIP_LISTEN=0.0.0.0:9432
-USER walship
+# In numbers: Kubernetes' runAsNonRoot cannot know that a name is not root's.
+USER 999:999
 WORKDIR /var/lib/walship
 EXPOSE 9432
 # That the service's loop turns; /readyz says whether it ships.
@@ -47,7 +53,7 @@ CMD ["run"]
 
 # And the programs of PostgreSQL, from Debian where it has that major, else from PostgreSQL's own packages. tini is the
 # first process: it buries what a server that is restored or drilled here leaves behind. Debian's servers put their
-# sockets into /run/postgresql.
+# sockets into /run/postgresql, which is for everybody, as in PostgreSQL's own image.
 FROM shipper
 ARG PG_MAJORS=18
 USER root
@@ -61,7 +67,7 @@ RUN set -eu; export DEBIAN_FRONTEND=noninteractive; \
     done; \
     apt-get clean; \
     rm -rf /var/lib/apt/lists/* /var/lib/postgresql /etc/ssl/private/ssl-cert-snakeoil.key /etc/ssl/certs/ssl-cert-snakeoil.pem; \
-    install -d -o walship -g walship -m 0755 /run/postgresql
-USER walship
+    install -d -o walship -g walship -m 1777 /run/postgresql
+USER 999:999
 ENTRYPOINT ["tini", "-s", "--", "walship"]
 CMD ["run"]

@@ -50,6 +50,7 @@ class Composed:
             "0.0.0.0:9432": self.listen,
             "/backups": str(folder / "backups"),
             "/spool": str(folder / "spool"),
+            "/var/tmp": str(folder / "scratch"),
         }
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -61,6 +62,7 @@ class Composed:
 
     def start(self) -> None:
         user = run_as()
+        (self.folder / "scratch").mkdir()
         for place in self.services["volumes"]["entrypoint"][-2:]:  # install -d, for the server's user
             Path(self.here(place)).mkdir(mode=0o700)
             give(Path(self.here(place)), user)
@@ -96,6 +98,10 @@ class Composed:
         return subprocess.run(
             command, env=environment, cwd=self.folder, check=False, capture_output=True, text=True, timeout=120
         )
+
+    def backups(self) -> list[str]:
+        """Names of the complete ones."""
+        return sorted(path.parent.name for path in self.folder.glob("backups/*/base/*/backup_info"))
 
     def serve(self) -> None:
         command = [sys.executable, "-m", "infra.cli", *self.services["walship"]["command"]]
@@ -161,14 +167,17 @@ def test_the_services_work_together_as_the_file_says(composed: Composed) -> None
     log = composed.folder / "service.log"
     within(60, lambda: answers(f"{page}/readyz"), log.read_text("utf-8"))
     assert answers(f"{page}/healthz")
-    done = composed.walship("walship", "backup", "--json")
+    # The first backup is taken without a word, since backups are scheduled.
+    within(120, lambda: bool(composed.backups()), log.read_text("utf-8"))
+    (first,) = composed.backups()
+    # Read from the files: each worker has an archive of its own, and no server sends any.
+    assert list(composed.folder.glob(f"backups/*/base/{first}/data/base.1"))
+    done = composed.walship("walship", "backup", "--incremental", "--json")
     assert done.returncode == 0, done.stderr
     name = json.loads(done.stdout)["name"]
-    # Read from the files: each worker has an archive of its own, and no server sends any.
-    assert list(composed.folder.glob(f"backups/*/base/{name}/data/base.1"))
     done = composed.walship("walship", "status")
     assert done.stdout.startswith("Safe: both destinations have all WAL"), done.stdout + done.stderr
     done = composed.walship("walship", "check")
     assert done.returncode == 0, done.stdout
     listed = json.loads(composed.walship("walship", "list", "--json").stdout)
-    assert [backup["name"] for backup in listed["backups"]] == [name]
+    assert [backup["name"] for backup in listed["backups"]] == [first, name]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import stat
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import yaml
 
-from infra.cli import VERBS
+from infra.demo.seaweed import find_program
+from infra.planning import contradictions, doubts
 from infra.postgres.recovery_files import parse_conf
+from infra.remembered import jobs_of
 from infra.settings import known_names, load
+from tests.command_lines import below, parsed
 
 _HOME = Path(__file__).resolve().parents[2]
 _EXTRA = _HOME / "infra" / "deploy" / "compose"
@@ -109,8 +112,8 @@ def test_walships_settings_exist_and_agree(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     environment = services[name]["environment"]
-    assert services[name]["command"][0] in VERBS
-    assert set(environment) <= known_names()
+    parsed(services[name]["command"])
+    assert set(environment) - {"TMPDIR"} <= known_names()
     for known in known_names():
         monkeypatch.delenv(known, raising=False)
     for setting, value in environment.items():
@@ -120,6 +123,43 @@ def test_walships_settings_exist_and_agree(
     assert environment["POSTGRES_PASSWORD_FILE"] == services["postgres"]["environment"]["POSTGRES_PASSWORD_FILE"]
     for secret in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         assert environment[secret] == services["s3"]["environment"][secret]
+    assert {"full", "expire", "verify"} <= jobs_of(settings).keys()
+    assert [*contradictions(settings, None), *doubts(settings)] == []
+
+
+def test_walship_writes_to_volumes_and_to_what_the_image_leaves_open(services: dict[str, Any]) -> None:
+    """Its root is read-only. A tmpfs belongs to root and takes the mode of the folder that it covers."""
+    walship, image = services["walship"], (_HOME / "Dockerfile").read_text("utf-8")
+    assert walship["read_only"]
+    open_to_all = {"/tmp"}.union(
+        *(line.partition("-m 1777 ")[2].split() for line in image.splitlines() if " -m 1777 " in line)
+    )
+    assert set(walship["tmpfs"]) <= open_to_all
+    # A cluster is drilled there: no memory is for that.
+    room = PurePosixPath(walship["environment"]["TMPDIR"])
+    writable = [v.split(":")[1] for v in walship["volumes"] if not v.endswith(":ro")]
+    assert below(room, writable)
+    assert not below(room, walship["tmpfs"])
+
+
+def test_what_is_built_here_is_pulled_from_nowhere(services: dict[str, Any]) -> None:
+    for service in services.values():
+        if service["image"] == "walship":
+            assert "build" in service or service["pull_policy"] == "never"
+
+
+def test_the_image_says_in_numbers_that_it_is_not_root() -> None:
+    users = re.findall(r"^USER (\S+)$", (_HOME / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    assert users == ["999:999", "root", "999:999"]
+
+
+def test_the_store_knows_its_options_and_keeps_a_name_for_its_address(services: dict[str, Any]) -> None:
+    told = subprocess.run([find_program(), "mini", "-h"], check=False, capture_output=True, text=True, timeout=60)
+    known = set(re.findall(r"^  -(\S+)", told.stdout + told.stderr, re.MULTILINE))
+    program, *options = services["s3"]["command"]
+    assert program == "mini"
+    assert {option.removeprefix("-").partition("=")[0] for option in options} <= known
+    assert "-ip=s3" in options  # the service's; the container's number is another one after each start
 
 
 def test_the_server_archives_into_the_spool_that_walship_reads(services: dict[str, Any], tmp_path: Path) -> None:
@@ -129,6 +169,7 @@ def test_the_server_archives_into_the_spool_that_walship_reads(services: dict[st
     options = parse_conf((tmp_path / "postgresql.conf").read_text("utf-8"))
     assert options["archive_mode"] == "on"
     assert options["archive_library"] == "basic_archive"
+    assert options["summarize_wal"] == "on"  # for incremental backups
     assert "archive_command" not in options  # both at once silently stop archiving
     folder = options["basic_archive.archive_directory"]
     assert folder == services["walship"]["environment"]["WALSHIP_SPOOL_DIR"]
@@ -232,12 +273,18 @@ def test_a_server_on_the_host_takes_the_place_of_the_one_here(
         assert host[name]["profiles"]
     for name in ("init", "walship"):
         environment = {**services[name]["environment"], **host[name]["environment"]}
-        assert set(environment) <= known_names()
+        assert set(environment) - {"TMPDIR"} <= known_names()
         assert environment["POSTGRES_CONNECTION_MODE"] == "host"
         assert f"{environment['POSTGRES_HOST']}:host-gateway" in host[name]["extra_hosts"]
         assert not {"postgres", "volumes"} & set(host[name]["depends_on"])
         places = [volume.rsplit(":", 1)[1] for volume in host[name]["volumes"]]
         assert environment["WALSHIP_SPOOL_DIR"] in places
         assert environment["WALSHIP_DESTINATIONS"].split(",")[0].removeprefix("file://") in places
+        assert environment["TMPDIR"] in places
         kept = [volume.split(":")[0] for volume in host[name]["volumes"] if not volume.startswith("$")]
         assert set(kept) <= set(compose["volumes"])
+    # An engine makes a folder that is missing, for root.
+    made = re.search(r"^# +install -d .* -m 700 (.*)$", (_EXTRA / "host.yml").read_text("utf-8"), re.MULTILINE)
+    assert made is not None
+    given = [volume for volume in host["walship"]["volumes"] if volume.startswith("$")]
+    assert re.findall(r":-([^}]+)}", " ".join(given)) == made[1].split()

@@ -2,7 +2,7 @@
 
     messages → cut into parts of 16 MiB → ship (at most three at a time) → digests in order
             ↘ read as tar → index lines → ship
-    then the manifest, then wait for the WAL, then backup_info: without it there is no backup
+    then the manifest, while the WAL is waited for; when all of it is safe, backup_info: without it there is no backup
 
 Memory: 16 MiB for the part that is being filled, of each archive that is open (where several workers read files, that
 is one for each of them), and for each of the parts in flight, beside what ``ship`` makes of these; and the manifest,
@@ -190,27 +190,32 @@ class _Backup:
             self._ended = min(message.at or now, now)
 
     async def finish(self, wal_safe: WalSafe) -> BackupInfo:
-        """Manifest, WAL, backup_info: in this order, each only when what comes before it is safe."""
+        """What is still to come; and once all of it and the WAL are safe, backup_info, which makes it a backup."""
         started, stopped, began, ended = self._started, self._stopped, self._began, self._ended
         if started is None or stopped is None or began is None or ended is None or not self._archives:
             raise SourceError("the base backup ended before it was complete", hint="the server's log may tell why")
-        if self._index:
-            await self._send(index_key(self.name, self._index_number()), self._index, self._index_digests)
-            self._index = bytearray()
-        await self._settle()
-        manifest: list[str] = []
-        if self._manifest:
-            self._tell("manifest")
-            # A manifest of a million files takes a while to hash.
-            await asyncio.to_thread(
-                check_manifest, self._manifest, system_id=self._cluster.system_id,
-                start=started.start_lsn, stop=stopped.stop_lsn, timeline=stopped.timeline,
-            )  # fmt: skip
-            await self._send(manifest_key(self.name), self._manifest, manifest)
+        # On its way since the server ended the backup: it need not be looked for only when all else is done.
+        safe = asyncio.create_task(_wait(wal_safe, started.start_lsn, stopped))
+        try:
+            if self._index:
+                await self._send(index_key(self.name, self._index_number()), self._index, self._index_digests)
+                self._index = bytearray()
+            manifest: list[str] = []
+            if self._manifest:
+                self._tell("manifest")
+                # A manifest of a million files takes a while to hash.
+                await asyncio.to_thread(
+                    check_manifest, self._manifest, system_id=self._cluster.system_id,
+                    start=started.start_lsn, stop=stopped.stop_lsn, timeline=stopped.timeline,
+                )  # fmt: skip
+                await self._send(manifest_key(self.name), self._manifest, manifest)
+                self._manifest = bytearray()
             await self._settle()
-            self._manifest = bytearray()
-        self._tell("wal")
-        await wal_safe(started.start_lsn, stopped.stop_lsn, stopped.timeline)
+            self._tell("wal")
+            await safe
+        finally:
+            safe.cancel()
+            await asyncio.gather(safe, return_exceptions=True)
         info = BackupInfo(
             name=self.name,
             id=self._id,
@@ -355,6 +360,10 @@ class _Backup:
     def _tell(self, current: str) -> None:
         self._reported = self._done
         self._report(Progress(self._done, self._started.estimate if self._started else 0, current))
+
+
+async def _wait(wal_safe: WalSafe, start: Lsn, stopped: BackupStopped) -> None:
+    await wal_safe(start, stopped.stop_lsn, stopped.timeline)
 
 
 class _Archive:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from handlers.base_backup import WalSafe
 from infra.postgres.replication import ReplicationConnection
@@ -11,11 +13,14 @@ from infra.wiring import Site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Clock, Ship, Store
 from pipeline.errors import SourceError
+from pipeline.events import Notice, ObjectStored
 from pipeline.wal import Lsn, WalFile
 
 #: Seconds between looks; the first ones follow sooner, because the last segment of a backup is on its way already.
 PAUSE = 0.5
 _FIRST_PAUSE = 0.03
+#: So much longer is each than the one before.
+_SLOWER = 1.5
 #: Seconds between words to the person who waits.
 EVERY = 5.0
 
@@ -36,14 +41,20 @@ async def wait_for_wal(
     clock: Clock,
     timeout: float,
     tell: Callable[[str], None],
+    stirred: asyncio.Event | None = None,
 ) -> None:
-    """Return once every store has every file. SourceError after ``timeout`` seconds in which nothing new arrived."""
+    """Return once every store has every file. SourceError after ``timeout`` seconds in which nothing new arrived.
+
+    ``stirred`` is set by who knows that it is worth a look: where this process ships the WAL itself.
+    """
+    stirred = stirred or asyncio.Event()
     missing = {store.name: {wal_key(file) for file in files} for store in stores}
     total = sum(map(len, missing.values()))
     progressed = said = clock.monotonic()
     pause = min(_FIRST_PAUSE, PAUSE)
     while True:
         before = sum(map(len, missing.values()))
+        stirred.clear()  # what is stored from here on may be missed by the listing
         for store in stores:
             await _strike_out(store, missing[store.name])
         left = sum(map(len, missing.values()))
@@ -63,8 +74,35 @@ async def wait_for_wal(
         if now - said >= EVERY:
             said = now
             tell(f"waiting for WAL: {total - left} of {total} segments are safe, next is {first} at {place}")
-        await clock.sleep(pause)
-        pause = min(PAUSE, 2 * pause)
+        await _sleep(clock, pause, stirred)
+        pause = min(PAUSE, _SLOWER * pause)
+
+
+async def _sleep(clock: Clock, seconds: float, stirred: asyncio.Event) -> None:
+    """For so long, or until it is stirred."""
+    tasks = [asyncio.create_task(clock.sleep(seconds)), asyncio.create_task(stirred.wait())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def _stirred(site: Site) -> Iterator[asyncio.Event]:
+    """Set whenever this process has stored a file of WAL somewhere."""
+    event = asyncio.Event()
+
+    def listen(notice: Notice) -> None:
+        if isinstance(notice, ObjectStored) and notice.name.startswith("wal/"):
+            event.set()
+
+    site.notify.append(listen)
+    try:
+        yield event
+    finally:
+        site.notify.remove(listen)
 
 
 def wal_safe(
@@ -77,17 +115,20 @@ def wal_safe(
     """
 
     async def wait(start: Lsn, stop: Lsn, timeline: int) -> None:
-        async def arrived(files: Iterable[WalFile]) -> None:
-            await wait_for_wal(
-                site.required_stores, files, clock=site.clock, timeout=site.settings.wal_timeout, tell=tell
-            )
+        with _stirred(site) as stirred:
 
-        # A history that is there before any WAL of its timeline would make "latest" follow a timeline without bytes.
-        await arrived(segments_between(timeline, start, stop, site.facts.segment_size))
-        if timeline > 1:
-            if ship_history is not None:
-                await ship_history(timeline)
-            await arrived([WalFile.history(timeline)])
+            async def arrived(files: Iterable[WalFile]) -> None:
+                await wait_for_wal(
+                    site.required_stores, files, clock=site.clock, timeout=site.settings.wal_timeout, tell=tell,
+                    stirred=stirred,
+                )  # fmt: skip
+
+            # A history that is there before any WAL of its timeline would make "latest" follow one without bytes.
+            await arrived(segments_between(timeline, start, stop, site.facts.segment_size))
+            if timeline > 1:
+                if ship_history is not None:
+                    await ship_history(timeline)
+                await arrived([WalFile.history(timeline)])
 
     return wait
 

@@ -106,18 +106,20 @@ async def test_backup_info_is_last_says_all_and_waits_for_the_wal() -> None:
     at_wal: list[str] = []
 
     async def wal_safe(_start: Lsn, _stop: Lsn, _timeline: int) -> None:
-        await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            while len(shelf.names) < 4:
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)  # of a fifth one, which must not come before the WAL is there
         at_wal.extend(shelf.names)
 
     info = await take(
         play(backup({"base": tar(BIG)})), ship=shelf, cluster=CLUSTER, wal_safe=wal_safe, clock=FastClock()
     )
     assert info.name == "base_20260114_120000"
-    # The index object is small and may overtake the part that was sent before it.
+    # Small ones may overtake a part that was sent before them.
     assert sorted(name.removeprefix(f"base/{info.name}/") for name in at_wal) == [
         "backup_manifest", "data/base/00000001", "data/base/00000002", "index/00000001",
     ]  # fmt: skip
-    assert at_wal[-1].endswith("backup_manifest")
     assert shelf.names == [*at_wal, f"base/{info.name}/backup_info"]
     assert await shelf.info(info.name, info.id) == info
     assert (info.start_lsn, info.stop_lsn, info.timeline, info.system_id) == (START, STOP, 1, "7")
@@ -215,6 +217,41 @@ async def test_wal_that_never_becomes_safe_makes_no_backup() -> None:
     with pytest.raises(SourceError, match="is not safe"):
         await take(play(WHOLE), ship=shelf, cluster=CLUSTER, wal_safe=wal_safe, clock=FastClock())
     assert shelf.backups == []
+
+
+@pytest.mark.parametrize("last", ["00000002", "backup_manifest"])
+async def test_backup_info_waits_for_what_is_slower_than_the_wal(last: str) -> None:
+    shelf = Shelf()
+    done = asyncio.Event()
+
+    async def wal_safe(_start: Lsn, _stop: Lsn, _timeline: int) -> None:
+        done.set()
+
+    async def ship(name: str, plain: Buffer, *, backup: str = "", encoded: Callable[[], None] | None = None) -> Shipped:
+        if name.endswith(last):
+            await done.wait()
+            await asyncio.sleep(0.05)
+        return await shelf(name, plain, backup=backup, encoded=encoded)
+
+    info = await take(play(WHOLE), ship=ship, cluster=CLUSTER, wal_safe=wal_safe, clock=FastClock())
+    assert shelf.names[-2].endswith(last)
+    assert shelf.names[-1].endswith("backup_info")
+    assert await shelf.info(info.name, info.id) == info
+
+
+async def test_what_fails_beside_the_wal_ends_the_wait_for_it() -> None:
+    def refuse(name: str) -> None:
+        if name.endswith("backup_manifest"):
+            raise StoreError("the store is full")
+
+    async def wal_safe(_start: Lsn, _stop: Lsn, _timeline: int) -> None:
+        await asyncio.Event().wait()
+
+    shelf = Shelf(before=refuse)
+    with pytest.raises(StoreError, match="the store is full"):
+        await take(play(WHOLE), ship=shelf, cluster=CLUSTER, wal_safe=wal_safe, clock=FastClock())
+    assert shelf.backups == []
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_another_backup_of_the_same_second_is_left_alone() -> None:

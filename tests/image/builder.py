@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,26 @@ _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 #: Where this machine keeps what its pip is told.
 _PIP = ("/etc/pip.conf", "~/.config/pip", "/opt/wheels", "/opt/pypi", "/opt/pypi-more")
 NEEDED = ("buildah", "mmdebstrap")
+#: Walls that an engine puts around a container, of which buildah knows none. Arguments: root, user, group, the places
+#: that are to be a tmpfs, the volumes as FOLDER:PLACE, and the words. runc gives a tmpfs the mode of what it
+#: covers, and root as its owner; the flags are Docker's.
+_WALLS = """
+root=$1 uid=$2 gid=$3 places=$4 volumes=$5
+shift 5
+mount --bind "$root" "$root"
+for place in $places; do
+    mount -t tmpfs -o "nosuid,nodev,noexec,mode=$(stat -c %a "$root$place")" tmpfs "$root$place"
+done
+for volume in $volumes; do
+    mkdir -p "$root${volume#*:}"
+    mount --bind "${volume%%:*}" "$root${volume#*:}"
+done
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+mount -o remount,bind,ro "$root"
+exec chroot "$root" setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs \\
+    --bounding-set -all --inh-caps -all sh -c 'cd /var/lib/walship && exec "$@"' sh "$@"
+"""
 
 
 class Builder:
@@ -107,6 +128,35 @@ class Builder:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def confined(
+        self,
+        name: str,
+        words: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        user: int,
+        tmpfs: Sequence[str],
+        volumes: Mapping[str, str],
+    ) -> subprocess.CompletedProcess[str]:
+        """A program of the image as docker-compose.yml has it run: its root is read-only, it has no rights left.
+
+        ``volumes`` are folder → place in the container. What it leaves running keeps its walls.
+        """
+        root = self.buildah("mount", self.container(name))
+        own = dict(setting.split("=", 1) for setting in self.settings(name)["Env"])
+        mounts = " ".join(f"{folder}:{place}" for folder, place in volumes.items())
+        walls = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-euc", _WALLS, "walls"]
+        command = [*walls, root, str(user), str(user), " ".join(tmpfs), mounts, *words]
+        with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as out:
+            # Not pipes, which would stay open as long as what it leaves running.
+            done = subprocess.run(
+                command, env={**own, **environment}, check=False, text=True, timeout=300,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=told,
+            )  # fmt: skip
+            for file in (out, told):
+                file.seek(0)
+            return subprocess.CompletedProcess(words, done.returncode, out.read(), told.read())
 
     def close(self) -> None:
         for container in self._containers:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import yaml
 
 from infra.postgres.processes import RunAs, give
 from infra.postgres.throwaway import free_port, make_folder
@@ -44,7 +45,7 @@ def builder() -> Iterator[Builder]:
 def test_what_the_image_says_of_itself(builder: Builder) -> None:
     for name, entry in (("localhost/walship", ["tini", "-s", "--", "walship"]), ("localhost/shipper", ["walship"])):
         told = builder.settings(name)
-        assert (told["User"], told["Entrypoint"], told["Cmd"]) == ("walship", entry, ["run"])
+        assert (told["User"], told["Entrypoint"], told["Cmd"]) == ("999:999", entry, ["run"])
         assert "healthz" in told["Healthcheck"]["Test"][-1]
     print({name: builder.megabytes(f"localhost/{name}") for name in ("base", "shipper", "walship")}, "MB")
 
@@ -106,12 +107,44 @@ def test_the_service_ships_and_restores(builder: Builder) -> None:
             assert running.returncode == 0, told[-3000:]
             assert '"event": "stopped"' in told or "stopped" in told
             rig.server.stop("fast")
-            target, port = folder / "restored", free_port()
-            target.mkdir(mode=0o700)
-            give(target, _user())
             assert name in walship("list")
-            walship("restore", "--target-dir", str(target), "--start", "--port", str(port))
+            for place in ("restored", "scratch"):
+                (folder / place).mkdir()
+                (folder / place).chmod(0o1777)
+            compose = yaml.safe_load((Path(__file__).parents[2] / "docker-compose.yml").read_text("utf-8"))
+            service = compose["services"]["walship"]
+            assert service["read_only"]
+            tmpfs = service["tmpfs"]
+
+            def walled(*words: str, user: int = _USER) -> subprocess.CompletedProcess[str]:
+                return builder.confined(
+                    "localhost/walship",
+                    words,
+                    environment={**environment, "TMPDIR": service["environment"]["TMPDIR"]},
+                    user=user,
+                    tmpfs=tmpfs,
+                    volumes={
+                        f"{folder}/near": f"{folder}/near",
+                        f"{folder}/restored": "/restored",
+                        f"{folder}/scratch": service["environment"]["TMPDIR"],
+                    },
+                )
+
+            assert walled("touch", "/opt/walship/some").returncode == 1
+            for user in (_USER, 4321):
+                for words in (
+                    ["touch", *(f"{place}/some" for place in tmpfs)],
+                    ["walship", "key", "new-identity", "k"],
+                ):
+                    done = walled(*words, user=user)
+                    assert done.returncode == 0, done.stderr
+            done = walled(*entry, "drill", "--report", "/restored/drills", "--json")
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["verdict"] == "passed"
+            target, port = folder / "restored" / "now", free_port()
+            done = walled(*entry, "restore", "--target-dir", "/restored/now", "--start", "--port", str(port))
             try:
+                assert done.returncode == 0, done.stderr
                 with psycopg.connect(f"host=127.0.0.1 port={port} user=postgres dbname=postgres") as connection:
                     assert connection.execute("select count(*) from t").fetchall() == [(1500,)]
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import stat
 import subprocess
 from pathlib import Path, PurePosixPath
@@ -212,6 +213,18 @@ def test_base_backups_read_the_very_files_of_the_server(services: dict[str, Any]
     assert f"{volume}:ro" in services["walship"]["volumes"]
     # And it can be restored there: the image has the programs of that major.
     assert f"ARG PG_MAJORS={major}\n" in (_HOME / "Dockerfile").read_text("utf-8")
+
+
+def test_what_the_documents_have_typed_there_is_right(services: dict[str, Any]) -> None:
+    text = (_HOME / "docs" / "deploy.md").read_text("utf-8")
+    typed = [*re.findall(r"^    docker compose exec walship walship (.+)$", text, re.MULTILINE)]
+    typed += re.findall(r"^    kubectl .* -- walship (.+)$", text, re.MULTILINE)
+    assert len(typed) >= 8
+    writable = [v.split(":")[1] for v in services["walship"]["volumes"] if not v.endswith(":ro")]
+    for line in typed:
+        given = parsed(shlex.split(line)).params
+        for name in ("target_dir", "report_dir"):
+            assert name not in given or below(PurePosixPath(given[name]), writable)
 
 
 # -- those who watch

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from infra import systemd
+from tests.command_lines import below, folders_of_a_drill, parsed
 
 _UNITS = Path(__file__).resolve().parents[2] / "infra" / "deploy" / "systemd"
 #: Where the targets lie that units build upon.
@@ -70,6 +71,43 @@ def test_the_service_may_write_where_its_documents_put_things() -> None:
     assert {*made[1].split()} == {*writable, "/etc/walship"}
     assert "/opt/walship/bin/walship run" in unit
     assert "/opt/walship/bin/walship" in readme
+
+
+def _said(unit: str) -> dict[str, str]:
+    lines = (_UNITS / unit).read_text("utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("unit", ["walship.service", "walship-drill.service"])
+def test_the_command_line_is_right(unit: str) -> None:
+    program, *words = _said(unit)["ExecStart"].split()
+    assert program == "/opt/walship/bin/walship"
+    parsed(words)
+
+
+def test_a_drill_writes_where_it_may() -> None:
+    """Everything but the unit's own directories is read-only."""
+    said = _said("walship-drill.service")
+    folders = folders_of_a_drill(said["ExecStart"].split()[1:], here=said["WorkingDirectory"])
+    states = [f"/var/lib/{name}" for name in said["StateDirectory"].split()]
+    for option, folder in folders.items():
+        assert below(folder, states), f"{option} {folder}"
+
+
+def test_the_drop_in_of_the_documents_is_right_too() -> None:
+    shown = (_UNITS.parents[2] / "docs" / "drill.md").read_text("utf-8")
+    (line,) = re.findall(r"^    ExecStart=/opt/walship/bin/walship (.+)$", shown, re.MULTILINE)
+    own = _said("walship-drill.service")["ExecStart"].removeprefix("/opt/walship/bin/walship ")
+    assert line == f"{own} --check checks.sql"
+
+
+@pytest.mark.parametrize("unit", ["walship.service", "walship-drill.service"])
+def test_the_settings_folder_is_closed_as_the_readme_makes_it(unit: str) -> None:
+    """Where the two modes differ, systemd warns at each start."""
+    readme = (_UNITS.parents[2] / "README.md").read_text("utf-8")
+    made = re.search(r"install -d .* -m (\d+) .*/etc/walship$", readme, re.MULTILINE)
+    assert made is not None
+    assert _said(unit)["ConfigurationDirectoryMode"] == f"0{made[1]}"
 
 
 @pytest.fixture

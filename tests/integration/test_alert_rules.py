@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,13 @@ def _test(case: Case, *others: Case) -> dict[str, Any]:
     }
 
 
-def test_prometheus_and_alertmanager_take_the_files() -> None:
+def test_prometheus_and_alertmanager_take_the_files(tmp_path: Path) -> None:
     _promtool("check", "rules", str(RULES))
     _promtool("check", "config", str(DEPLOY / "prometheus.yml"))
+    # As docker-compose.yml mounts it: the rules lie beside it.
+    for file in (RULES, DEPLOY.parent / "compose" / "prometheus.yml"):
+        shutil.copy(file, tmp_path)
+    _promtool("check", "config", str(tmp_path / "prometheus.yml"))
     checked = subprocess.run(
         [alerting.programs() / "amtool", "check-config", DEPLOY / "alertmanager.yml"],
         capture_output=True, text=True, timeout=60, check=False,

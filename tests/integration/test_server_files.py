@@ -16,6 +16,7 @@ from infra.postgres.processes import give, run_as
 from infra.postgres.recovery_files import parse_conf
 from infra.postgres.throwaway import make_folder
 from infra.settings import Settings
+from pipeline.errors import SourceError
 from tests.rig import Rig
 from tests.servers import NEWEST, StartServer, server_folder, start_server
 
@@ -153,7 +154,7 @@ def test_what_the_server_takes_for_archived_is_at_every_destination() -> None:
 
 
 async def test_the_role_and_the_settings_are_all_that_is_asked_for(
-    server_folder: Path, start_server: StartServer
+    server_folder: Path, start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conf = parse_conf((_FOLDER / "watch.conf").read_text("utf-8"))
     spool = server_folder / "spool"
@@ -161,8 +162,16 @@ async def test_the_role_and_the_settings_are_all_that_is_asked_for(
     give(spool, run_as())
     conf["basic_archive.archive_directory"] = str(spool)
     server = start_server(segment_mb=1, settings={**conf, "fsync": "on"})
-    words = ["-Xqd", server.dsn(), "-v", "ON_ERROR_STOP=1", "-v", "password=its own"]
-    server.run("psql", *words, "-f", str(shutil.copy(_FOLDER / "role.sql", server_folder)))
+    words = ["-Xqd", server.dsn(), "-v", "ON_ERROR_STOP=1", "-f", str(shutil.copy(_FOLDER / "role.sql", server_folder))]
+    monkeypatch.delenv("POSTGRES_PASSWORD", raising=False)
+    with pytest.raises(SourceError, match="no password"):
+        server.run("psql", *words)
+    server.run("psql", *words, "-v", "password=another")
+    server.query("drop owned by walship")
+    server.query("drop role walship")
+    # Not as a word, which everybody sees who lists the processes.
+    monkeypatch.setenv("POSTGRES_PASSWORD", "its own")
+    server.run("psql", *words)
     settings = Settings(
         POSTGRES_HOST=server.host, POSTGRES_PORT=server.port, POSTGRES_USERNAME="walship",
         POSTGRES_PASSWORD="its own", WALSHIP_SPOOL_DIR=str(spool),

@@ -1,10 +1,23 @@
 -- The role that walship connects as. As root, who need not be a role, and whose files the server's user cannot read:
 --
---   runuser -u postgres -- psql -v ON_ERROR_STOP=1 -v password='...' < role.sql
+--   read -rs POSTGRES_PASSWORD && export POSTGRES_PASSWORD      # typed, and shown nowhere
+--   runuser -u postgres -- psql -v ON_ERROR_STOP=1 < role.sql
+--
+-- (or, where nobody else can list the processes, in one line with -v password='...'). The server's log has it in plain
+-- if it logs statements. Later: \password walship, in psql, sends it only as the server keeps it.
 --
 -- pg_hba.conf has to let it in, for the database postgres and for replication:
 --
 --   host  postgres,replication  walship  10.0.0.5/32  scram-sha-256
+
+\if :{?password}
+\else
+    \getenv password POSTGRES_PASSWORD
+\endif
+\if :{?password}
+\else
+    DO 'BEGIN RAISE ''no password: set POSTGRES_PASSWORD, or -v password=...''; END';
+\endif
 
 -- Base backups and the stream are replication connections.
 CREATE ROLE walship LOGIN REPLICATION PASSWORD :'password' CONNECTION LIMIT 20;

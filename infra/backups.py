@@ -13,6 +13,7 @@ from handlers.base_backup import Cluster, Progress, WalSafe, take
 from handlers.expire import Expirer
 from handlers.fetch import read_catalog
 from handlers.unfinished import clean_unfinished
+from infra.alongside import alongside
 from infra.marked import marked
 from infra.pace import Pace
 from infra.postgres import basebackup, local_copy
@@ -23,7 +24,6 @@ from infra.postgres.damage import Damage
 from infra.postgres.problems import problems
 from infra.records import backup_summary, recording
 from infra.safety import history_shipper, wal_safe
-from infra.service import alongside
 from infra.settings import Settings
 from infra.storage.in_use import Marks
 from infra.wiring import Site, open_shipping, open_site
@@ -62,6 +62,9 @@ async def backup(
     From the moment in which backup_info is stored it is a backup: what fails behind that, or is stopped, is told, and
     is no reason to call it failed.
     """
+    if settings.data_dir is not None and not incremental:
+        # Page checksums need numpy, which takes a while to load: meanwhile the server is asked, and begins the backup.
+        Thread(target=import_module, args=("numpy",)).start()
     server = await look_at_server(settings)
     refuse_unable(server, settings)
     if incremental:
@@ -69,9 +72,6 @@ async def backup(
     source = settings.for_backups()
     if settings.backup_host:
         refuse_stranger(await look_at_server(source), server, settings.backup_host)
-    if source.data_dir is not None and not incremental:
-        # Page checksums need numpy, which takes a while to load: meanwhile scrypt opens the key ring, on another core.
-        Thread(target=import_module, args=("numpy",)).start()
     taken: BackupInfo | None = None
     found: list[Damage] = []
 

@@ -21,7 +21,6 @@ from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
 from infra.postgres.problems import problems
 from infra.postgres.senders import read_stream_facts
-from infra.postgres.slots import look
 from infra.postgres.stream_problems import stream_problems
 from infra.records import backup_summary, recording
 from infra.repository import find
@@ -211,7 +210,7 @@ async def _ship_for_ever(
             log.info("stopped", waiting=watcher.waiting if watcher else 0)
 
 
-async def _ship_unless_taken(spool: Path | None, site: Site, shipping: Shipping) -> None:
+async def ship_unless_taken(spool: Path | None, site: Site, shipping: Shipping) -> None:
     """Ship, but leave it to a service that has started in the meantime."""
     try:
         await _ship_for_ever(spool, site, shipping)
@@ -348,30 +347,3 @@ async def _take_dropped(site: Site, shipper: Shipper, folder: Path) -> None:
     async with recording(site, "backup", ["dropped"], tell=lambda line: log.warning("record", error=line)) as entry:
         entry.summary |= backup_summary(taken)
     log.info("backup_taken", backup=taken.name, dropped=str(folder), bytes=taken.size)
-
-
-@asynccontextmanager
-async def alongside(site: Site, shipping: Shipping, tell: Callable[[str], None]) -> AsyncIterator[None]:
-    """Ship the spool during the ``async with`` block, unless a service does that already.
-
-    For commands that wait until WAL is safe: they work whether the service runs or not.
-    """
-    spool = site.settings.spool_dir if "watch" in site.settings.sources else None
-    streams = "stream" in site.settings.sources
-    if (spool is None and not streams) or await _service_runs(site.settings, spool):
-        yield
-        return
-    tell(f"no service is running: shipping what arrives {f'in {spool} ' if spool else ''}meanwhile")
-    # In one group: where the spool cannot be shipped, the WAL that the command waits for will never be safe.
-    async with asyncio.TaskGroup() as group:
-        work = group.create_task(_ship_unless_taken(spool, site, shipping))
-        yield
-        work.cancel()
-
-
-async def _service_runs(settings: Settings, spool: Path | None) -> bool:
-    if spool is not None:
-        return holder(spool) is not None
-    async with await connect(settings) as connection:
-        slot = await look(connection, settings.slot)
-    return slot is not None and slot.active

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
+from infra.alongside import alongside
 from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts, switch_wal
 from infra.safety import store_history, wait_for_wal
-from infra.service import alongside
 from infra.wiring import open_shipping, open_site
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,8 @@ _OURS = frozenset({
     "global/pg_control", "tablespace_map", "backup_manifest", "postmaster.pid", "postmaster.opts", "recovery.signal",
     "standby.signal",
 })  # fmt: skip
+#: Debian keeps them below /etc, so that the backup has none; whoever started what was restored had to put his there.
+_CONFIGURATION = frozenset({"postgresql.conf", "pg_hba.conf", "pg_ident.conf"})
 #: Where the marker lies, and what serves WAL to a restored server.
 _FOLDER = MARKER.partition("/")[0] + "/"
 _SHA = {"SHA224": "sha224", "SHA256": "sha256", "SHA384": "sha384", "SHA512": "sha512"}
@@ -43,6 +45,8 @@ class Present:
 
     #: Name in the manifest → size, of files that are as the backup has them.
     kept: dict[str, int] = field(default_factory=dict)
+    #: Configuration that is not in the backup, and stays (``Targets.spare``).
+    spared: set[str] = field(default_factory=set)
     #: Names of other files, but those that a restore makes itself.
     others: set[str] = field(default_factory=set)
 
@@ -62,15 +66,22 @@ class Comparison:
         """Fills ``found``. ``progress`` is told the bytes of each file that is kept, in one thread. Raises OSError."""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="compare") as pool:
             for _, files in _walk(self._targets):
-                for (name, _), size in zip(files, pool.map(self._same, files), strict=True):
+                for (name, entry), size in zip(files, pool.map(self._same, files), strict=True):
                     if self.stop.is_set():
                         return
                     if size is None:
-                        if not _is_ours(name):
+                        if self._is_spared(name, entry):
+                            self.found.spared.add(name)
+                        elif not _is_ours(name):
                             self.found.others.add(name)
                     else:
                         self.found.kept[name] = size
                         self._progress(size)
+
+    def _is_spared(self, name: str, entry: os.DirEntry[str]) -> bool:
+        """Without a manifest nobody knows what the backup has."""
+        unknown = bool(self._wanted) and name in _CONFIGURATION and name not in self._wanted
+        return self._targets.spare and unknown and entry.is_file(follow_symlinks=False)
 
     def _same(self, file: tuple[str, os.DirEntry[str]]) -> int | None:
         """Size of the file, if it may stay."""
@@ -114,7 +125,7 @@ def _is_ours(name: str) -> bool:
     return name in _OURS or name.startswith(_FOLDER) or re.fullmatch("pg_tblspc/[0-9]+", name) is not None
 
 
-def remove_others(targets: Targets, kept: Mapping[str, int]) -> None:
+def remove_others(targets: Targets, kept: Container[str]) -> None:
     """Remove all that is not kept: other files, every link, and folders that are empty then. pg_control is gone before.
 
     Folders that the backup has come back with its archives. Raises OSError.

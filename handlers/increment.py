@@ -41,13 +41,14 @@ def plain_path(path: str) -> str:
 
 
 def apply(
-    stage: Path, target: Path, owner: tuple[int, int] | None, *, spare: frozenset[str], prefix: str = ""
-) -> set[str]:
+    stage: Path, target: Path, owner: tuple[int, int] | None, *, spare: frozenset[str],
+    leave: frozenset[str] = frozenset(), prefix: str = "",
+) -> set[str]:  # fmt: skip
     """Move everything from ``stage`` to ``target``, on the same file system, and remove what ``stage`` has not.
 
-    ``spare``: names in ``target`` itself that are not looked at. ``prefix``: of a tablespace, ``pg_tblspc/OID/``.
-    Returns the paths, below ``target``, of the files that were put together. Raises IntegrityError and OSError; then
-    ``target`` is neither of the two backups.
+    ``spare``: folders in ``target`` itself that are not looked at; ``leave``: files there that stay, unless ``stage``
+    has them. ``prefix``: of a tablespace, ``pg_tblspc/OID/``. Returns the paths, below ``target``, of the files that
+    were put together. Raises IntegrityError and OSError; then ``target`` is neither of the two backups.
     """
     patched: set[str] = set()
     wanted: set[str] = set()
@@ -71,7 +72,7 @@ def apply(
                 Path(path, name).replace(place / name)
     if _made_startable(target / "backup_label"):
         patched.add("backup_label")
-    _remove_others(target, wanted, folders, spare)
+    _remove_others(target, wanted | leave, folders, spare)
     shutil.rmtree(stage)
     return patched
 

@@ -41,8 +41,10 @@ def forget_dropped(targets: Targets) -> None:
 class LayOver:
     """Unpack into ``stages``, then ``apply``, then ``manifest``."""
 
-    def __init__(self, targets: Targets, backup: BackupInfo) -> None:
+    def __init__(self, targets: Targets, backup: BackupInfo, spared: Collection[str] = ()) -> None:
+        """``spared``: files in the data directory that stay, unless the backup has files of that name."""
         self._targets = targets
+        self._spared = set(spared)
         self._major = backup.major
         self._system_id = backup.system_id
         places = {str(tablespace.oid): path for tablespace, path in targets.tablespaces}
@@ -72,7 +74,10 @@ class LayOver:
         for area, stage in self.stages.items():
             place = self._places[area]
             spare = {_OURS, "lost+found"} | (self._inside | {"pg_tblspc"} if area == "base" else set())
-            patched = apply(stage, place, self._targets.owner, spare=frozenset(spare), prefix=prefix_of(area))
+            leave = frozenset(self._spared if area == "base" else ())
+            patched = apply(
+                stage, place, self._targets.owner, spare=frozenset(spare), leave=leave, prefix=prefix_of(area)
+            )
             self._patched |= {prefix_of(area) + path for path in patched}
             if place != self._targets.directory and place.is_relative_to(self._targets.directory):
                 (place / _OURS).rmdir()  # elsewhere the marker is in it

@@ -13,7 +13,7 @@ is believed but its checksum, the same restore goes on with what is there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,8 @@ class Laid:
     kept: int
     #: Files that were removed because the backup has none of that name.
     removed: int
+    #: Names of configuration files that lay there, are not in the backup, and stay.
+    spared: tuple[str, ...] = ()
 
 
 async def lay_down(
@@ -119,7 +121,7 @@ class _LayDown:
         if targets.delta:
             present = await self._compare(manifest)
         layout = await self._layout(full, present)
-        await in_thread(partial(remove_others, targets, present.kept))
+        await in_thread(partial(remove_others, targets, present.kept.keys() | present.spared))
         for (name, _), size in layout.kept.items():
             self._left[full.name, name] -= size
         folders = {area_of(archive.name): self._folder(area_of(archive.name), full) for archive in full.archives}
@@ -129,12 +131,13 @@ class _LayDown:
         if present.kept:
             await in_thread(partial(repair, targets, present.kept, mode))
         for backup in later:
-            manifest, control, mode = await self._lay_over(backup)
+            manifest, control, mode = await self._lay_over(backup, present.spared)
         if later:
             await in_thread(partial(forget_dropped, targets))
             files = manifest.count(b'"Path"') + manifest.count(b'"Encoded-Path"')
         await in_thread(partial(seal, targets, manifest, self._complete, control, mode))
-        return Laid(files, self._all, self._fetched, sum(present.kept.values()), len(layout.others))
+        kept, removed = sum(present.kept.values()), len(layout.others)
+        return Laid(files, self._all, self._fetched, kept, removed, tuple(sorted(present.spared)))
 
     async def _unpack(
         self, backup: BackupInfo, folders: Mapping[str, Path], layout: Layout, kept: Mapping[str, int]
@@ -158,11 +161,11 @@ class _LayDown:
         self._fetched += parts.fetched
         return list(unpackers.values())
 
-    async def _lay_over(self, backup: BackupInfo) -> tuple[bytearray, bytearray, int]:
+    async def _lay_over(self, backup: BackupInfo, spared: Collection[str]) -> tuple[bytearray, bytearray, int]:
         """An incremental backup over the one before: the manifest of both together, pg_control and its mode."""
         manifest = await self._manifest(backup)
         layout = await self._layout(backup, Present())
-        over = LayOver(self._targets, backup)
+        over = LayOver(self._targets, backup, spared)
         unpackers = await self._unpack(backup, over.stages, layout, {})
         control, mode = _control_of(backup, unpackers)
         await self._mark(manifest)

@@ -55,6 +55,8 @@ class Targets:
     full: tuple[Path, ...]
     #: There is something that may be kept: an old data directory, or what an interrupted restore has left.
     delta: bool = False
+    #: Configuration that the backup has none of stays: people have put it there.
+    spare: bool = False
     notices: tuple[str, ...] = ()
     #: Oid → the name that people gave the folder, which the tablespace's link leads to.
     names: Mapping[int, str] = field(default_factory=dict)
@@ -150,8 +152,8 @@ def _look(
             full.append(place.path)
     targets = Targets(
         directory, tuple((place.tablespace, place.path) for place in places), None, tuple(full),
-        bool(full) and (delta or bool(token)), (), {place.tablespace.oid: place.name for place in places},
-        token or secrets.token_hex(8),
+        bool(full) and (delta or bool(token)), delta and not force, (),
+        {place.tablespace.oid: place.name for place in places}, token or secrets.token_hex(8),
     )  # fmt: skip
     archives = [(targets.folder(area_of(a.name)), a.size) for member in (*before, backup) for a in member.archives]
     check_room([(directory, wal_margin), *((path or directory, size) for path, size in archives)], full)

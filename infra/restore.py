@@ -22,7 +22,7 @@ from infra.fetch_context import FetchContext
 from infra.following import follow
 from infra.keys import RepositoryKeys
 from infra.postgres import programs as installed
-from infra.postgres.bare_conf import furnish, to_be_put
+from infra.postgres.bare_conf import furnish, left, to_be_put
 from infra.postgres.neighbours import refuse_shared
 from infra.postgres.recovery_files import (
     FORGET,
@@ -251,12 +251,13 @@ async def _restore(
     )
     if place.standby and repository.keys.encrypted:
         said = (*said, _HOLDS_RING)
+    kept = await asyncio.to_thread(left, targets.directory, laid.spared)
     if place.start:
         programs = await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
         conf = await asyncio.to_thread(furnish, targets.directory, programs, port=place.port, owner=targets.owner)
     else:
         conf = await asyncio.to_thread(to_be_put, targets.directory)
-    said = (*said, conf) if conf else said
+    said = (*said, *filter(None, (kept, conf)))
     for remark in said:
         watch.say(remark)
 

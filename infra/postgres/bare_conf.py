@@ -95,6 +95,13 @@ def furnish(directory: Path, programs: Programs, *, port: int | None, owner: tup
     )
 
 
+def left(directory: Path, spared: Sequence[str]) -> str:
+    """A sentence on files that lay there, are not in the backup, and stay; empty if there are none but ours."""
+    ours = lacking(directory)
+    theirs = [str(directory / name) for name in spared if name not in ours]
+    return f"kept, for the backup has none: {', '.join(theirs)}" if theirs else ""
+
+
 def to_be_put(directory: Path) -> str:
     """A sentence for people who start the server themselves; empty if it has all that it needs."""
     missing = lacking(directory)

@@ -20,7 +20,7 @@ COPY constraints.lock ./
 RUN python3 -m venv /opt/build \
     && /opt/build/bin/pip install --no-cache-dir --constraint constraints.lock build hatchling editables \
     && python3 -m venv /opt/walship
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE .env.example ./
 COPY pipeline pipeline
 COPY handlers handlers
 COPY infra infra

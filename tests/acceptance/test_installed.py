@@ -32,7 +32,7 @@ class Installed:
         self.folder = folder
         checkout = folder / "checkout"
         checkout.mkdir()
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
+        for name in ("pyproject.toml", "README.md", "LICENSE", ".env.example"):
             (checkout / name).write_bytes((_HOME / name).read_bytes())
         for name in PACKAGES:
             copytree(_HOME / name, checkout / name, ignore=ignore_patterns("__pycache__"))
@@ -94,6 +94,18 @@ def test_its_own_modules_are_the_ones_of_the_wheel(installed: Installed) -> None
         [installed.place / "bin" / "python", "-I", "-c", ask], capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.count(str(installed.packages)) == 3
+
+
+def test_the_settings_come_with_it(installed: Installed) -> None:
+    """As docs/install.md has it; pipx, too, puts a link to the command elsewhere."""
+    links = installed.folder / "links"
+    links.mkdir()
+    (links / "walship").symlink_to(installed.place / "bin" / "walship")
+    text = (_HOME / "docs" / "install.md").read_text("utf-8")
+    (line,) = [line.strip() for line in text.splitlines() if "env.example" in line and line.startswith("    cp ")]
+    environment = {"PATH": f"{links}:{os.environ['PATH']}"}
+    subprocess.run(["/bin/sh", "-euc", line], cwd=links, env=environment, check=True)
+    assert (links / ".env").read_bytes() == (_HOME / ".env.example").read_bytes()
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["as we are", "as an ordinary user"])

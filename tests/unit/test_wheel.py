@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from infra.names import PACKAGES
 
 _HOME = Path(__file__).resolve().parents[2]
 #: All that a build reads; copied, so that it leaves nothing behind in the checkout.
-_SOURCES = ("pyproject.toml", "README.md", "LICENSE", *PACKAGES)
+_SOURCES = ("pyproject.toml", "README.md", "LICENSE", ".env.example", *PACKAGES)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def _read(wheel: zipfile.ZipFile, name: str) -> str:
 def test_it_holds_exactly_the_three_packages_and_its_metadata(wheel: zipfile.ZipFile) -> None:
     tops = {PurePosixPath(name).parts[0] for name in wheel.namelist()}
     (metadata,) = [top for top in tops if top.startswith("walship-") and top.endswith(".dist-info")]
-    assert tops == {*PACKAGES, metadata}
+    data = metadata.replace(".dist-info", ".data")
+    assert tops == {*PACKAGES, metadata, data}
+    assert [name for name in wheel.namelist() if name.startswith(data)] == [f"{data}/data/share/walship/env.example"]
 
 
 def test_every_module_of_the_three_packages_is_in_it(wheel: zipfile.ZipFile) -> None:
@@ -56,6 +59,12 @@ def test_every_module_of_the_three_packages_is_in_it(wheel: zipfile.ZipFile) -> 
         if "__pycache__" not in path.parts
     }
     assert {name for name in wheel.namelist() if name.endswith(".py")} == sources
+
+
+def test_a_container_is_built_of_the_same_files() -> None:
+    (copied,) = re.findall(r"^COPY (pyproject\.toml .*) \./$", (_HOME / "Dockerfile").read_text("utf-8"), re.MULTILINE)
+    ignored = (_HOME / ".dockerignore").read_text("utf-8").splitlines()
+    assert {*copied.split(), *PACKAGES} == {*_SOURCES} <= {line.removeprefix("!") for line in ignored}
 
 
 def test_no_secret_of_a_deployment_is_in_it(wheel: zipfile.ZipFile) -> None:

@@ -40,6 +40,8 @@ local all all peer
 """
 #: Last line of both, before a digest of all others.
 _SEAL = "# nobody has changed this file since, as long as this fits: "
+_ETC = "below /etc/postgresql if your service reads them there"
+_PLACE = f"there, or {_ETC}"
 _WHERE = "not in the backup (Debian keeps such files below /etc/postgresql)"
 
 
@@ -91,7 +93,7 @@ def furnish(directory: Path, programs: Programs, *, port: int | None, owner: tup
     }
     return (
         f"{_these(missing)} {_WHERE}: walship wrote into {directory} {' and '.join(what[name] for name in missing)};"
-        f" put the old server's {_files(missing)} there before this server takes its place"
+        f" put the old server's {_files(missing)} {_PLACE}, before this server takes its place"
     )
 
 
@@ -109,7 +111,8 @@ def to_be_put(directory: Path) -> str:
         return ""
     limited = ", with max_connections and its like not below what they were" if _CONF in missing else ""
     return (
-        f"{_these(missing)} {_WHERE}: put the old server's {_files(missing)} into {directory} before the start{limited}"
+        f"{_these(missing)} {_WHERE}: put the old server's {_files(missing)} into {directory}, or {_ETC}, before the"
+        f" start{limited}"
     )
 
 

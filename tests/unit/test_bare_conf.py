@@ -58,7 +58,7 @@ def test_both_files_are_written_and_told(ground: Ground) -> None:
     said = ground.furnish(5433)
     assert said.startswith("postgresql.conf and pg_hba.conf are not in the backup (Debian keeps such files below /etc")
     assert f"walship wrote into {ground.data} a minimal postgresql.conf and a pg_hba.conf that lets" in said
-    assert "put the old server's files there before this server takes its place" in said
+    assert "put the old server's files there, or below /etc/postgresql if your service reads them there, before" in said
     assert parse_conf(ground.read("postgresql.conf")) == {
         "max_connections": "100", "max_locks_per_transaction": "64", "listen_addresses": "localhost", "port": "5433",
     }  # fmt: skip
@@ -108,10 +108,11 @@ def test_files_of_another_restore_are_none_until_somebody_changes_them(ground: G
 
 def test_what_people_start_themselves(ground: Ground) -> None:
     said = to_be_put(ground.data)
-    assert f"put the old server's files into {ground.data} before the start, with max_connections and its like" in said
+    assert f"put the old server's files into {ground.data}, or below /etc/postgresql" in said
+    assert "before the start, with max_connections and its like not below what they were" in said
     assert not any(ground.data.iterdir()), "nothing is written"
     (ground.data / "postgresql.conf").touch()
-    assert to_be_put(ground.data).endswith(f"file into {ground.data} before the start")
+    assert to_be_put(ground.data).endswith("there, before the start")
 
 
 def test_a_disk_that_takes_nothing(ground: Ground) -> None:

@@ -33,9 +33,10 @@ mount --bind "$root" "$root"
 for place in $places; do
     mount -t tmpfs -o "nosuid,nodev,noexec,mode=$(stat -c %a "$root$place")" tmpfs "$root$place"
 done
-for volume in $volumes; do
-    mkdir -p "$root${volume#*:}"
-    mount --bind "${volume%%:*}" "$root${volume#*:}"
+for volume in $volumes /etc/hosts:/etc/hosts; do
+    from=${volume%%:*} to=$root${volume#*:}
+    if [ -d "$from" ]; then mkdir -p "$to"; else : >>"$to"; fi
+    mount --bind "$from" "$to"
 done
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"

@@ -264,7 +264,8 @@ def _name_of_a_backup() -> str:
 def stop_started(target: Path) -> None:
     """End a server that ``restore --start`` left running on a directory, and wait until it is gone."""
     try:
-        pid = int((target / "postmaster.pid").read_text("utf-8").splitlines()[0])
+        lines = (target / "postmaster.pid").read_text("utf-8").splitlines()
+        pid = int(lines[0])
     except (OSError, ValueError, IndexError):
         return
     with contextlib.suppress(ProcessLookupError):
@@ -273,6 +274,11 @@ def stop_started(target: Path) -> None:
     # Its parent, the command, is gone: whoever inherited it may take seconds to ask for its exit code.
     while processes._alive(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
+    if len(lines) > 4 and lines[4].strip():  # its socket, which nobody else removes
+        lock = Path(lines[4], f".s.PGSQL.{lines[3]}.lock")
+        if lock.exists() and lock.read_text("utf-8").splitlines()[:2] == lines[:2]:
+            lock.with_suffix("").unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
 
 
 class Load:

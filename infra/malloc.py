@@ -8,6 +8,9 @@ import ctypes
 #: 1 to 4 MiB, and to get it anew from the kernel for each tail made commits wait half as long again.
 LARGE = 8 << 20
 
+#: What a heap may keep for those who decode: they ask for the same sizes below ``LARGE`` again and again.
+KEPT = 3 * LARGE
+
 #: ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` of glibc's ``malloc.h``.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
@@ -19,7 +22,7 @@ def give_back_large_blocks(*, keep: int = 0) -> None:
 
     glibc puts blocks of up to 32 MiB on its heaps once it has seen such a one freed (``mallopt(3)``, "dynamic mmap
     threshold"), and a heap shrinks from its end only. With segments and objects in several threads that kept 40 MB more
-    than was in use.
+    than was in use, and 80 MB in a restore that feeds WAL.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

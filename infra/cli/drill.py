@@ -24,6 +24,7 @@ from infra.cli.exits import exit_code
 from infra.cli.progress import EVERY, Bytes
 from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, json_option, say, settings, typed
 from infra.drill import Order, drill, judge
+from infra.malloc import KEPT, give_back_large_blocks
 from infra.postgres.restored import Replay
 from infra.records import recording
 from infra.restore import Watch
@@ -80,7 +81,8 @@ async def command(**options: Any) -> None:
       walship drill
       walship drill --check checks.sql --report /var/lib/walship/drills
       walship drill --to-time 'yesterday 14:30' --skip-amcheck
-    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are  # noqa: D301  the character is meant: it tells click to leave these lines as they are
+    """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
+    give_back_large_blocks(keep=KEPT)
     began, start = datetime.now(UTC), time.monotonic()
     as_json: bool = options["as_json"]
     target = Target.parse(time=options["to_time"], now=began)

@@ -19,6 +19,7 @@ from infra.cli.answering import answering, as_of, narrowed, repository_of
 from infra.cli.planned import plan_facts, plan_lines
 from infra.cli.progress import EVERY, Bytes
 from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.malloc import KEPT, give_back_large_blocks
 from infra.postgres.restored import Replay, Started
 from infra.records import recording
 from infra.restore import Place, Restored, Watch, check_place, make_plan, restore
@@ -82,6 +83,7 @@ async def command(target_dir: str, **options: Any) -> None:
       walship restore --target-dir /var/lib/postgresql/data --delta --start
       walship restore --target-dir /restored --as-of '2 hours ago' --dry-run
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
+    give_back_large_blocks(keep=KEPT)
     target, remark = _target(options)
     place = _place(target_dir, options)
     as_json: bool = options["as_json"]

@@ -12,6 +12,7 @@ import os
 import queue
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from pipeline.wal import Lsn
 
 #: Most bytes that are read at a time, whole pages. Less makes the page checksums slower, more leaves the cache.
 _READ = 2 << 20
+#: Files of one kind that are remembered while one of the other kind is looked for.
+_PASSED_OVER = 10_000
 #: Seconds between looks whether it was stopped, while there is no room.
 _LOOK = 0.1
 
@@ -101,25 +104,38 @@ class _Relation:
 
 
 class Shared:
-    """An iterator that several threads take from."""
+    """Files that several threads take: one of them the large ones first, and the others the small ones.
+
+    Of small files each thread's work is Python's mostly, which does one thing at a time: with large ones beside them,
+    those who compress need not wait for all the catalogs.
+    """
 
     def __init__(self, files: Iterator[Found]) -> None:
         self._files = files
         self._lock = threading.Lock()
+        #: Found, and passed over so far by whoever looked for the others.
+        self._large: deque[Found] = deque()
+        self._small: deque[Found] = deque()
 
-    def __iter__(self) -> Iterator[Found]:
-        return self
-
-    def __next__(self) -> Found:
+    def take(self, *, large: bool) -> Found | None:
+        """The next one, of those that are wanted if there are any; None: there are no more."""
         with self._lock:
-            return next(self._files)
+            wanted, others = (self._large, self._small) if large else (self._small, self._large)
+            while not wanted and len(others) < _PASSED_OVER and (found := next(self._files, None)) is not None:
+                (self._large if found.size >= PART_SIZE and not found.folder else self._small).append(found)
+            chosen = wanted or others
+            return chosen.popleft() if chosen else None
 
 
 class Stream:
-    """The tar stream ``archive``, of whatever files it gets hold of. ``prefix``: of their paths in the manifest."""
+    """The tar stream ``archive``, of whatever files it gets hold of. ``prefix``: of their paths in the manifest.
 
-    def __init__(self, archive: str, files: Shared, copy: Copy, prefix: str = "") -> None:
+    ``large``: whether it takes large files first. Where it does not, a folder comes before what is in it.
+    """
+
+    def __init__(self, archive: str, files: Shared, copy: Copy, prefix: str = "", *, large: bool = False) -> None:
         self.archive = archive
+        self._large = large
         self._files = files
         self._copy = copy
         self._prefix = prefix
@@ -141,7 +157,7 @@ class Stream:
 
     def _all(self) -> Iterator[ArchiveData]:
         try:
-            for found in self._files:
+            while (found := self._files.take(large=self._large)) is not None:
                 if self._copy.stop.is_set():
                     return
                 try:

@@ -55,6 +55,8 @@ class Found:
     mtime: int
     #: Of a relation's main fork or another: number of its first segment's block is 0. None: it has no page checksums.
     segment: int | None = None
+    #: Bytes when it was listed.
+    size: int = 0
 
 
 def walk(
@@ -166,5 +168,5 @@ def _wal(folder: Path, major: int) -> Iterator[Found]:
 def _found(path: str, source: Path, seen: os.stat_result, segment: int | None = None) -> Found:
     return Found(
         path, source, stat.S_ISDIR(seen.st_mode), stat.S_IMODE(seen.st_mode), seen.st_uid, seen.st_gid,
-        int(seen.st_mtime), segment,
+        int(seen.st_mtime), segment, seen.st_size,
     )  # fmt: skip

@@ -146,7 +146,9 @@ async def stream(
             version = begun.version_folder if tablespace else ""
             files = Shared(walk(directory / prefix, begun.major, tablespace=version, inside=inside, passed=passed))
             area = tablespace.oid if tablespace else "base"
-            streams = [Stream(f"{area}.{n}", files, copy, prefix) for n in range(1, workers + 1)]
+            streams = [
+                Stream(f"{area}.{n}", files, copy, prefix, large=n == 1 < workers) for n in range(1, workers + 1)
+            ]
             async with aclosing(_mixed(streams, copy, end=tablespace is not None)) as messages:
                 async for message in messages:
                     yield message

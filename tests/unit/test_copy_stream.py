@@ -13,7 +13,8 @@ import pytest
 
 from handlers.pages import PAGE
 from infra.postgres.copy_stream import Copy, Shared, Stream
-from infra.postgres.datadir import walk
+from infra.postgres.datadir import Found, walk
+from pipeline.catalog import PART_SIZE
 from pipeline.make_manifest import ManifestMaker
 from pipeline.manifest import WalRange, files_of
 from pipeline.wal import Lsn
@@ -123,3 +124,35 @@ def test_the_segments_of_a_large_relation_are_files_of_their_own(tmp_path: Path)
     assert files == {f"base/1/{name}": name.encode() for name in kept}
     listed = copy.manifest.finish([WalRange(1, Lsn(1), Lsn(2))])
     assert {line.path for line in files_of(listed)} == set(files)
+
+
+def test_one_worker_takes_large_files_first_and_all_get_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.postgres.copy_stream._PASSED_OVER", 3)
+
+    def found(number: int) -> Found:
+        size = PART_SIZE if number in (4, 5, 13) else 8192
+        return Found(str(number), Path(str(number)), number == 0, 0o600, 0, 0, 0, size=size)
+
+    def take(large: bool) -> str:
+        one = files.take(large=large)
+        return one.path if one else ""
+
+    files = Shared(found(number) for number in range(15))
+    # No more than three are passed over for a large one.
+    assert [take(True) for _ in range(3)] == ["0", "1", "4"]
+    assert [take(False), take(True), take(False), take(False)] == ["2", "5", "3", "6"]
+    assert [take(number % 2 == 0) for number in range(8)] == ["7", "8", "9", "10", "13", "11", "12", "14"]
+    assert [take(True), take(False)] == ["", ""]
+
+
+def test_a_folder_comes_before_its_files_where_one_worker_reads_all() -> None:
+    files = Shared(
+        Found(path, Path(path), "/" not in path, 0o600, 0, 0, 0, size=size)
+        for path, size in (("a", 0), ("a/1", PART_SIZE), ("a/2", 1), ("b", 0), ("b/1", PART_SIZE))
+    )
+    order = []
+    while (each := files.take(large=False)) is not None:
+        order.append(each.path)
+    assert sorted(order) == ["a", "a/1", "a/2", "b", "b/1"]
+    assert order.index("a") < order.index("a/1")
+    assert order.index("b") < order.index("b/1")

@@ -34,7 +34,7 @@ Codec = Literal["zstd", "lz4", "gzip", "none"]
 SECRETS = ("POSTGRES_PASSWORD", "BACKUP_ENCRYPTION_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 _ENV_FILE = Path(".env")
-_EXPLAINED = "each setting is explained in .env.example of walship's source"
+_EXPLAINED = "each setting is explained in .env.example (of a wheel: share/walship/env.example)"
 
 
 def _env(name: str, **more: Any) -> Any:

@@ -95,6 +95,7 @@ class Machine:
             "AWS_ACCESS_KEY_ID=...": f"AWS_ACCESS_KEY_ID={seaweed.access_key}",
             "AWS_SECRET_ACCESS_KEY=...": f"AWS_SECRET_ACCESS_KEY={seaweed.secret_key}",
             "BACKUP_ENCRYPTION_PASSWORD=...": "BACKUP_ENCRYPTION_PASSWORD='five random words are better'",
+            "read -rs POSTGRES_PASSWORD": "POSTGRES_PASSWORD=...",  # nobody types it
             "walship-recipient-1-...": "$(grep -o 'walship-recipient-1-[a-z2-7]*' restore.key)",
             "5433": str(self.other_port),
             "127.0.0.1:9432": listen,

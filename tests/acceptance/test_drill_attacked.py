@@ -21,7 +21,7 @@ select pg_terminate_backend(pg_backend_pid());
 -- expect: 1
 select 1;
 -- name: a program in the background
-copy (select 1) to program 'setsid sleep 555 >/dev/null 2>&1 &';
+copy (select 1) to program 'cat >/dev/null; setsid sleep 555 >/dev/null 2>&1 &';
 -- name: it will not be cancelled
 -- timeout: 0.2
 do $$ begin loop begin perform pg_sleep(1); exception when query_canceled then null; end; end loop; end $$;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 import unicodedata
 from collections.abc import Mapping
@@ -104,5 +105,8 @@ def _written(path: Path) -> dict[str, str]:
 
 
 def _text(path: Path) -> str:
+    """Raises ValueError for a pipe, such as ``<(pass show walship)``: it can be read only once, and not by a guess."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(path)
     with path.open("rb") as file:
         return file.read(_MOST).decode()

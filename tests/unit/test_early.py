@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from hashlib import scrypt
 from pathlib import Path
 
@@ -127,6 +128,19 @@ def test_settings_that_say_something_else_begin_nothing(tmp_path: Path, changed:
     store_ring(tmp_path, wrap())
     assert not early.begin(settings(tmp_path, **changed))
     assert early._guess is None
+
+
+@pytest.mark.parametrize("name", ["passphrase", ".env"])
+def test_what_can_be_read_only_once_is_left_to_who_needs_it(tmp_path: Path, name: str) -> None:
+    store_ring(tmp_path, wrap())
+    os.mkfifo(tmp_path / name)
+    pipe = os.open(tmp_path / name, os.O_RDWR)  # like ``<(pass show walship)``, written already
+    try:
+        os.write(pipe, b"BACKUP_ENCRYPTION_PASSWORD=a\n")
+        assert not early.begin(settings(tmp_path, BACKUP_ENCRYPTION_PASSWORD="", BACKUP_ENCRYPTION_PASSWORD_FILE=name))
+        assert os.read(pipe, 100) == b"BACKUP_ENCRYPTION_PASSWORD=a\n"
+    finally:
+        os.close(pipe)
 
 
 def test_rings_that_are_not_plain_begin_nothing(tmp_path: Path) -> None:

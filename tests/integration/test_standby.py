@@ -77,10 +77,9 @@ async def test_a_standby_follows_through_growing_tails_and_finished_segments(
     plan = await make_plan(repository, Target())
     place = replace(bank.place("standby", wal_retrieve_retry_interval="200ms"), standby=True)
     said: list[str] = []
-    # No program but mv is ever started: this one would fail.
-    task = asyncio.create_task(
-        restore(repository, plan, place, watch=Watch(say=said.append), fetch_wal=("/bin/sh", "-c", "exit 126"))
-    )
+    # No program but mv is started while there is a feed; then this one is, and has nothing.
+    other = ("/bin/sh", "-c", "touch fetched; exit 1")
+    task = asyncio.create_task(restore(repository, plan, place, watch=Watch(say=said.append), fetch_wal=other))
     pid = 0
     try:
         await until(lambda: task.done() or any("follows timeline 1" in line for line in said))
@@ -97,6 +96,7 @@ async def test_a_standby_follows_through_growing_tails_and_finished_segments(
         await bank.ship_wal()
         await until(shows(place, [1, 2, 3, 4]))
         await until(lambda: not any((place.directory / FOLDER / FEED / "failed").iterdir()))
+        assert not (place.directory / "fetched").exists()
         if major == NEWEST:
             await asyncio.to_thread(ask, place, "select pg_promote()")  # the feed answers it meanwhile
             async with asyncio.timeout(40):

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from handlers.base_backup import WalSafe
+from infra.clock import sleep_or
 from infra.postgres.replication import ReplicationConnection
 from infra.settings import Settings
 from infra.wiring import Site
@@ -74,19 +75,8 @@ async def wait_for_wal(
         if now - said >= EVERY:
             said = now
             tell(f"waiting for WAL: {total - left} of {total} segments are safe, next is {first} at {place}")
-        await _sleep(clock, pause, stirred)
+        await sleep_or(clock, pause, stirred.wait())
         pause = min(PAUSE, _SLOWER * pause)
-
-
-async def _sleep(clock: Clock, seconds: float, stirred: asyncio.Event) -> None:
-    """For so long, or until it is stirred."""
-    tasks = [asyncio.create_task(clock.sleep(seconds)), asyncio.create_task(stirred.wait())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.clock import sleep_or
 from infra.sources.arrivals import Arrivals
 from infra.sources.judge import NOTHING, Identity, Judge, Look, Verdict
 from infra.sources.spool import check_spool, locked
@@ -240,16 +241,7 @@ class SpoolWatcher:
     async def _pause(self, next_scan: float) -> None:
         """Until something arrives, a file may have settled, or the next look at the whole folder is due."""
         due = min([next_scan, *(unsettled.due for unsettled in self._unsettled.values())])
-        waits = [
-            asyncio.create_task(self._arrivals.wait()),
-            asyncio.create_task(self._clock.sleep(max(0.0, due - self._clock.monotonic()))),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await sleep_or(self._clock, max(0.0, due - self._clock.monotonic()), self._arrivals.wait())
 
     # -- what to make of a file
 

@@ -16,6 +16,7 @@ from handlers.serve_wal import WalServer  # a leaf: it only answers for one file
 from pipeline.backup import BackupInfo
 from pipeline.backup_chain import chain_of
 from pipeline.catalog import Catalog
+from pipeline.confirmed import Confirmed, never_confirmed
 from pipeline.contracts import Buffer, Fetch
 from pipeline.errors import IntegrityError, RecoveryError, WalshipError
 from pipeline.lineage import Lineage, WalPath
@@ -59,11 +60,13 @@ async def plan_restore(
     now: datetime,
     backup: str | None = None,
     progress: Progress = lambda _: None,
+    confirmed: Iterable[Confirmed] = (),
 ) -> RestorePlan:
     """What to restore and where to stop. Touches nothing.
 
-    ``backup`` is the name of one that has to be used, or None. Raises RecoveryError when the target cannot be reached,
-    with what can be; StoreError and IntegrityError when the WAL that decides it cannot be read.
+    ``backup`` is the name of one that has to be used, or None. ``confirmed``: what leases said of the WAL that is safe
+    before the catalog was read. Raises RecoveryError when the target cannot be reached, with what can be; StoreError
+    and IntegrityError when the WAL that decides it cannot be read.
     """
     lineage, able = candidates(catalog, target, backup)
     reader = _Reader(fetch, lineage, progress)
@@ -82,6 +85,9 @@ async def plan_restore(
         notice = ""
         if not immediate:
             ending = await _ending(reader, path, chosen)
+            if path.missing and (told := never_confirmed(path, lineage, confirmed)):
+                said.append(_on_their_way(path, catalog.known_end(lineage), told))
+                path = replace(path, missing=None)  # it is the end
             others = elsewhere(catalog, lineage, target.lsn) if target.lsn is not None else ()
             stop, notice = settle(target, chosen, path, ending, now, others)
     said += [notice] if notice else []
@@ -102,6 +108,14 @@ async def plan_restore(
         notices=(*said, *remarks(catalog, lineage)),
         found=found,
         before=chain_of(chosen, {backup.name: backup for backup in catalog.backups})[:-1],
+    )
+
+
+def _on_their_way(path: WalPath, end: Lsn, told: Confirmed) -> str:
+    return (
+        f"segment {path.missing} is not stored whole, and WAL behind it is, up to LSN {end}: it was on its way when its"
+        f" host was lost, for the last that was reported as safe is LSN {told.lsn}. What lies behind LSN {path.end}"
+        " cannot be reached; if the server still runs, it will come: plan again in a moment"
     )
 
 

@@ -36,6 +36,7 @@ from infra.postgres.recovery_files import (
 from infra.postgres.restored import Replay, Started, standby_ended, start_restored
 from infra.postgres.wal_script import FEED, FOLDER
 from infra.settings import Settings
+from infra.storage.lease import confirmed
 from pipeline.contracts import Clock, Fetch, Store
 from pipeline.errors import ConfigError, RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan
@@ -133,9 +134,16 @@ async def make_plan(
     progress: Callable[[int], None] = lambda _: None,
 ) -> RestorePlan:
     """List the repository and decide. Touches nothing. Raises RecoveryError, StoreError, IntegrityError."""
+    told = await confirmed(repository.stores)  # first: what was safe by then is listed, or is gone
     catalog = await read_catalog(repository.stores, repository.fetch, repository.system_id)
     plan = await plan_restore(
-        catalog, target, fetch=repository.fetch, now=repository.clock.now(), backup=backup, progress=progress
+        catalog,
+        target,
+        fetch=repository.fetch,
+        now=repository.clock.now(),
+        backup=backup,
+        progress=progress,
+        confirmed=told,
     )
     await refuse_shared(plan, repository.fetch)
     return plan

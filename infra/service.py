@@ -36,6 +36,7 @@ from infra.streaming import Streaming, keep_clean
 from infra.systemd import supervised
 from infra.wiring import Shipping, Site, open_destinations, open_shipping, open_site
 from pipeline.catalog import wal_key
+from pipeline.confirmed import Told
 from pipeline.contracts import Source
 from pipeline.dispatcher import Dispatcher, Handle, endless, none_left
 from pipeline.errors import ConfigError, IntegrityError, ObjectConflict, SourceError, StoreError, WalshipError, foreseen
@@ -162,6 +163,10 @@ async def _ship_for_ever(
     handle = _handler(site, shipping.service)
     sources: list[Source] = []
     watcher = stream = None
+    if lease is not None:
+        told = Told(site.facts.segment_size)
+        site.notify.append(told.heard)
+        lease.confirmed = lambda: told.newest
     if spool is not None:
         sources.append(watcher := _watcher(spool, site, once=False))
         if (other := holder(spool)) not in (None, os.getpid()):

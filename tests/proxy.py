@@ -76,7 +76,8 @@ class Proxy:
 
     ``to_client`` and ``to_server``: seconds by which every byte of that direction is delayed, without making the way
     any narrower. For HTTP, ``to_client`` is what each request takes longer.
-    ``http``: note the requests that pass, one after the other on each connection, in ``requests``.
+    ``http``: note the requests that pass, one after the other on each connection, in ``requests``; and those whose path
+    holds ``held`` are not passed on: their connections hang.
     """
 
     def __init__(self, port: int, *, to_client: float = 0.0, to_server: float = 0.0, http: bool = False) -> None:
@@ -85,6 +86,7 @@ class Proxy:
         self.to_client = to_client
         self.to_server = to_server
         self.requests: list[Request] = []
+        self.held = ""
         self._http = http
         self._mode = Mode.PASS
         self._open = asyncio.Event()
@@ -227,6 +229,8 @@ class Proxy:
                 data = await reader.read(_PIECE)
                 if writer is connection.server:
                     self._asked(connection, data)
+                    if self.held and connection.request and self.held in connection.request.path:
+                        await self._stop.wait()
                 await waiting.put((time.monotonic() + delay(), data))
 
         async def deliver() -> None:

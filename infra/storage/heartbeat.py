@@ -80,7 +80,7 @@ class Holder:
 
 
 _HOLDER = {f.name: int if f.name in ("pid", "birth") else str for f in fields(Holder)}
-_MEMBERS: dict[str, type] = {**_HOLDER, "counter": int, "written": str, "released": bool}
+_MEMBERS: dict[str, type] = {**_HOLDER, "counter": int, "written": str, "released": bool, "confirmed": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +94,20 @@ class Heartbeat:
     written: str
     #: The holder is done: nobody need wait.
     released: bool
+    #: Up to where WAL was said to be safe, as ``pipeline.confirmed`` writes it; empty if nothing was.
+    confirmed: str = ""
 
     @classmethod
-    def of(cls, holder: Holder, counter: int, now: datetime, *, released: bool = False) -> Self:
-        return cls(holder, counter, _moment(now), released)
+    def of(cls, holder: Holder, counter: int, now: datetime, *, released: bool = False, confirmed: str = "") -> Self:
+        return cls(holder, counter, _moment(now), released, confirmed)
 
     def encode(self) -> MemoryBody:
-        members = asdict(self.holder) | {"counter": self.counter, "written": self.written, "released": self.released}
+        members = asdict(self.holder) | {
+            "counter": self.counter,
+            "written": self.written,
+            "released": self.released,
+            "confirmed": self.confirmed,
+        }
         return MemoryBody((json.dumps(members, indent=1).encode() + b"\n",))
 
     @property
@@ -114,11 +121,17 @@ class Heartbeat:
     def decode(cls, content: bytes) -> Self | None:
         """What ``encode`` made, or None: damaged, cut, or of a walship that says more."""
         try:
-            members = check_members(strict_json(content), _MEMBERS)
+            found = strict_json(content)
+            # Written before there was such a member.
+            members = check_members(found | {"confirmed": ""} if _is_older(found) else found, _MEMBERS)
         except ValueError:
             return None
         holder = Holder(**{name: members[name] for name in _HOLDER})
-        return cls(holder, members["counter"], members["written"], members["released"])
+        return cls(holder, members["counter"], members["written"], members["released"], members["confirmed"])
+
+
+def _is_older(found: object) -> bool:
+    return isinstance(found, dict) and "confirmed" not in found
 
 
 def _moment(now: datetime) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from handlers.body import joined
 from infra.clock import SystemClock
 from infra.storage.heartbeat import MOST, Heartbeat, Holder
+from pipeline.confirmed import Confirmed
 from pipeline.contracts import Clock, Store
 from pipeline.errors import ObjectConflict, ObjectMissing, SourceError, StoreError, foreseen
 from pipeline.objects import MemoryBody
@@ -70,6 +71,8 @@ class Lease:
         self.holder = holder
         #: Set once another writer was seen: stop.
         self.lost = asyncio.Event()
+        #: What a heartbeat says of the WAL that is safe; given by whoever ships.
+        self.confirmed: Callable[[], Confirmed | None] = lambda: None
         self._places = places
         self._clock = clock
         self._ttl = ttl
@@ -223,7 +226,10 @@ class Lease:
 
     def _heartbeat(self, *, released: bool = False) -> MemoryBody:
         self._counter += 1
-        return Heartbeat.of(self.holder, self._counter, self._clock.now(), released=released).encode()
+        now, safe = self._clock.now(), self.confirmed()
+        return Heartbeat.of(
+            self.holder, self._counter, now, released=released, confirmed=str(safe) if safe else ""
+        ).encode()
 
 
 class _Place:
@@ -287,6 +293,22 @@ async def newest(store: Store) -> tuple[int, Heartbeat] | None:
     await place.look()
     there = Heartbeat.decode(place.content)
     return (place.highest, there) if there else None
+
+
+async def confirmed(stores: Sequence[Store]) -> list[Confirmed]:
+    """What the leases at these destinations say of the WAL that is safe. One that cannot be read says nothing."""
+    return [told for each in await asyncio.gather(*map(_confirmed_at, stores)) for told in each]
+
+
+async def _confirmed_at(store: Store) -> list[Confirmed]:
+    found = []
+    with contextlib.suppress(StoreError):
+        place = _Place(store, SystemClock())
+        for number in sorted(await place.numbers())[-2:]:  # a service that has just begun has said nothing yet
+            there = Heartbeat.decode(await place.read(number))
+            if there is not None and (told := Confirmed.parse(there.confirmed)) is not None:
+                found.append(told)
+    return found
 
 
 async def _vacant(places: Sequence[_Place], clock: Clock, ttl: float, tell: Callable[[str], None]) -> int:

@@ -44,6 +44,54 @@ def test_what_was_acknowledged_outlives_the_host(plan: Plan, seaweed: Seaweed, s
     assert outcome.acknowledged > 3
 
 
+def test_what_was_on_its_way_when_the_host_was_lost_is_no_hole(seaweed: Seaweed, s3_prefix: str) -> None:
+    """A later segment has arrived and an earlier one has not: all that was acknowledged lies before both."""
+    folder = make_folder("walship-q-")
+    try:
+        with (
+            Proxy(int(seaweed.endpoint.rpartition(":")[2]), http=True) as store,
+            Rig(
+                folder, NEWEST, [seaweed.url(s3_prefix).replace(seaweed.endpoint, f"http://127.0.0.1:{store.port}")],
+                settings=seaweed.environment, segment_mb=1, sources="stream",
+            ) as rig,
+        ):  # fmt: skip
+            rig.server.start()
+            rig.sql("create table t (n int)")
+            rig.run("init")
+            service = rig.serve()
+            rig.json("backup")
+            rig.synchronous()
+            rig.sql("insert into t values (1)")
+            ((late, later),) = rig.sql(
+                "select pg_walfile_name(here + (1 << 20)), pg_walfile_name(here + (2 << 20))"
+                " from pg_current_wal_lsn() here"
+            )
+            since = time.monotonic() + 1  # what is reported is told once a second
+            rig.wait(
+                lambda: any("/lease/" in put.path and put.method == "PUT" and put.began > since and put.seconds
+                            for put in store.requests),
+                "the lease says what is safe",
+            )  # fmt: skip
+            store.held = f"/{late}"
+            for n in (2, 3, 4):  # each one transaction, whose commit lies behind the switch
+                rig.sql(f"set synchronous_commit = local; insert into t values ({n}); select pg_switch_wal()")
+            rig.wait(
+                lambda: any(put.path.endswith(f"/{later}") and put.seconds is not None for put in store.requests),
+                "the segment behind the one that hangs is stored",
+            )
+            rig.destroy(service, first=lambda: store.turn(Mode.DOWN))
+            store.held = ""
+            store.turn(Mode.PASS)
+            target, port = rig.target(), free_port()
+            done = rig.run("restore", "--latest", "--target-dir", str(target), "--start", "--port", str(port))
+            assert f"segment {late} is not stored whole, and WAL behind it is" in done.stdout + done.stderr
+            with psycopg.connect(f"host=127.0.0.1 port={port} user=postgres dbname=postgres") as connection:
+                assert connection.execute("select n from t order by n").fetchall() == [(1,)]
+            stop_started(target)
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_one_commit_on_a_quiet_database_is_safe_within_its_second(seaweed: Seaweed, s3_prefix: str) -> None:
     """Nothing finishes the segment, and the service is killed in between: the second commit needs both tails."""
     folder = make_folder("walship-q-")

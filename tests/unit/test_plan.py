@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,6 +13,7 @@ from handlers.fetch import Fetcher, read_catalog
 from handlers.plan import plan_restore
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import info_key, wal_key
+from pipeline.confirmed import Confirmed
 from pipeline.errors import RecoveryError
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target, TargetKind
@@ -85,10 +88,12 @@ class Story:
             writer.add(rmid=0, info=0x40)
         await self.shelf(wal_key(WalFile.segment(writer.timeline, writer.start, SIZE)), writer.segment())
 
-    async def plan(self, target: Target, *, now: datetime | None = None) -> RestorePlan:
+    async def plan(
+        self, target: Target, *, now: datetime | None = None, confirmed: Sequence[Confirmed] = ()
+    ) -> RestorePlan:
         fetch = Fetcher([self.shelf.store], self.shelf.chain, "7")
         catalog = await read_catalog([self.shelf.store], fetch, "7")
-        return await plan_restore(catalog, target, fetch=fetch, now=now or at(60))
+        return await plan_restore(catalog, target, fetch=fetch, now=now or at(60), confirmed=confirmed)
 
     async def refusal(self, target: Target) -> RecoveryError:
         with pytest.raises(RecoveryError) as caught:
@@ -158,3 +163,39 @@ async def test_a_time_behind_the_last_commit_names_it_also_in_a_tail(story: Stor
 async def test_a_time_before_the_backup_names_the_earliest(story: Story) -> None:
     error = await story.refusal(Target().to_time(at(-1)))
     assert "the earliest that can be reached is 2026-01-14 12:00:00 UTC" in error.hint
+
+
+async def test_what_was_never_reported_as_safe_is_the_end_and_no_hole(story: Story) -> None:
+    """Timeline 1 without its segment 6: it was on its way, unless somebody was told that it is safe."""
+    gone = WalFile.segment(1, 6 * SIZE, SIZE)
+    await story.shelf.store.delete([wal_key(gone)])
+    way = Target(timeline=1)
+    told = Confirmed(1, Lsn(5 * SIZE + 100))
+    plan = await story.plan(way, confirmed=[Confirmed(1, Lsn(4 * SIZE)), told])
+    assert plan.path.missing is None
+    assert plan.goal <= plan.path.end == 6 * SIZE
+    assert f"segment {gone} is not stored whole, and WAL behind it is, up to LSN {Lsn(8 * SIZE)}" in plan.notices[0]
+    assert f"reported as safe is LSN {told.lsn}. What lies behind LSN {Lsn(6 * SIZE)} cannot be" in plan.notices[0]
+    at_the_edge = await story.plan(way, confirmed=[Confirmed(1, Lsn(6 * SIZE))])
+    assert at_the_edge.goal == plan.goal
+    with pytest.raises(RecoveryError, match=f"in the future; the last transaction .* {at(7):%H:%M:%S}"):
+        await story.plan(replace(way, kind=TargetKind.TIME, time=at(99)), confirmed=[told])
+    for positions in (
+        [told, Confirmed(1, Lsn(6 * SIZE + 1))],  # a byte of it was
+        [Confirmed(2, Lsn(5 * SIZE))],  # of another timeline: nobody knows
+        [],
+    ):
+        with pytest.raises(RecoveryError, match=f"segment {gone} is missing: the latest state cannot be reached"):
+            await story.plan(way, confirmed=positions)
+
+
+async def test_the_reach_of_tails_counts_where_a_segment_was_on_its_way(story: Story) -> None:
+    gone = WalFile.segment(1, 6 * SIZE, SIZE)
+    await open_up(story.shelf, gone, [(0, 100)])
+    for safe, reached in ((6 * SIZE + 100, True), (6 * SIZE + 101, False)):
+        confirmed = [Confirmed(1, Lsn(safe))]
+        if reached:
+            assert (await story.plan(Target(timeline=1), confirmed=confirmed)).path.end == 6 * SIZE + 100
+        else:
+            with pytest.raises(RecoveryError, match=f"segment {gone} is missing"):
+                await story.plan(Target(timeline=1), confirmed=confirmed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -22,12 +22,13 @@ from infra.remembered import remembered
 from infra.settings import Settings
 from infra.sources.spool import SpoolState, holder, look_at_spool
 from infra.standing import DestinationStatus, Planned, Status, StreamStatus, brief
-from infra.storage.lease import newest
+from infra.storage.lease import confirmed, newest
 from infra.wiring import Site
 from pipeline.catalog import Catalog
+from pipeline.confirmed import Confirmed, may_come
 from pipeline.contracts import Store
 from pipeline.errors import SourceError, StoreError
-from pipeline.wal import Lsn
+from pipeline.wal import Lsn, WalFile
 
 #: Seconds that an upload may take once a tail is due; a finished segment that takes longer is shipped as tails as well.
 GRACE = 5
@@ -63,7 +64,7 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
 
     With the stream on, bytes that a destination lacks may be on their way, or may be refused there for hours. So it is
     looked at again until they were due (``waits`` is told once, in a sentence): ``GRACE`` seconds behind the interval
-    at most, and no longer than what is missing needs.
+    at most, and no longer than what is missing needs. So is a segment before which others have arrived.
     """
     async with Kept(site.settings, site.clock) as kept:
         status, holdings = await _look_until_due(site, kept, waits)
@@ -87,14 +88,16 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
 async def _look_until_due(site: Site, kept: Kept, waits: Callable[[str], None]) -> tuple[Status, list[Holding]]:
     begun = site.clock.monotonic()
     known: Known = {}
+    told = await confirmed(site.stores)
     first, holdings = await _look(site, kept, known)
     status, late = first, _late(first, first, site)
     interval = site.settings.tail_interval if site.settings.tail_interval <= LONGEST else 0
     for seconds in range(1, GRACE + 1):
-        if not late:
+        waited = [*late, *_coming(status, told, site.facts.segment_size)]
+        if not waited:
             break
         if seconds == 1:
-            waits(f"looking again, for up to {interval + GRACE:g} s: the newest WAL is not yet at {', '.join(late)}")
+            waits(f"looking again, for up to {interval + GRACE:g} s: the newest WAL is not yet at {', '.join(waited)}")
         await site.clock.sleep(max(0.0, begun + interval + seconds - site.clock.monotonic()))
         status, holdings = await _look(site, kept, known)
         late = _late(status, first, site)
@@ -126,6 +129,14 @@ def _late(status: Status, first: Status, site: Site) -> dict[str, str]:
         elif place.timeline == first.timeline and Lsn.parse(place.durable_lsn) + allowed < flushed:
             found[place.name] = f"the WAL is there up to LSN {place.durable_lsn}, and the server was at LSN {flushed}"
     return found
+
+
+def _coming(status: Status, told: Sequence[Confirmed], segment_size: int) -> Iterator[str]:
+    """Destinations that lack a segment before others that have arrived, which nobody has said to be safe yet."""
+    for place in status.destinations:
+        file = WalFile.parse(place.missing)
+        if file is not None and may_come(file, segment_size, told):
+            yield place.name
 
 
 async def _look(site: Site, kept: Kept, known: Known) -> tuple[Status, list[Holding]]:

@@ -19,8 +19,11 @@ from handlers.verify_report import Healing, Report
 from infra.marked import check_there
 from infra.pace import Pace
 from infra.storage.in_use import using
+from infra.storage.lease import confirmed
 from infra.wiring import Site
+from pipeline.catalog import Catalog
 from pipeline.chain import Chain, Expected
+from pipeline.confirmed import may_come
 from pipeline.contracts import Body, Store
 from pipeline.errors import IntegrityError, ObjectMissing, ReadOnly, SourceError, StoreError
 from pipeline.verified import MOST, Memory, memory_key
@@ -29,6 +32,8 @@ from pipeline.verified import MOST, Memory, memory_key
 SAVE_EVERY = 300.0
 #: Seconds that a destination has to take it; and when the process is told to end.
 _PATIENCE, _STOPPING = 120.0, 5.0
+#: Seconds between looks at the WAL where a segment that is missing may be on its way.
+_PAUSES = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,20 @@ class Order:
     rate: int = 0
 
 
+async def _arrived(site: Site) -> Catalog:
+    """What is stored. Where several segments are under way, a later one may be there first: that is no hole yet."""
+    told = await confirmed(site.stores)
+    for pause in (*_PAUSES, None):
+        catalog = await read_catalog(
+            site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size
+        )
+        coming = any(may_come(hole.last, catalog.segment_size, told) for hole in catalog.holes())
+        if pause is None or not coming:
+            break
+        await site.clock.sleep(pause)
+    return catalog
+
+
 async def verify_site(
     site: Site,
     order: Order,
@@ -61,7 +80,7 @@ async def verify_site(
     ``tell`` hears what a person should know beside that; ``healed`` of each fault that was tried to be mended.
     Raises RecoveryError for a backup that does not exist, StoreError if no destination answers.
     """
-    catalog = await read_catalog(site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size)
+    catalog = await _arrived(site)
     memories = {store.name: await recall(site, store, order, tell) for store in site.stores}
     pace = Pace(order.rate) if order.rate else None
 

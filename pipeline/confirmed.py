@@ -15,7 +15,7 @@ from typing import Self
 
 from pipeline.events import Acknowledged, Notice, SegmentReady, WalMoved
 from pipeline.lineage import Lineage, WalPath
-from pipeline.wal import Lsn
+from pipeline.wal import Lsn, WalFile
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -62,6 +62,12 @@ class Told:
         self.newest = position if self.newest is None else max(self.newest, position)
 
 
+def may_come(file: WalFile, segment_size: int, positions: Iterable[Confirmed]) -> bool:
+    """Whether a segment that is not stored may be on its way still: it was not said to be safe, and its like was."""
+    told = _furthest(file.timeline, positions)
+    return told is not None and told.lsn < file.end(segment_size)
+
+
 def never_confirmed(path: WalPath, lineage: Lineage, positions: Iterable[Confirmed]) -> Confirmed | None:
     """The last position that was told, if what ``path`` lacks was never said to be safe; else None.
 
@@ -69,5 +75,9 @@ def never_confirmed(path: WalPath, lineage: Lineage, positions: Iterable[Confirm
     """
     if path.missing is None or path.missing.timeline != lineage.timeline:
         return None
-    told = max((each for each in positions if each.timeline == lineage.timeline), default=None)
+    told = _furthest(lineage.timeline, positions)
     return told if told is not None and told.lsn <= path.end else None
+
+
+def _furthest(timeline: int, positions: Iterable[Confirmed]) -> Confirmed | None:
+    return max((each for each in positions if each.timeline == timeline), default=None)

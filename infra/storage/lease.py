@@ -296,18 +296,21 @@ async def newest(store: Store) -> tuple[int, Heartbeat] | None:
 
 
 async def confirmed(stores: Sequence[Store]) -> list[Confirmed]:
-    """What the leases at these destinations say of the WAL that is safe. One that cannot be read says nothing."""
+    """What the leases at these destinations say of the WAL that is safe.
+
+    One that cannot be read says nothing; nor does one that was given back: what was stored since, nobody has told.
+    """
     return [told for each in await asyncio.gather(*map(_confirmed_at, stores)) for told in each]
 
 
 async def _confirmed_at(store: Store) -> list[Confirmed]:
-    found = []
+    found: list[Confirmed] = []
     with contextlib.suppress(StoreError):
         place = _Place(store, SystemClock())
         for number in sorted(await place.numbers())[-2:]:  # a service that has just begun has said nothing yet
             there = Heartbeat.decode(await place.read(number))
-            if there is not None and (told := Confirmed.parse(there.confirmed)) is not None:
-                found.append(told)
+            told = Confirmed.parse(there.confirmed) if there is not None and not there.released else None
+            found += [told] if told is not None else []
     return found
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import pytest
 
 from handlers.body import joined
-from infra.clock import SystemClock
+from infra.status import read_status
 from infra.storage.heartbeat import Heartbeat
 from infra.storage.lease import Lease, confirmed, lease_key
 from infra.storage.memory import MemoryStore
 from pipeline.confirmed import Confirmed, Told
+from pipeline.errors import ObjectConflict
 from pipeline.events import Acknowledged, HistoryReady, SegmentReady, WalMoved
 from pipeline.objects import MemoryBody
 from pipeline.wal import Lsn, WalFile
-
-SIZE = 1 << 20
+from tests.clock import FastClock
+from tests.leases import beat
+from tests.verifying import SIZE, Ground, segment
+from tests.verifying import objects as made
 
 
 def moved(timeline: int, flush: int) -> WalMoved:
     return WalMoved(timeline, Lsn(99 * SIZE), Lsn(99 * SIZE), Lsn(flush), {}, {})
 
 
-def segment(timeline: int, number: int) -> Acknowledged:
+def stored(timeline: int, number: int) -> Acknowledged:
     return Acknowledged(SegmentReady("spool", WalFile.segment(timeline, number * SIZE, SIZE), SIZE))
 
 
@@ -35,10 +40,10 @@ def test_what_server_and_archiver_are_told_counts_and_never_goes_back() -> None:
     assert told.newest is None
     for notice, newest in (
         (moved(1, 5000), Confirmed(1, Lsn(5000))),
-        (segment(1, 3), Confirmed(1, Lsn(4 * SIZE))),
+        (stored(1, 3), Confirmed(1, Lsn(4 * SIZE))),
         (moved(1, 3 * SIZE), Confirmed(1, Lsn(4 * SIZE))),
         (moved(2, 2 * SIZE), Confirmed(2, Lsn(2 * SIZE))),  # a new timeline, that begins before
-        (segment(1, 7), Confirmed(2, Lsn(2 * SIZE))),
+        (stored(1, 7), Confirmed(2, Lsn(2 * SIZE))),
     ):
         told.heard(notice)
         assert told.newest == newest
@@ -52,19 +57,100 @@ def test_nothing_else_is_taken_for_a_position(text: str) -> None:
     assert str(Confirmed.parse("4294967295 FF/AB0")) == "4294967295 FF/AB0"
 
 
-async def test_the_last_two_leases_tell_it_and_one_of_an_older_walship_tells_nothing() -> None:
+async def test_the_last_two_leases_tell_it_unless_they_were_given_back() -> None:
     stores = [MemoryStore("near"), MemoryStore("far")]
     assert await confirmed(stores) == []
-    for number in (1, 2, 3):
-        lease = await Lease.acquire(stores, clock=SystemClock(), tell=print)
-        if number < 3:
-            lease.confirmed = partial(Confirmed, number, Lsn(number))
-        await lease.release()
-    assert await confirmed(stores) == [Confirmed(2, Lsn(2))] * 2
-    members = json.loads(joined(await stores[0].get(lease_key(2))))
-    assert members.pop("confirmed") == "2 0/2"
-    older = json.dumps(members).encode()
-    assert Heartbeat.decode(older) is not None, "it is still told from others who holds it"
-    await stores[0].put(lease_key(2), MemoryBody([older]), replace=True)
-    await stores[1].put(lease_key(3), MemoryBody([b"damaged"]), replace=True)
-    assert await confirmed(stores) == [Confirmed(2, Lsn(2))]
+    first = await Lease.acquire(stores, clock=FastClock(), tell=print)
+    first.confirmed = partial(Confirmed, 1, Lsn(1))
+    await beat(first)
+    assert await confirmed(stores) == [Confirmed(1, Lsn(1))] * 2
+    second = await Lease.acquire(stores, clock=FastClock(), tell=print)  # the first one was killed
+    assert await confirmed(stores) == [Confirmed(1, Lsn(1))] * 2, "the second has said nothing yet"
+    second.confirmed = partial(Confirmed, 2, Lsn(2))
+    await beat(second)
+    assert await confirmed(stores[:1]) == [Confirmed(1, Lsn(1)), Confirmed(2, Lsn(2))]
+    await second.release()
+    assert await confirmed(stores[:1]) == [Confirmed(1, Lsn(1))]
+    assert json.loads(joined(await stores[0].get(lease_key(2))))["confirmed"] == "2 0/2"
+
+
+async def test_a_lease_of_an_older_walship_or_a_damaged_one_tells_nothing() -> None:
+    store = MemoryStore("near")
+    lease = await Lease.acquire([store], clock=FastClock(), tell=print)
+    lease.confirmed = partial(Confirmed, 1, Lsn(1))
+    await beat(lease)
+    members = json.loads(joined(await store.get(lease_key(1))))
+    del members["confirmed"]
+    for content in (json.dumps(members).encode(), b"damaged"):
+        await store.put(lease_key(1), MemoryBody([content]), replace=True)
+        assert await confirmed([store]) == []
+        assert (Heartbeat.decode(content) is None) == (content == b"damaged"), "an older one still tells who holds it"
+
+
+class Arriving(FastClock):
+    """While somebody sleeps, what was on its way is stored."""
+
+    def __init__(self, arrive: Callable[[], Awaitable[object]]) -> None:
+        super().__init__()
+        self._arrive = arrive
+
+    async def sleep(self, seconds: float) -> None:
+        await self._arrive()
+        await super().sleep(seconds)
+
+
+@pytest.fixture
+async def busy() -> Ground:
+    """A repository that is written to: of segments 2 and 3, the later one is there."""
+    ground = await Ground.make(await made(), 1)
+    lease = await Lease.acquire(ground.stores, clock=FastClock(), tell=print)
+    lease.confirmed = partial(Confirmed, 1, Lsn(2 * SIZE))
+    await beat(lease)
+    return ground
+
+
+async def test_verify_waits_for_what_is_on_its_way_and_no_longer(busy: Ground) -> None:
+    gone = segment(2)
+    kept = busy.objects[gone]
+    busy.lose(gone, 0)
+
+    async def arrive() -> None:
+        with contextlib.suppress(ObjectConflict):
+            await busy.stores[0].put(gone, MemoryBody([kept]))
+
+    busy.clock = Arriving(arrive)
+    assert not (await busy.verify()).holes
+    assert busy.clock.passed < 70
+    busy.lose(gone, 0)
+    busy.clock = FastClock()
+    (hole,) = (await busy.verify()).holes
+    assert gone.endswith(str(hole.first)), "it never came: the service may be gone"
+    assert busy.clock.passed == pytest.approx(67)
+
+
+async def test_verify_does_not_wait_for_what_was_said_to_be_safe(busy: Ground) -> None:
+    busy.lose(segment(1), 0)
+    assert (await busy.verify()).holes
+    assert busy.clock.passed == 60
+
+
+async def test_status_waits_for_what_is_on_its_way(busy: Ground) -> None:
+    gone = segment(2)
+    kept = busy.objects[gone]
+
+    async def arrive() -> None:
+        with contextlib.suppress(ObjectConflict):
+            await busy.stores[0].put(gone, MemoryBody([kept]))
+
+    waits: list[str] = []
+    busy.lose(gone, 0)
+    busy.settings = {"POSTGRES_HOST": "/nowhere"}
+    busy.clock = Arriving(arrive)
+    (place,) = (await read_status(busy.site(), waits=waits.append)).destinations
+    assert place.missing == ""
+    assert waits == ["looking again, for up to 6 s: the newest WAL is not yet at first"]
+    busy.lose(gone, 0)
+    busy.clock = FastClock()
+    (place,) = (await read_status(busy.site())).destinations
+    assert gone.endswith(place.missing)
+    assert place.missing

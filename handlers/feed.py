@@ -29,11 +29,12 @@ import os
 import stat
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.contracts import Buffer
 from pipeline.errors import IntegrityError, RecoveryError, WalshipError
@@ -48,11 +49,23 @@ _AHEAD = 128 << 20
 #: Segments that are fetched at the same time, as far as they are not larger than this together.
 _WIDTH = 3
 _WIDTH_BYTES = 64 << 20
+#: Bytes that are written at a time, at most. Linux looks for one block of memory for all of a write, up to 2 MiB
+#: (large folios), and a virtual machine has given those to its host: in one write 16 MB took 3 to 45 ms, in pieces 3.
+_WRITTEN = 512 << 10
 #: How many of the last segments that the server has are remembered.
 _KEPT = 4096
 
+T = TypeVar("T")
+
 #: Answers a name with the file's bytes, or None for absent.
 Read = Callable[[str], Awaitable[Buffer | None]]
+#: Hands the bytes of a file over, piece by piece in a thread, as often as it takes until they are right: True. False,
+#: and nothing that counts was handed over: whether there is such a file, ``Read`` knows.
+Pour = Callable[[str, Callable[[Iterator[Buffer]], None]], Awaitable[bool]]
+
+
+async def _pour_nothing(_name: str, _use: Callable[[Iterator[Buffer]], None]) -> bool:
+    return False
 
 
 #: Entered once for each file that is decoded or written, and left.
@@ -73,7 +86,8 @@ class Feed:
     """Serves one recovery from ``folder``, which is made if it is not there. Run ``serve`` until the server is up.
 
     ``order``: the files that recovery will need, for reading ahead. ``owner``: user and group id that everything is
-    given to (as root), or None. ``turns`` is held while a file is copied to the disk's cache: see ``turns_beside``.
+    given to (as root), or None. ``pour`` is asked before ``read``: what is written as it is decoded is never in
+    memory as a whole. ``turns`` is held while what was read is copied to the disk's cache: see ``turns_beside``.
     ``notify`` is told why a file could not be served.
     """
 
@@ -85,11 +99,13 @@ class Feed:
         segment_size: int,
         *,
         owner: tuple[int, int] | None = None,
+        pour: Pour = _pour_nothing,
         turns: Turns | None = None,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._folder = folder
         self._read = read
+        self._pour = pour
         self._order = deque(file.name for file in order)
         self._finished = frozenset(self._order)
         self._segment_size = segment_size
@@ -125,7 +141,7 @@ class Feed:
             self._give(self._folders[name])
             self._empty(name)
         _remove("pid", self._root)
-        self._write("pid", f"{os.getpid()} {_start_time()}\n".encode())
+        self._write("pid", (f"{os.getpid()} {_start_time()}\n".encode(),))
         os.rename("pid", "pid", src_dir_fd=self._folders["stage"], dst_dir_fd=self._root)
 
     def close(self) -> None:
@@ -203,13 +219,13 @@ class Feed:
     async def _prepare(self, name: str, group: asyncio.TaskGroup) -> None:
         """Read ahead. A failure is not told: recovery may stop before it needs this file, and asks if it does."""
         try:
-            content = await self._read_whole(name)
-            if content is not None:
-                await self._put("ready", name, content, sync=True)
+            if await self._stage(name):
+                await self._hand_over("ready", name, sync=True)
             else:
                 self._laid.discard(name)
         except (WalshipError, OSError):
             self._laid.discard(name)
+            _remove(name, self._folders["stage"])  # it may be the disk that is full
         finally:
             self._working.discard(name)
         self._read_ahead(group)
@@ -226,36 +242,50 @@ class Feed:
             # request before. In this order; and a request that is removed here could be the next one.
             if name in self._listed("ready") or name not in self._listed("want"):
                 return
-            content = None if name in self._kept else await self._read_whole(name)
+            there = name not in self._kept and await self._with_room(name, partial(self._stage, name))
             # Before the answer can be seen: what is asked for behind it is a new request, and not ours to remove.
             _remove(name, want)
-            if content is None:
-                await self._put("absent", name, b"")
-            else:
-                await self._put_asked(name, content)
+            if there:
+                await self._with_room(name, partial(self._hand_over, "ready", name))
                 self.served += 1
+            else:
+                await self._mark("absent", name)
         except (WalshipError, OSError) as error:
             self.failures.append(error)
             self._notify(f"{name} cannot be given to the server: {error}")
             _remove(name, want)
-            await self._put("failed", name, b"")
+            await self._mark("failed", name)
         finally:
             self._working.discard(name)
 
-    async def _read_whole(self, name: str) -> Buffer | None:
-        """What stands in ready/ is whole: the script does not look any more. Raises IntegrityError if it is not."""
-        content = await self._read(name)
-        file = WalFile.parse(name)
-        if content is None or file is None:
-            return None
-        if len(content) != self._segment_size if file.kind is WalKind.SEGMENT else not len(content):
-            raise IntegrityError(f"{name} has {len(content)} bytes, which is not all of it")
-        return content
+    async def _stage(self, name: str) -> bool:
+        """Have the file in stage/, whole and right: the script does not look any more. False: it is absent.
 
-    async def _put_asked(self, name: str, content: Buffer) -> None:
+        What lies there before this returns True was perhaps not compared with its checksum yet. Raises StoreError,
+        OSError and IntegrityError; then nothing is left there.
+        """
+        stage = self._folders["stage"]
+        try:
+            if not await self._pour(name, partial(self._write, name)):
+                content = await self._read(name)
+                if content is None:
+                    _remove(name, stage)
+                    return False
+                async with self._turns:
+                    await self._in_thread(self._write, name, (content,))
+            size = os.stat(name, dir_fd=stage, follow_symlinks=False).st_size
+            file = WalFile.parse(name)
+            if size != self._segment_size if file is not None and file.kind is WalKind.SEGMENT else not size:
+                raise IntegrityError(f"{name} has {size} bytes, which is not all of it")
+        except (WalshipError, OSError):
+            _remove(name, stage)
+            raise
+        return True
+
+    async def _with_room(self, name: str, work: Callable[[], Awaitable[T]]) -> T:
         """On a full disk what was fetched ahead makes room: it is asked for if it is needed."""
         try:
-            await self._put("ready", name, content)
+            return await work()
         except OSError as error:
             ahead = [other for other in self._listed("ready") if other != name]
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not ahead:
@@ -265,7 +295,7 @@ class Feed:
                 self._given.discard(other)
                 self._laid.discard(other)
                 _remove(other, self._folders["ready"])
-            await self._put("ready", name, content)
+            return await work()
 
     def _skip_to(self, name: str) -> None:
         """Recovery has come this far: reading ahead goes on behind it."""
@@ -273,29 +303,38 @@ class Feed:
             while self._order.popleft() != name:
                 pass
 
-    async def _put(self, folder: str, name: str, content: Buffer, *, sync: bool = False) -> None:
-        """Write in stage/, then rename: the script never sees a part.
+    async def _mark(self, folder: str, name: str) -> None:
+        """An empty file, as an answer."""
+        try:
+            await self._in_thread(self._write, name, ())
+            await self._hand_over(folder, name)
+        except OSError:
+            _remove(name, self._folders["stage"])
+            raise
+
+    async def _hand_over(self, folder: str, name: str, *, sync: bool = False) -> None:
+        """Rename from stage/, where it is whole: the script never sees a part.
 
         ``sync``: the server does so before it goes on, and waits for the disk; better that nobody waits here.
         """
-        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._writers)
-        try:
-            async with self._turns if content else contextlib.nullcontext():
-                await in_thread(self._write, name, content)
-            await in_thread(self._show, folder, name, sync)
-        except OSError:
-            _remove(name, self._folders["stage"])  # it may be the disk that is full
-            raise
+        await self._in_thread(self._show, folder, name, sync)
         if folder == "ready":
             self._given.add(name)
 
-    def _write(self, name: str, content: Buffer) -> None:
+    async def _in_thread(self, work: Callable[..., None], *arguments: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writers, work, *arguments)
+
+    def _write(self, name: str, pieces: Iterable[Buffer]) -> None:
+        """Into stage/, from its beginning on however often that was tried. Each piece is written as it comes."""
         stage = self._folders["stage"]
         _remove(name, stage)
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=stage)
-        with os.fdopen(handle, "wb") as out:
+        with os.fdopen(handle, "wb", buffering=0) as out:
             self._give(handle)
-            out.write(content)
+            for piece in pieces:
+                rest = memoryview(piece)
+                while rest:  # a raw file may take only a part, on a full disk for one
+                    rest = rest[out.write(rest[:_WRITTEN]) :]
 
     def _show(self, folder: str, name: str, sync: bool) -> None:  # noqa: FBT001 - an executor passes no names
         stage = self._folders["stage"]

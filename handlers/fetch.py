@@ -43,7 +43,7 @@ class Fetcher:
     ``destinations`` are rooted at the cluster's folder, the first is read first. ``notify`` is told, in a sentence,
     what went wrong at one destination although another one served. ``refresh`` reads the data keys that were stored
     since, and says whether there were any: a service that starts makes a new one. ``turns`` is held while an object
-    that is returned whole is decoded.
+    that is returned whole, or streamed, is decoded.
     """
 
     def __init__(
@@ -70,7 +70,26 @@ class Fetcher:
     async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
         """See ``pipeline.contracts.Fetch``."""
         expected = Expected(name, self._system_id, backup, most)
-        return await self._first(name, lambda store: self._from(store, expected))
+        return await self._first(name, lambda store: self._fetched(store, expected))
+
+    async def stream(
+        self, name: str, use: Callable[[Iterator[Buffer]], None], *, backup: str | None = "", most: int = MAX_PLAIN
+    ) -> None:
+        """See ``pipeline.contracts.Fetch``."""
+        expected = Expected(name, self._system_id, backup, most)
+        await self._first(name, lambda store: self._from(store, expected, partial(self._stream, use)))
+
+    def _stream(self, use: Callable[[Iterator[Buffer]], None], expected: Expected, body: Body) -> None:
+        whole = False
+
+        def pieces() -> Iterator[Buffer]:
+            nonlocal whole
+            yield from self._chain.pieces(expected, body.chunks())
+            whole = True
+
+        use(pieces())
+        if not whole:  # what comes last is its checksum: without that nothing of it may count
+            raise IntegrityError(f"{expected.name} was not read to its end")
 
     async def into(
         self,
@@ -125,21 +144,25 @@ class Fetcher:
         """See ``pipeline.contracts.Fetch``."""
 
         async def read(store: Store, name: str, most: int) -> Fetched:
-            return await self._from(store, Expected(name, self._system_id, "", most))
+            return await self._fetched(store, Expected(name, self._system_id, "", most))
 
         return await read_tail(self._destinations, read, file, segment_size, lenient=lenient, passed_over=self._tell)
 
-    async def _from(self, store: Store, expected: Expected) -> Fetched:
+    async def _fetched(self, store: Store, expected: Expected) -> Fetched:
+        header, plain, digest = await self._from(store, expected, self._decode)
+        return Fetched(header, plain, digest, store.name)
+
+    async def _from(self, store: Store, expected: Expected, work: Callable[[Expected, Body], T]) -> T:
         """Read once more if a data key was stored since we looked: perhaps it was that."""
         known = self._learned
         try:
-            return await self._read(store, expected)
+            return await self._read(store, expected, work)
         except Sealed:
             raise
         except IntegrityError:
             if not await self._know_more_than(known):
                 raise
-        return await self._read(store, expected)
+        return await self._read(store, expected, work)
 
     async def _know_more_than(self, known: int) -> bool:
         async with self._refreshing:
@@ -147,21 +170,20 @@ class Fetcher:
                 self._learned += 1
             return self._learned > known
 
-    async def _read(self, store: Store, expected: Expected) -> Fetched:
+    async def _read(self, store: Store, expected: Expected, work: Callable[[Expected, Body], T]) -> T:
+        """What ``work`` makes of the object at one destination, in a thread: the whole chain in one hop."""
         body = await store.get(expected.name)
         try:
             async with self._turns:
-                header, plain, digest = await in_thread(partial(self._decode, expected, body))
+                return await in_thread(partial(work, expected, body))
         except Sealed as error:
             raise Sealed(f"{expected.name} cannot be read: {error.fact}", hint=error.hint) from None
         except IntegrityError as error:
             raise IntegrityError(f"{store.name}: {error.fact}", hint=error.hint) from None
         finally:
             body.close()
-        return Fetched(header, plain, digest, store.name)
 
     def _decode(self, expected: Expected, body: Body) -> tuple[Header, bytearray, str]:
-        """Runs in a thread: the whole chain in one hop."""
         end = Trailing(body.chunks())
         header, plain = self._chain.decode(expected, end)
         return header, plain, end.trailer.hex()

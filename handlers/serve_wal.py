@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.catalog import wal_key
@@ -63,6 +63,25 @@ class WalServer:
         if plain is not None and serve.cut is not None:
             plain[serve.cut :] = bytes(len(plain) - serve.cut)
         return plain
+
+    async def pour(self, name: str, use: Callable[[Iterator[Buffer]], None]) -> bool:
+        """Hand a segment that is stored finished, and is all of it part of the lineage, to ``use`` piece by piece.
+
+        See ``Fetch.stream``: what was handed over is right only if this returns True. False: it is another file, or
+        stored in another way, or nowhere, which is for ``read``. Raises StoreError, IntegrityError, and what ``use``
+        does.
+        """
+        file = WalFile.parse(name)
+        if file is None or file.kind is not WalKind.SEGMENT:
+            return False
+        serve = self._lineage.serve(file)
+        if serve is None or serve.cut is not None:
+            return False
+        try:
+            await self._fetch.stream(wal_key(file), use, most=self._lineage.segment_size)
+        except ObjectMissing:
+            return False
+        return True
 
     async def _segment(self, file: WalFile, serve: Serve) -> bytearray | None:
         """The finished segment, or else what reaches furthest."""

@@ -279,6 +279,11 @@ class _FromThread:
     async def __call__(self, name: str, *, backup: str | None = "", most: int = MAX_PLAIN) -> Fetched:
         return await self._there(self._fetch(name, backup=backup, most=most))
 
+    async def stream(
+        self, name: str, use: Callable[[Iterator[Buffer]], None], *, backup: str | None = "", most: int = MAX_PLAIN
+    ) -> None:
+        await self._there(self._fetch.stream(name, use, backup=backup, most=most))
+
     async def into(
         self,
         name: str,

@@ -344,7 +344,7 @@ async def feeding(
     server = WalServer(fetch, plan.lineage, plan.path.stretches)
     feed = Feed(
         directory / FOLDER / FEED, server.read, plan.path.finished(), plan.lineage.segment_size, owner=owner,
-        turns=turns, notify=say,
+        pour=server.pour, turns=turns, notify=say,
     )  # fmt: skip
     feed.open()
     task = asyncio.create_task(feed.serve())

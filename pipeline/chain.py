@@ -65,32 +65,26 @@ class Chain:
         # header claims is bounded by then, and costs no memory before it is written to.
         plain = bytearray(header.plain_size)
         view, done = memoryview(plain), 0
-        for piece in pieces:
+        for piece in _exactly(header, pieces):
             end = done + len(piece)
-            if end > header.plain_size:
-                raise IntegrityError(f"{expected.name} holds more than the {header.plain_size} bytes it claims")
             view[done:end] = piece
             done = end
         view.release()
-        if done != header.plain_size:
-            raise IntegrityError(f"{expected.name} holds {done} bytes, not the {header.plain_size} it claims")
         return header, plain
 
-    def expand(self, expected: Expected, stored: Iterable[Buffer]) -> Iterator[Buffer]:
-        """The plaintext piece by piece of an object that was compared with its checksum, and comes without it.
+    def pieces(self, expected: Expected, stored: Iterable[Buffer]) -> Iterator[Buffer]:
+        """The plaintext of a stored object piece by piece, each valid until the next is asked for.
 
-        So the last stage, which is the checksum, is left out. Raises IntegrityError; the pieces are right only if they
-        end without an error.
+        Raises IntegrityError; the pieces are right only if they end without an error.
         """
-        header, pieces = self._backward(expected, stored, self._stages[:-1])
-        left = header.plain_size
-        for piece in pieces:
-            left -= len(piece)
-            if left < 0:
-                raise IntegrityError(f"{expected.name} holds more than the {header.plain_size} bytes it claims")
-            yield piece
-        if left:
-            raise IntegrityError(f"{expected.name} holds {left} bytes less than the {header.plain_size} it claims")
+        return _exactly(*self._backward(expected, stored, self._stages))
+
+    def expand(self, expected: Expected, stored: Iterable[Buffer]) -> Iterator[Buffer]:
+        """The same of an object that was compared with its checksum before, and comes without it.
+
+        So the last stage, which is the checksum, is left out.
+        """
+        return _exactly(*self._backward(expected, stored, self._stages[:-1]))
 
     def _backward(
         self, expected: Expected, stored: Iterable[Buffer], stages: Sequence[Stage]
@@ -127,3 +121,15 @@ class Chain:
                 f"{expected.name} is stored unencrypted, and this repository encrypts such objects",
                 hint="somebody may have replaced it; --allow-unencrypted reads it all the same",
             )
+
+
+def _exactly(header: Header, pieces: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The pieces, if they are as many bytes as the header claims. Raises IntegrityError."""
+    left = header.plain_size
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            raise IntegrityError(f"{header.name} holds more than the {header.plain_size} bytes it claims")
+        yield piece
+    if left:
+        raise IntegrityError(f"{header.name} holds {left} bytes less than the {header.plain_size} it claims")

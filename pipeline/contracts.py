@@ -197,6 +197,18 @@ class Fetch(Protocol):
         """
         ...
 
+    async def stream(
+        self, name: str, use: Callable[[Iterator[Buffer]], None], *, backup: str | None = "", most: int = MAX_PLAIN
+    ) -> None:
+        """Hand the plaintext to ``use``, in a thread, while it is decoded; none of it is kept.
+
+        What is wrong with a copy may be found at its very end: the pieces then end with an IntegrityError, which
+        ``use`` lets through, and ``use`` is called anew with those of the next destination. What was handed over is
+        right only if this returns. Each piece is valid until the next is asked for. When it is cancelled, it ends once
+        ``use`` has. Errors as above, and whatever ``use`` raises.
+        """
+        ...
+
     async def into(
         self,
         name: str,

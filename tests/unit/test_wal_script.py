@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -255,8 +255,8 @@ async def test_a_request_that_follows_an_answer_at_once_is_not_lost(data: Path) 
     class Hasty(Feed):
         """The script takes the answer and asks again before the feed has drawn breath."""
 
-        async def _put(self, folder: str, name: str, content: Buffer, *, sync: bool = False) -> None:
-            await super()._put(folder, name, content, sync=sync)
+        async def _hand_over(self, folder: str, name: str, *, sync: bool = False) -> None:
+            await super()._hand_over(folder, name, sync=sync)
             answers.append(folder)
             if len(answers) == 1:
                 (home / folder / name).unlink()
@@ -328,13 +328,13 @@ async def test_it_is_never_at_more_than_its_turns_allow(data: Path) -> None:
     turns, inside, most = asyncio.Semaphore(1), 0, 0
 
     class Watched(Feed):
-        def _write(self, name: str, content: Buffer) -> None:
+        def _write(self, name: str, pieces: Iterable[Buffer]) -> None:
             nonlocal inside, most
-            inside += bool(content)
+            inside += bool(pieces)
             most = max(most, inside)
             time.sleep(0.005)
-            super()._write(name, content)
-            inside -= bool(content)
+            super()._write(name, pieces)
+            inside -= bool(pieces)
 
     async def read(name: str) -> Buffer | None:
         async with turns:
@@ -362,11 +362,11 @@ async def test_a_full_disk_gives_up_what_was_fetched_ahead(data: Path) -> None:
             with self.turn:
                 super()._show(folder, name, sync)
 
-        def _write(self, name: str, content: Buffer) -> None:
+        def _write(self, name: str, pieces: Iterable[Buffer]) -> None:
             with self.turn:
                 there = [path for folder in ("stage", "ready") for path in (data / FOLDER / FEED / folder).iterdir()]
-                super()._write(name, content[: SIZE // 2] if len(there) >= room else content)
-                if len(there) >= room and content:
+                super()._write(name, (p[: SIZE // 2] for p in pieces) if len(there) >= room else pieces)
+                if len(there) >= room and pieces:
                     raise OSError(errno.ENOSPC, "No space left on device")
 
     said: list[str] = []

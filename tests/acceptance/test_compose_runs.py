@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import yaml
 from infra.demo.seaweed import Seaweed
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
+from tests.docs_blocks import blocks_of
+from tests.rig import stop_started
 from tests.servers import NEWEST, programs
 
 _HOME = Path(__file__).resolve().parents[2]
@@ -50,7 +53,9 @@ class Composed:
             "0.0.0.0:9432": self.listen,
             "/backups": str(folder / "backups"),
             "/spool": str(folder / "spool"),
+            "/restored": str(folder / "restored"),
             "/var/tmp": str(folder / "scratch"),
+            "5433": str(free_port()),
         }
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -62,7 +67,9 @@ class Composed:
 
     def start(self) -> None:
         user = run_as()
-        (self.folder / "scratch").mkdir()
+        for volume in ("scratch", "restored"):
+            (self.folder / volume).mkdir()
+            give(self.folder / volume, user)
         for place in self.services["volumes"]["entrypoint"][-2:]:  # install -d, for the server's user
             Path(self.here(place)).mkdir(mode=0o700)
             give(Path(self.here(place)), user)
@@ -93,11 +100,51 @@ class Composed:
 
     def walship(self, name: str, *words: str) -> subprocess.CompletedProcess[str]:
         """The command of a service, or other words in its container."""
-        command = [sys.executable, "-m", "infra.cli", *(words or self.services[name]["command"])]
+        return self.execute(name, "walship", *(words or self.services[name]["command"]))
+
+    def execute(self, name: str, program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """A program in the container of a service, as the user of the image."""
+        first = [sys.executable, "-m", "infra.cli"] if program == "walship" else [str(programs(NEWEST) / program)]
         environment = self.environment(name)
+        if (running := self.folder / "restored" / "now" / "postmaster.pid").exists():
+            environment["PGHOST"] = running.read_text("utf-8").splitlines()[
+                4
+            ]  # Debian's psql looks where its server is
         return subprocess.run(
-            command, env=environment, cwd=self.folder, check=False, capture_output=True, text=True, timeout=120
-        )
+            [*first, *map(self.here, words)], env=environment, cwd=self.folder, check=False, capture_output=True,
+            text=True, timeout=120, **run_as(),
+        )  # fmt: skip
+
+    def up(self) -> None:
+        """What the engine does for `up --wait`: until every service is done or healthy."""
+        self.start()
+        check = self.services["s3"]["healthcheck"]["test"][-1]
+        within(60, lambda: answers(check.replace("http://127.0.0.1:8333", self.s3.endpoint)), check)
+        # Started beside the server, which may not answer yet: tried again as often as the file says.
+        tries = int(self.services["init"]["restart"].partition(":")[2])
+        for _ in range(tries):
+            done = self.walship("init")
+            if done.returncode == 0:
+                break
+            time.sleep(1)
+        assert done.returncode == 0, done.stderr
+        self.serve()
+        log = self.folder / "service.log"
+        within(60, lambda: answers(f"http://{self.listen}/readyz"), log.read_text("utf-8"))
+        # The first backup is taken without a word, since backups are scheduled.
+        within(120, lambda: bool(self.backups()), log.read_text("utf-8"))
+
+    def follow(self, document: str) -> list[str]:
+        """Play the engine for the block that brings all of it up, line by line. What each further line prints."""
+        (block,) = [each for each in blocks_of(document) if each.first == "docker compose up --build --detach --wait"]
+        said = []
+        for line in block.lines[1:]:
+            engine, compose, verb, name, *words = shlex.split(line)
+            assert (engine, compose, verb) == ("docker", "compose", "exec"), line
+            done = self.execute(name, *words)
+            assert done.returncode == 0, (line, done.stdout, done.stderr)
+            said.append(done.stdout)
+        return said
 
     def backups(self) -> list[str]:
         """Names of the complete ones."""
@@ -114,6 +161,7 @@ class Composed:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    **run_as(),
                 )
             )
 
@@ -151,33 +199,23 @@ def answers(url: str) -> bool:
 
 
 def test_the_services_work_together_as_the_file_says(composed: Composed) -> None:
-    composed.start()
-    check = composed.services["s3"]["healthcheck"]["test"][-1]
-    within(60, lambda: answers(check.replace("http://127.0.0.1:8333", composed.s3.endpoint)), check)
-    # Started beside the server, which may not answer yet: tried again as often as the file says.
-    tries = int(composed.services["init"]["restart"].partition(":")[2])
-    for _ in range(tries):
-        done = composed.walship("init")
-        if done.returncode == 0:
-            break
-        time.sleep(1)
-    assert done.returncode == 0, done.stderr
-    composed.serve()
-    page = f"http://{composed.listen}"
-    log = composed.folder / "service.log"
-    within(60, lambda: answers(f"{page}/readyz"), log.read_text("utf-8"))
-    assert answers(f"{page}/healthz")
-    # The first backup is taken without a word, since backups are scheduled.
-    within(120, lambda: bool(composed.backups()), log.read_text("utf-8"))
+    """And as README and docs/deploy.md go on behind `docker compose up`."""
+    composed.up()
+    assert answers(f"http://{composed.listen}/healthz")
     (first,) = composed.backups()
     # Read from the files: each worker has an archive of its own, and no server sends any.
     assert list(composed.folder.glob(f"backups/*/base/{first}/data/base.1"))
-    done = composed.walship("walship", "backup", "--incremental", "--json")
-    assert done.returncode == 0, done.stderr
-    name = json.loads(done.stdout)["name"]
-    done = composed.walship("walship", "status")
-    assert done.stdout.startswith("Safe: both destinations have all WAL"), done.stdout + done.stderr
+    composed.follow("README.md")
+    names = composed.backups()
+    assert len(names) == 2
+    try:
+        status, *_, rows = composed.follow("docs/deploy.md")
+    finally:
+        stop_started(composed.folder / "restored" / "now")
+    assert status.startswith("Safe: both destinations have all WAL"), status
+    assert " f " in rows, "the restored server was promoted"
     done = composed.walship("walship", "check")
     assert done.returncode == 0, done.stdout
     listed = json.loads(composed.walship("walship", "list", "--json").stdout)
-    assert [backup["name"] for backup in listed["backups"]] == [first, name]
+    assert [backup["kind"] for backup in listed["backups"]] == ["full", "full", "full", "incremental"]
+    assert list(composed.folder.glob("restored/drills/*.md"))

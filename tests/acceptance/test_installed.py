@@ -19,10 +19,20 @@ import pytest
 from infra.names import PACKAGES
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer, make_folder
+from tests.docs_blocks import blocks_of
 from tests.servers import NEWEST, new_server
 
 _HOME = Path(__file__).resolve().parents[2]
 _VERSION = importlib.metadata.version("walship")
+
+
+def copy_checkout(checkout: Path) -> None:
+    """What the wheel is made of."""
+    checkout.mkdir()
+    for name in ("pyproject.toml", "constraints.lock", "README.md", "LICENSE", ".env.example"):
+        (checkout / name).write_bytes((_HOME / name).read_bytes())
+    for name in PACKAGES:
+        copytree(_HOME / name, checkout / name, ignore=ignore_patterns("__pycache__"))
 
 
 class Installed:
@@ -31,11 +41,7 @@ class Installed:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         checkout = folder / "checkout"
-        checkout.mkdir()
-        for name in ("pyproject.toml", "README.md", "LICENSE", ".env.example"):
-            (checkout / name).write_bytes((_HOME / name).read_bytes())
-        for name in PACKAGES:
-            copytree(_HOME / name, checkout / name, ignore=ignore_patterns("__pycache__"))
+        copy_checkout(checkout)
         _done([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, checkout])
         (wheel,) = folder.glob("*.whl")
         self.place = folder / "a place with spaces"
@@ -130,3 +136,29 @@ def test_it_works_among_spaces_and_without_a_home(installed: Installed, server: 
     assert before == {path for path in installed.place.rglob("*") if "__pycache__" not in path.parts}
     if plain and run_as():
         assert {path.stat().st_uid for path in store.rglob("*")} == {run_as()["user"]}
+
+
+def test_the_readmes_way_to_install_it(tmp_path: Path) -> None:
+    """The block as it stands, but for /opt and /usr/local; what is depended on is here already, and is not fetched."""
+    (block,) = [block for block in blocks_of("README.md") if "/opt/walship" in block.text]
+    copy_checkout(tmp_path / "checkout")
+    (tmp_path / "bin").mkdir()
+    text = block.text.replace("/usr/bin/python3", sys.executable)
+    text = text.replace("/opt/", f"{tmp_path}/opt/").replace("/usr/local/bin/", f"{tmp_path}/bin/")
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "LANG": "C.UTF-8",
+        "PYTHONPATH": sysconfig.get_path("purelib"),
+        "PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["/bin/sh", "-euxc", text], cwd=tmp_path / "checkout", env=environment, check=False, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = subprocess.run(
+        ["walship", "--version"], env=environment | {"PATH": f"{tmp_path}/bin"}, cwd="/", check=True, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert said.stdout == f"walship, version {_VERSION}\n"
+    (place,) = tmp_path.glob("opt/walship/lib/python*/site-packages/infra/__init__.py")
+    assert place.is_file()

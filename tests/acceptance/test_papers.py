@@ -27,9 +27,9 @@ from tests.servers import NEWEST, programs
 NOT_RUN = {
     "make demo": "the demo has a test of its own (test_demo), and `make test` is what runs this",
     "/usr/bin/python3 -m venv /opt/walship && /opt/walship/bin/pip install -c constraints.lock .":
-        "needs root, /opt and the network; that the wheel installs and runs is tested in test_installed",
+        "test_installed runs it, with other folders for /opt and /usr/local and without the network",
     "docker compose up --build --detach --wait":
-        "needs a container engine; test_compose_runs runs what the file says as plain processes",
+        "needs a container engine; test_compose_runs plays it, with plain processes",
 }  # fmt: skip
 _LOST = ("Host lost", "Table dropped", "Bucket lost", "Disk filling", "Passphrase lost")
 _PLANNED = (

@@ -41,6 +41,12 @@ from pipeline.catalog import REPOSITORY
 from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, SourceError, StoreError, WalshipError
 from pipeline.objects import MemoryBody
 
+# A role that may not see a setting is not shown it.
+_FILES = """
+select name, setting from pg_settings
+where name in ('data_directory', 'config_file', 'hba_file', 'ident_file') and setting <> ''
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -148,6 +154,8 @@ async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Fin
             if settings.data_dir is not None:
                 await look(connection, settings.data_dir)
                 yield Finding("backups", "ok", f"{settings.data_dir} is the server's: base backups read it directly")
+            if left_out := _outside(dict(await rows(connection, _FILES))):
+                yield Finding("backups", "ok", left_out)
             if server.major >= INCREMENTAL:
                 ((summaries,),) = await rows(connection, "show summarize_wal")
                 able = "is on: incremental backups are possible"
@@ -158,6 +166,14 @@ async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Fin
                 yield Finding("backups", "ok", f"summarize_wal {able if summaries == 'on' else unable}")
     except SourceError as error:
         yield _wrong("backups", error)
+
+
+def _outside(files: dict[str, str]) -> str:
+    """Debian and Ubuntu keep the configuration apart from the data. Empty where it is backed up, or cannot be told."""
+    inside = files.pop("data_directory", "")
+    outside = sorted(path for path in files.values() if inside and not Path(path).is_relative_to(inside))
+    one = "it is in no backup: keep a copy of it" if len(outside) == 1 else "they are in no backup: keep copies of them"
+    return f"outside the data directory lie {', '.join(outside)}: {one} elsewhere" if outside else ""
 
 
 def _schedule(settings: Settings, server: ServerFacts | None) -> Iterator[Finding]:

@@ -81,9 +81,10 @@ def _load_structlog_without_rich() -> None:
 @click.group(
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Settings are environment variables or .env; each is explained in .env.example of walship's source. Exit"
-    " codes: 0 done, 1 done but the result could not be printed, 2 settings or usage, 10 PostgreSQL or spool, 11 store,"
-    " 12 integrity, 13 the target cannot be reached, 130 and 143 stopped by Ctrl-C or SIGTERM (for run, SIGTERM is 0).",
+    epilog="Settings are environment variables or .env; each is explained in .env.example (of a wheel:"
+    " share/walship/env.example). Exit codes: 0 done, 1 done but the result could not be printed, 2 settings or usage,"
+    " 10 PostgreSQL or spool, 11 store, 12 integrity, 13 the target cannot be reached, 130 and 143 stopped by Ctrl-C or"
+    " SIGTERM (for run, SIGTERM is 0).",
 )
 @click.version_option(package_name="walship", prog_name="walship")
 def cli() -> None:

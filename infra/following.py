@@ -20,7 +20,10 @@ _LOOK = 30.0
 async def follow(
     server: Started, ended: Coroutine[Any, Any, bool], plan: RestorePlan, wal: WalServer, say: Callable[[str], None]
 ) -> bool:
-    """Until the standby is promoted (True) or ends, or SIGINT or SIGTERM ends the feed and leaves it running."""
+    """Until the standby is promoted (True) or stopped, or SIGINT or SIGTERM ends the feed and leaves it running.
+
+    Raises what ``ended`` raises.
+    """
     say(
         f"the standby (process {server.pid}, port {server.port}) follows timeline {plan.timeline} of the archive;"
         " SIGINT or SIGTERM ends this command and not the server, which then starts walship for each segment"
@@ -29,14 +32,17 @@ async def follow(
     signals = (signal.SIGINT, signal.SIGTERM)
     for number in signals:
         loop.add_signal_handler(number, told.set)
-    waits = [asyncio.create_task(told.wait()), asyncio.create_task(ended)]
+    ending = asyncio.create_task(ended)
+    waits = [asyncio.create_task(told.wait()), ending]
     looking = asyncio.create_task(_tell_of_fork(plan.timeline, wal, say))
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if told.is_set():
+        if not ending.done():
             say(f"the standby goes on without this command, as process {server.pid}")
             return False
-        return waits[1].result()
+        if not ending.result():
+            say(f"the standby (process {server.pid}) was stopped")
+        return ending.result()
     finally:
         # The signals stay ours: what remains is done in a moment, and another signal must not cut it short.
         for task in (*waits, looking):

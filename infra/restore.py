@@ -33,7 +33,7 @@ from infra.postgres.recovery_files import (
     settings_for,
     write_recovery_files,
 )
-from infra.postgres.restored import Replay, Started, standby_ended, start_restored
+from infra.postgres.restored import Replay, Started, left_behind, standby_ended, start_restored
 from infra.postgres.wal_script import FEED, FOLDER
 from infra.settings import Settings
 from infra.storage.lease import confirmed
@@ -303,26 +303,30 @@ async def _start(
     turns = repository.turns
     async with feeding(repository.fetch, plan, directory, owner=targets.owner, say=watch.say, turns=turns) as feed:
         try:
-            server = await start_restored(
-                directory,
-                programs,
-                action=plan.stop.action,
-                reaches=reaches,
-                standby=place.standby,
-                log_file=place.log_file,
-                options=place.options,
-                progress=watch.replay,
-            )
+            try:
+                server = await start_restored(
+                    directory,
+                    programs,
+                    action=plan.stop.action,
+                    reaches=reaches,
+                    standby=place.standby,
+                    log_file=place.log_file,
+                    options=place.options,
+                    progress=watch.replay,
+                )
+            except asyncio.CancelledError:
+                watch.say(f"the server is stopped again; {left_behind(directory)}")
+                raise
+            if place.standby:
+                watch.following(result(server))
+                wal = WalServer(repository.fetch, plan.lineage)
+                ended = standby_ended(server, directory, programs)
+                promoted = await follow(server, ended, plan, wal, watch.say)
         except RecoveryError as error:
             if (failure := cause(feed)) is None:
                 raise
             failure.hint = "; ".join(filter(None, (failure.hint, error.hint)))
             raise failure from error
-        if place.standby:
-            watch.following(result(server))
-            wal = WalServer(repository.fetch, plan.lineage)
-            ended = standby_ended(server, directory, programs)
-            promoted = await follow(server, ended, plan, wal, watch.say)
     if promoted:
         await asyncio.to_thread(remove_recovery_files, directory)
         if not await asyncio.to_thread(forget_recovery, directory, owner=targets.owner):

@@ -153,13 +153,24 @@ def _caught_up(follow: ServerLog, reaches: Lsn | None) -> bool:
 async def standby_ended(started: Started, directory: Path, programs: Programs) -> bool:
     """Wait until a server that ``start_restored`` gave back as a standby is none any more. True if it was promoted.
 
-    False if it has ended. Cancel it to leave the server alone. A server that is being promoted removes its signal file
-    first, and then asks for its timeline's history once more: whoever serves WAL has to stay until it is in production.
+    False if somebody has stopped it. Raises RecoveryError, with its own words, if it ended in another way, as it does
+    over WAL that cannot be fetched. Cancel it to leave the server alone. A server that is being promoted removes its
+    signal file first, and then asks for its timeline's history once more: whoever serves WAL has to stay until it is in
+    production.
     """
     process = next((one for one in _SURVIVORS if one.pid == started.pid), None)
+    log = ServerLog(started.log_file)
     while True:
-        if process is not None and process.poll() is not None:
-            return False
+        if process is not None and (code := process.poll()) is not None:
+            if code == 0:
+                return False
+            await asyncio.to_thread(log.read)
+            raise RecoveryError(
+                f"the standby has ended: {_last_words(log, code)}",
+                hint=f"the standby has ended over it: started again as its owner, with pg_ctl -D {directory} -o"
+                f" '-p {started.port}' start, it goes on where it was, and fetches WAL by itself, if its user can run"
+                " walship",
+            )
         left = not (directory / "standby.signal").exists()
         if left and await asyncio.to_thread(control_state, directory, programs) == "in production":
             return True
@@ -243,11 +254,15 @@ async def _after_the_end(
     state = await asyncio.to_thread(control_state, directory, programs)
     if action is Action.SHUTDOWN and state == "shut down in recovery":
         return Started(0, "shut down", 0, "", follow.path, follow.stopped_at, follow.last_transaction)
-    # Before it has read its configuration a server speaks without FATAL in front.
-    words = "; ".join(follow.loud[-3:]) or follow.last_line or f"exit status {code}"
+    words = _last_words(follow, code)
     raise RecoveryError(
         f"the restored server ended before it reached its target: {words}", hint=_what_to_do(directory, follow, words)
     )
+
+
+def _last_words(log: ServerLog, code: int | None) -> str:
+    # Before it has read its configuration a server speaks without FATAL in front.
+    return "; ".join(log.loud[-3:]) or log.last_line or f"exit status {code}"
 
 
 def _what_to_do(directory: Path, follow: ServerLog, words: str) -> str:
@@ -264,9 +279,14 @@ def _what_to_do(directory: Path, follow: ServerLog, words: str) -> str:
             f"it had not looked at its data yet, and {follow.path} says why: its configuration, as a rule; mend that,"
             f" and start the server as its owner, with pg_ctl -D {directory} start, for the directory is ready"
         )
+    return f"see {follow.path}; {left_behind(directory)}"
+
+
+def left_behind(directory: Path) -> str:
+    """What a server that was stopped on its way to the target leaves, and what to do with it."""
     # Taken away when the replay begins; before that the WAL to begin with is fetched.
     replayed = "nothing is replayed yet" if (directory / "backup_label").exists() else _HALF
-    return f"see {follow.path}; {replayed}: run the same restore again with --force"
+    return f"{replayed}: run the same restore again with --force"
 
 
 def _raise_it(directory: Path) -> str:

@@ -57,6 +57,8 @@ class Use:
         self._backups: list[str] = []
         self._told: set[str] = set()
         self._over = False
+        #: The marks are being removed.
+        self._ending = False
         self._beating: asyncio.Future[None] | None = None
 
     async def add(self, backup: str) -> None:
@@ -103,6 +105,7 @@ class Use:
 
     async def end(self) -> None:
         """Remove them, as far as that goes: what stays is removed by others, one time to live later."""
+        self._ending = True
         # What is being written now would be there again behind our deletion.
         if self._beating is not None:
             await asyncio.wait([self._beating])
@@ -140,7 +143,12 @@ class Use:
     def _say(self, store: Store, fact: str) -> None:
         if store.name not in self._told:
             self._told.add(store.name)
-            self._tell(f"{store.name} takes no mark that the backup is in use; do not expire it meanwhile: {fact}")
+            what = (
+                "keeps the mark that the backup is in use, which counts for a minute more"
+                if self._ending
+                else "takes no mark that the backup is in use; do not expire it meanwhile"
+            )
+            self._tell(f"{store.name} {what}: {fact}")
 
     async def _write(self, store: Store, backup: str) -> None:
         self._counter += 1

@@ -1,4 +1,4 @@
-"""One line per fact on stderr: an event name and key=value; from a service JSON when stderr is not a terminal."""
+"""One line per fact on stderr: of a command a sentence; of the service key=value on a terminal, JSON elsewhere."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ _MOST = 10_000
 def configure(*, plain: bool = False) -> None:
     """Set up logging for this process: everything from INFO on.
 
-    ``plain``: where stderr is no terminal, lines for people (``warning: event key='value'``) in the place of JSON.
+    ``plain``: for a command that a person waits for, ``warning: destination failed (destination …): why; hint: what``.
     """
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     last: list[Any]
-    if sys.stderr.isatty():
+    if plain:
+        last = [_on_one_line, _plain]
+    elif sys.stderr.isatty():
         last = [stamp, _on_one_line, structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ)]
-    elif plain:
-        last = [_plain]
     else:
         last = [stamp, structlog.processors.JSONRenderer()]
     _take_over()
@@ -129,8 +129,18 @@ def _take_over() -> None:
 
 
 def _plain(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
-    level, name = event.pop("level"), event.pop("event")
-    return " ".join([f"{level}: {name}", *(f"{key}={value!r}" for key, value in event.items() if value != "")])
+    level, name, hint = event.pop("level"), event.pop("event").replace("_", " "), event.pop("hint", "")
+    why = ": ".join(str(event.pop(key)) for key in ("said", "error") if event.get(key))
+    what = f" {event.pop('what')}" if "what" in event else ""
+    told = ", ".join(
+        f"{key.replace('_', ' ')} {_words(value)}" for key, value in event.items() if value not in ("", [])
+    )
+    line = f"{level}: {name}{what}" + (f" ({told})" if told else "") + (f": {why}" if why else "")
+    return f"{line}; hint: {hint}" if hint else line
+
+
+def _words(value: object) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def log_notice(notice: Notice) -> None:

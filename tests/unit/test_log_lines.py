@@ -81,10 +81,12 @@ def test_on_a_terminal_each_line_is_an_event_and_its_values() -> None:
 
 
 def test_of_a_command_each_line_is_for_people() -> None:
-    lines = said(plain=True).splitlines()
-    assert lines[0] == "info: shipped what='000000010000000000000007'"
-    assert lines[1] == r"error: not_shipped error='the server said:\nno' hint='ask it' retry_in=2.0"
-    assert len(lines) == 5
+    for terminal in (False, True):
+        lines = said(plain=True, terminal=terminal).splitlines()
+        assert lines[0] == "info: shipped 000000010000000000000007"
+        assert lines[1] == r"error: not shipped (retry in 2.0): the server said:\nno; hint: ask it"
+        assert lines[2] == "warning: library (source some.library): the pool is full"
+        assert lines[-1].startswith(r"warning: too much (colour \x1b[31m): xxx")
 
 
 @pytest.mark.parametrize("destination", ["s3", "file"])

@@ -61,7 +61,7 @@ def test_a_history_and_a_partial_whose_names_are_taken_are_kept_beside_and_block
     assert rescued(copy, f"conflict/{kept[1].name}") == SECOND
     assert rescued(copy, f"wal/{HISTORY}") == FIRST
     header, _ = read_header(HISTORY, (copy.root / "wal" / HISTORY).read_bytes())
-    (told,) = [line for line in said.splitlines() if "set_aside" in line and HISTORY in line]
+    (told,) = [line for line in said.splitlines() if "set aside" in line and HISTORY in line]
     assert told.startswith("error: ")
     assert header.fingerprint[:16] in told
     assert kept[1].name[-16:] in told

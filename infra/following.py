@@ -1,20 +1,54 @@
-"""While a standby follows the archive: who ends that, and what is told meanwhile."""
+"""While a standby follows the archive: who ends that, what is told meanwhile, and what it does without a store."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from handlers.serve_wal import WalServer
 from infra.postgres.restored import Started
-from pipeline.errors import WalshipError
+from pipeline.errors import StoreError, WalshipError
 from pipeline.recovery import RestorePlan
 from pipeline.wal import parse_history
 
+T = TypeVar("T")
+
 #: Seconds between two looks for a timeline that leaves the one that a standby follows.
 _LOOK = 30.0
+#: Seconds before a store is asked again that has failed with all its retries.
+_AGAIN = 1.0
+
+
+class Patience:
+    """Asks for a standby's WAL: from when it ``follows`` on, a store that is away is waited for.
+
+    An error would end a server that others read from, over seconds without the store. "Absent" would let it be promoted
+    meanwhile without what is stored: so a promotion waits as well. A shutdown does not.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.follows = False
+
+    async def ask(self, question: Callable[..., Awaitable[T]], name: str, *more: Any) -> T:
+        """What ``question`` answers for that file. Raises what it raises, but for what passes."""
+        waited = False
+        while True:
+            try:
+                answer = await question(name, *more)
+            except StoreError as error:
+                if not (self.follows and error.passing):
+                    raise
+                if not waited:
+                    self._say(f"the standby waits for {name}, which cannot be fetched now: {error.fact}")
+                waited = True
+                await asyncio.sleep(_AGAIN)
+            else:
+                if waited:
+                    self._say(f"the standby goes on: the store has answered for {name}")
+                return answer
 
 
 async def follow(

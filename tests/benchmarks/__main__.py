@@ -37,6 +37,7 @@ def main() -> None:
             major=options.major,
             rounds=options.rounds,
             peer=peer,
+            mbit=options.network_mbit,
             say=_say,
         )
     goals = backups.goals(rows)
@@ -78,6 +79,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--segment-mb", type=int, default=16, help="size of a segment (default 16)")
     parser.add_argument("--scale", type=int, default=65, help="pgbench's, about 15 MB each (default 65)")
     parser.add_argument("--size-mb", type=int, default=2000, help="database of the task backups (default 2000)")
+    parser.add_argument(
+        "--network-mbit", type=int, default=0, help="backups by the server once more, over such a network", metavar="N"
+    )
     parser.add_argument("--blank", action="store_true", help="its rows are mostly filler, as pgbench's are")
     parser.add_argument(
         "--major", type=int, default=backups.MAJOR, help=f"its PostgreSQL (default {backups.MAJOR})", metavar="N"

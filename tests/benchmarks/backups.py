@@ -4,6 +4,7 @@
     full, by the server      walship                            pg_basebackup, whose tar goes to /dev/null
     incremental              walship backup --incremental       pgBackRest's incr, after 1 % of the pages has changed
 
+``--network-mbit N``: the second pair once more, through a network of that width (``tests.benchmarks.narrow``).
 Both compress by zstd's level 1 and encrypt; pg_basebackup does neither. Before each run the files are in the
 page cache.
 """
@@ -20,6 +21,7 @@ from tests.benchmarks import pgbackrest
 from tests.benchmarks.bench import Row, tell
 from tests.benchmarks.ground import Ground
 from tests.benchmarks.measured import Cost, measure
+from tests.benchmarks.narrow import narrow
 from tests.benchmarks.pgbackrest import PgBackRest
 from tests.benchmarks.walship import Walship
 
@@ -42,17 +44,19 @@ class PgBasebackup:
         self._ground = ground
         self._log = ground.folder / "pg_basebackup.output"
 
-    def backup(self) -> Cost:
+    def backup(self, port: int | None = None) -> Cost:
+        """``port``: of 127.0.0.1, by which the server is reached; else as it says itself."""
         server, program = self._ground.server, self._ground.bin_dir / "pg_basebackup"
-        where = f"-h {server.host} -p {server.port} -U {server.superuser}"
+        where = f"-h {server.host} -p {server.port}" if port is None else f"-h 127.0.0.1 -p {port}"
+        where += f" -U {server.superuser}"
         words = f"exec {program} -D - -F t -X none --checkpoint=fast {where} > /dev/null"
         return measure([["/bin/sh", "-c", words]], environment_for(self._ground.bin_dir), self._log, nice=NICE)
 
 
 def backups(
-    *, megabytes: int, blank: bool, major: int, rounds: int, peer: bool, say: Callable[[str], None]
+    *, megabytes: int, blank: bool, major: int, rounds: int, peer: bool, mbit: int, say: Callable[[str], None]
 ) -> list[Row]:
-    """A server of its own, and everything in turn. ``blank``: see ``Ground.fill``."""
+    """A server of its own, and everything in turn. ``blank``: see ``Ground.fill``; ``mbit``: of a network, or 0."""
     with Ground(say, major) as ground:
         ground.fill(megabytes, blank=blank)
         walship, plain = Walship(ground), PgBasebackup(ground)
@@ -75,9 +79,28 @@ def backups(
                 row.stored = stored()
             for task in (FILES, SERVER):
                 tell([row for row in rows if row.task == task], number, say)
+        if mbit:
+            rows += _over_network(ground, walship, plain, settings, mbit, rounds, say)
         if major >= 17:
             rows += _increments(ground, walship, rival, settings, rounds, say)
         return rows
+
+
+def _over_network(
+    ground: Ground, walship: Walship, plain: PgBasebackup, settings: dict[str, str], mbit: int, rounds: int,
+    say: Callable[[str], None],
+) -> list[Row]:  # fmt: skip
+    """By the server, where the network is the limit, as it is between two hosts."""
+    task = f"by the server, {mbit} Mbit/s"
+    rows = [Row(task, walship.name, ground.size), Row(task, plain.name, ground.size)]
+    with narrow(ground.server.port, mbit) as port:
+        there = {**settings, "POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": str(port)}
+        for number in range(rounds):
+            _run(ground, rows[0], lambda: walship.backup(**there), say)
+            rows[0].stored = walship.stored_backups()
+            _run(ground, rows[1], lambda: plain.backup(port), say)
+            tell(rows, number, say)
+    return rows
 
 
 def _increments(

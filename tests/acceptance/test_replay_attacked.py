@@ -36,6 +36,7 @@ from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
 from infra.postgres.wal_script import FEED, FOLDER
 from tests import commands
 from tests.acceptance.test_restore_bad_input import fingerprint
+from tests.integration.test_recovery_rules import runnable_by_the_server
 from tests.proxy import Mode, Proxy, _Connection
 from tests.rig import Rig, stop_started
 from tests.servers import NEWEST
@@ -235,6 +236,11 @@ class Attack:
         assert all(filler == hashlib.md5(str(n).encode()).hexdigest() for n, filler in found)
         return [n for n, _ in found]
 
+    def settled(self) -> None:
+        """Wait until a server that nobody looks after has stopped, or is promoted."""
+        ends = self.target / "postmaster.pid", self.target / "recovery.signal"
+        self.rig.wait(lambda: not all(path.exists() for path in ends), "the server has stopped, or is promoted")
+
     def check_refused(self, *words: str, kind: str = "StoreError") -> None:
         """The command's last error, in JSON, says all of this, and so do the lines for people."""
         error = json.loads(self.out.read_text().splitlines()[-1])["error"]
@@ -353,7 +359,7 @@ def killed_with_the_store(house: House) -> None:
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
         attack.store.strike(Mode.DOWN)
-        house.rig.wait(lambda: not (attack.target / "postmaster.pid").exists(), "the server has ended")
+        attack.settled()
         attack.check_stopped(fed=True)
         attack.store.relent()
         assert "is not empty" in attack.run(expect=13).stderr
@@ -375,12 +381,9 @@ def killed_alone(house: House) -> None:
             assert f"{attack.target} belongs to a running server, process {pid}\nhint: stop it first" in done.stderr
         assert (attack.target / "recovery.signal").exists()
         attack.store.relent()
-
-        def settled() -> bool:
-            return not (attack.target / "postmaster.pid").exists() or not (attack.target / "recovery.signal").exists()
-
-        house.rig.wait(settled, "the server has stopped, or is promoted")
+        attack.settled()
         if (attack.target / "recovery.signal").exists():
+            assert not runnable_by_the_server()
             attack.check_stopped(fed=True)
         else:
             assert attack.rows() == rows

@@ -20,7 +20,7 @@ from infra.postgres.wal_script import FEED, FOLDER
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import wal_key
 from pipeline.chain import Chain
-from pipeline.contracts import Buffer, Store
+from pipeline.contracts import Body, Buffer, Span, Store
 from pipeline.errors import IntegrityError, ObjectMissing, StoreError
 from pipeline.lineage import Leg, Lineage
 from pipeline.objects import MAGIC, TRAILER_SIZE, MemoryBody
@@ -197,6 +197,40 @@ async def test_a_disk_that_fills_while_a_segment_is_written(data: Path) -> None:
         assert not (data / PATH).exists()
         assert "No space left on device" in feed.said[-1]
         assert isinstance(feed.failures[-1], OSError)
+
+
+async def test_half_a_segment_is_seen_by_nobody(data: Path) -> None:
+    """Whatever is killed then: only what is under its name in ready/ is ever taken, and stage/ is emptied."""
+    go_on = threading.Event()
+
+    class Slow(MemoryBody):
+        def chunks(self) -> Iterator[bytes]:
+            content = b"".join(super().chunks())
+            yield content[:-100]
+            assert go_on.wait(30)
+            yield content[-100:]
+
+    class Dripping(Faulty):
+        async def get(self, key: str, span: Span | None = None) -> Body:
+            return Slow((await super().get(key, span)).chunks())
+
+    store = await holding(WHOLE)
+    feed = Told(data, [Dripping(store)])
+    async with running(feed):
+        asking = asyncio.create_task(ask_feed(data, NAME))
+        stage = feed.home / "stage" / NAME
+        async with asyncio.timeout(20):
+            while not stage.exists() or not stage.stat().st_size:
+                await asyncio.sleep(0.01)
+        assert 0 < stage.stat().st_size < SIZE
+        assert not list((feed.home / "ready").iterdir())
+        assert not (data / PATH).exists()
+        again = Told(data, [Dripping(store)])
+        again.open()
+        assert not stage.exists()
+        again.close()
+        go_on.set()
+        assert await asking != 0
 
 
 async def test_a_store_that_fails_is_not_taken_for_absent(data: Path) -> None:

@@ -42,6 +42,11 @@ class AtHand:
             return "neither BACKUP_ENCRYPTION_PASSWORD nor WALSHIP_IDENTITY_FILE opens"
         return f"{'WALSHIP_IDENTITY_FILE' if self.identity else 'BACKUP_ENCRYPTION_PASSWORD'} does not open"
 
+    @property
+    def cut_off(self) -> str:
+        """What a passphrase may lack, for the beginning of a hint; empty if there is none."""
+        return "a value with # in it needs quotes, or it ends before the #; " if self.passphrase else ""
+
 
 def look_at_hand(settings: Settings, tell: Callable[[str, str], None] | None = None) -> AtHand:
     """Read the files that the settings name. ``tell`` is told of one that others may read, and what to do about it.

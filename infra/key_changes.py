@@ -114,7 +114,7 @@ async def _opened(
         if ring is not None:
             return ring, front
         fact = f"{at_hand.names} the key ring {name} of {system_id} in {store.name}"
-        failure = failure or ConfigError(fact, hint=f"it says that it opens with {openers(front)}")
+        failure = failure or ConfigError(fact, hint=f"{at_hand.cut_off}it says that it opens with {openers(front)}")
     assert failure is not None, "a destination has the ring"
     raise failure
 

@@ -114,8 +114,8 @@ async def _open_newest(
     if ring is None:
         raise ConfigError(
             f"{at_hand.names} the key ring {info.key} of {system_id} in {store.name}",
-            hint=f"it says that it opens with {openers(front)}. If what is at hand is right, the ring was replaced:"
-            " `walship key list` compares it with those at other destinations",
+            hint=f"{at_hand.cut_off}it says that it opens with {openers(front)}. If what is at hand is right, the ring"
+            " was replaced: `walship key list` compares it with those at other destinations",
         )
     return ring, openers(front)
 

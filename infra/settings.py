@@ -5,10 +5,8 @@ An unknown ``WALSHIP_*`` name is an error, so that a misspelled setting is notic
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import stat
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,6 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from infra.dotfile import read_dotfile
 from pipeline.errors import ConfigError
 from pipeline.policy import Policy, make_policy, parse_window
 
@@ -314,35 +313,8 @@ def known_names() -> frozenset[str]:
 
 def _given(env_file: Path | None) -> dict[str, str]:
     """All names that are set, in the environment or the file; the environment wins unless it is empty there."""
-    written = _written(env_file or _ENV_FILE)
+    written = read_dotfile(env_file or _ENV_FILE, SECRETS)
     return written | {name: value for name, value in os.environ.items() if value or name not in written}
-
-
-def _written(env_file: Path) -> dict[str, str]:
-    """What a ``.env`` file says, word for word: ``$`` has no meaning. No file says nothing. Raises ConfigError."""
-    from dotenv.parser import parse_stream
-
-    try:
-        if not stat.S_ISREG(env_file.stat().st_mode):
-            raise ConfigError(f"{env_file} is not a file", hint="it holds lines of NAME=value, or is not there at all")
-        text = env_file.read_text("utf-8")
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ConfigError(f"{env_file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{env_file} is not UTF-8 text", hint="save it as UTF-8") from None
-    written: dict[str, str] = {}
-    for binding in parse_stream(io.StringIO(text)):
-        if binding.error or (binding.key is not None and binding.value is None):
-            before = binding.original.string[: -len(binding.original.string.lstrip()) or None]
-            raise ConfigError(
-                f"line {binding.original.line + before.count(chr(10))} of {env_file} is not NAME=value",
-                hint="a value with # or spaces stands in single quotes, and in those \\' is a quote",
-            )
-        if binding.key is not None:
-            written[binding.key] = binding.value or ""
-    return written
 
 
 def _refuse_unknown(given: dict[str, str]) -> None:

@@ -131,6 +131,37 @@ def test_a_dotenv_that_cannot_be_read_is_refused(content: bytes, said: str) -> N
     assert raised.value.fact == said
 
 
+@pytest.mark.parametrize("written", ["correct horse # staple", "correct\t#horse", " # of the safe", "co'rrect #"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_without_quotes_is_not_cut_off_at_a_sign(name: str, written: str) -> None:
+    Path(".env").write_text(f"WALSHIP_SLOT=a # a comment\n\nexport {name}={written}\n", "utf-8")
+    for read in (load, secret_files):
+        with pytest.raises(ConfigError) as raised:
+            read()
+        assert raised.value.fact.startswith(f"line 3 of .env: in {name}, what follows the # would be")
+        assert "single quotes" in raised.value.hint
+        assert not {"correct", "horse", "safe"} & {*str(raised.value).split(), *raised.value.hint.split()}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("'correct # horse'", "correct # horse"),
+        ("'correct # horse'   # a comment", "correct # horse"),
+        ('"correct # horse" # a comment', "correct # horse"),
+        ("correct#horse", "correct#horse"),
+        ("#correct", "#correct"),
+        ("correct  \n# a comment", "correct"),
+        ("\n # a comment", ""),
+    ],
+)
+@pytest.mark.parametrize("name", SECRETS)
+def test_quotes_and_signs_within_words_are_left_alone(name: str, written: str, meant: str) -> None:
+    Path(".env").write_text(f"WALSHIP_SLOT=a # a comment\n{name}={written}\n", "utf-8")
+    settings = load()
+    assert (settings.slot, secret_of(settings, name)) == ("a", meant)
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_a_dotenv_that_is_no_file_is_refused(make: Callable[[Path], None]) -> None:
     make(Path(".env"))

@@ -28,7 +28,7 @@ from infra.safety import history_shipper, store_history, wal_safe
 from infra.schedule import Scheduler
 from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
-from infra.sources.spool import holder
+from infra.sources.spool import SpoolTakenError, holder
 from infra.sources.watcher import SpoolWatcher
 from infra.storage.lease import Lease, LeaseHeldError
 from infra.storage.retry import SERVICE
@@ -96,7 +96,7 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, monitor: 
                     await _ship_for_ever(spool, site, shipping, lease, scheduler)
         except (WalshipError, BaseExceptionGroup) as caught:
             error = foreseen(caught)
-            if error is None or not _can_pass(error, spool):
+            if error is None or not _can_pass(error):
                 raise
             log.warning("waiting", error=error.fact, hint=error.hint, retry_in=pause)
             systemd.tell(STATUS=f"waiting: {error.fact}")
@@ -125,17 +125,16 @@ def _tell_of_lease(line: str) -> None:
     (log.warning if " cannot be " in line else log.info)("lease", said=line)
 
 
-def _can_pass(error: WalshipError, spool: Path | None) -> bool:
+def _can_pass(error: WalshipError) -> bool:
     """Whether to wait rather than to end: what was not acknowledged stays in the spool, and in the slot, meanwhile.
 
-    The spool is in other hands while a backup or a switch that found no service ships it; they give it back. So is
-    the lease, until the other writer ends.
+    Told by the error alone: by the time it gets here, what it was about may be over. The spool is in other hands while
+    a backup or a switch that found no service ships it; they give it back. So is the lease, until its holder ends.
     """
-    if isinstance(error, LeaseHeldError | ObjectConflict | KeyReplacedError):
-        return True  # the next attempt has a number of its own, or is told whose turn it is, or opens the new key
-    if isinstance(error, StoreError):
+    if isinstance(error, StoreError) and not isinstance(error, ObjectConflict):
         return error.passing
-    return isinstance(error, SourceError) and spool is not None and holder(spool) not in (None, os.getpid())
+    # The next attempt has a number of its own, or is told whose turn it is, or opens the new key.
+    return isinstance(error, LeaseHeldError | ObjectConflict | KeyReplacedError | SpoolTakenError)
 
 
 async def _cluster(settings: Settings) -> str:
@@ -170,7 +169,8 @@ async def _ship_for_ever(
     if spool is not None:
         sources.append(watcher := _watcher(spool, site, once=False))
         if (other := holder(spool)) not in (None, os.getpid()):
-            raise SourceError(f"the spool {spool} is shipped by process {other} already", hint="one service is enough")
+            fact = f"the spool {spool} is shipped by process {other} already"
+            raise SpoolTakenError(fact, hint="one service is enough: it goes on once that one has given it back")
     if "stream" in site.settings.sources:
         stream = Streaming(site, shipping, epoch=lease.epoch if lease else None)
         site.notify.append(stream.heard)
@@ -220,8 +220,7 @@ async def ship_unless_taken(spool: Path | None, site: Site, shipping: Shipping) 
     try:
         await _ship_for_ever(spool, site, shipping)
     except (SourceError, BaseExceptionGroup) as caught:
-        error = foreseen(caught)
-        if error is None or isinstance(error, StoreError) or not _can_pass(error, spool):
+        if not isinstance(foreseen(caught), SpoolTakenError):
             raise
 
 

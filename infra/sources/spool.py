@@ -27,6 +27,10 @@ _PATIENCE, _STEP = 1.0, 0.05
 UNREADABLE = "it must be there, and walship must run as the user that PostgreSQL runs as"
 
 
+class SpoolTakenError(SourceError):
+    """Another process ships this spool; it may end: a backup or a switch that found no service gives it back."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpoolState:
     """One look at the spool."""
@@ -76,7 +80,7 @@ def check_spool(folder: Path) -> None:
 
 @contextlib.asynccontextmanager
 async def locked(folder: Path, clock: Clock) -> AsyncIterator[None]:
-    """Be the one that ships this spool. SourceError that names the other one if there is one, after a second."""
+    """Be the one that ships this spool. SpoolTakenError that names the other one if there is one, after a second."""
     check_spool(folder)
     try:
         handle = _open_lock(folder)
@@ -90,7 +94,7 @@ async def locked(folder: Path, clock: Clock) -> AsyncIterator[None]:
         while not _taken(handle):
             if clock.monotonic() >= deadline:
                 other = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-                raise SourceError(
+                raise SpoolTakenError(
                     f"the spool {folder} is shipped by process {other} already",
                     hint="one service ships one spool: stop the other one, or leave it to its work",
                 )

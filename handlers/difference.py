@@ -44,9 +44,9 @@ class Wanted:
     wal: Callable[[WalFile], bool] = lambda _: True
     #: Complete backups by name.
     backups: Callable[[str], bool] = lambda _: True
-    #: What the open end consists of (tails), and records of operations; and all that is ``aside``.
+    #: What the open end consists of (tails), and all that is ``aside``.
     beside: bool = False
-    #: What was set aside (``conflict/``), and the pins of complete backups: nobody makes them a second time.
+    #: What was set aside (``conflict/``), pins of complete backups, and records: nobody makes them a second time.
     aside: bool = False
     #: Objects that are at both with different sizes are told of as well.
     sizes: bool = False
@@ -100,7 +100,7 @@ async def phases(
         yield Phase("backup", look.these([info], info.key), backup, partial(look.parts, backup))
         if aside:
             yield Phase("pin", look.below(pins.pin_key(backup), frozenset([pins.pin_key(backup)]).__contains__))
-    if wanted.beside:
+    if aside:
         yield Phase("record", look.below(operations.FOLDER, lambda name: operations.RecordName.parse(name) is not None))
 
 

@@ -119,7 +119,7 @@ class Fetcher:
             try:
                 found = await read(store)
             except ObjectMissing:
-                if not name.startswith(operations.FOLDER):  # a record is where it could be written; nobody copies it
+                if not name.startswith(operations.FOLDER):  # it is where it could be written
                     passed_over.append((store, f"{store.name} lacks {name}"))
                 continue
             except Sealed:

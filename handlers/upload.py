@@ -382,7 +382,7 @@ class Uploader:
         self.notify(DestinationFilling(outlet.name, objects, size))
 
 
-#: What any destination has to have: all but tails, which each gets at its own pace, and records, which are no data.
+#: What any destination has to have: all but tails, which each gets at its own pace.
 WANTED = Wanted(aside=True)
 
 

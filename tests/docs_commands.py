@@ -195,6 +195,14 @@ class Machine:
         """Names of the complete ones, as any destination below the folder has them; the newest comes last."""
         return sorted(path.parent.name for path in self.folder.glob("backups/*/*/base/*/backup_info"))
 
+    def records(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the records of operations: in the folder of backups, and in the bucket."""
+        listed = s3_client(self.seaweed).list_objects_v2(Bucket=self.seaweed.bucket, Prefix=f"{self._prefix}-")
+        there = (entry["Key"].partition("/log/")[2] for entry in listed.get("Contents", ()))
+        return frozenset(path.name for path in self.folder.glob("backups/walship/*/log/*")), frozenset(
+            filter(None, there)
+        )
+
     def log(self) -> str:
         """Of the service."""
         path = self.folder / "service.log"

@@ -196,6 +196,7 @@ class Sufferer(Reader):
         *first, verify = block.lines
         self.it.sh("\n".join(first))
         self.it.wait(self.healthy, "the bucket has been filled again")
+        self.it.wait(lambda: len(set(self.it.records())) == 1, "so have the records of what was done")
         self.it.sh(verify)
 
     def everything(self, block: Block) -> None:

@@ -99,9 +99,10 @@ async def test_a_new_destination_gets_everything_that_belongs_to_a_repository() 
         assert not any(isinstance(notice, DestinationFailed) for notice in it.notices)
 
 
-async def test_pins_and_what_was_set_aside_are_there_when_the_old_destination_is_taken_away() -> None:
-    """Else the next expire would delete what somebody had pinned: nobody would know of it any more."""
+async def test_all_but_tails_is_there_when_the_old_destination_is_taken_away() -> None:
+    """Else the next expire would delete what somebody had pinned, and no drill would ever have gone well."""
     aside = ["conflict/000000010000000000000003.0123456789abcdef", "pin/base_1"]
+    aside.append("log/20260114T120000Z-drill-ok-0123abcd")
     beside = ["pin/base_9", "tail/000000010000000000000015/00000001-00000000-00000100", "log/20260114T120000Z-a"]
     async with filling(*WAL[:2], *BACKUP, *aside, *beside) as it, running(it):
         await until(lambda: it.caught_up)

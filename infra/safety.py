@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from handlers.base_backup import WalSafe
@@ -13,7 +13,7 @@ from infra.settings import Settings
 from infra.wiring import Site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Clock, Ship, Store
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StoreError
 from pipeline.events import Notice, ObjectStored
 from pipeline.wal import Lsn, WalFile
 
@@ -24,6 +24,8 @@ _FIRST_PAUSE = 0.03
 _SLOWER = 1.5
 #: Seconds between words to the person who waits.
 EVERY = 5.0
+#: Seconds in which WAL that is at all required destinations arrives at the others as well, if they take it.
+PATIENCE = 5.0
 
 
 def segments_between(timeline: int, start: int, stop: int, segment_size: int) -> list[WalFile]:
@@ -77,6 +79,25 @@ async def wait_for_wal(
             tell(f"waiting for WAL: {total - left} of {total} segments are safe, next is {first} at {place}")
         await sleep_or(clock, pause, stirred.wait())
         pause = min(PAUSE, _SLOWER * pause)
+
+
+async def without(
+    stores: Sequence[Store], files: Collection[WalFile], *, clock: Clock, patience: float = PATIENCE
+) -> dict[str, str]:
+    """Which of the stores do not have all the files within ``patience`` seconds: name → why, in a sentence."""
+
+    async def why(store: Store) -> str:
+        try:
+            async with asyncio.timeout(2 * patience):
+                await wait_for_wal([store], files, clock=clock, timeout=patience, tell=lambda _: None)
+        except (SourceError, StoreError) as error:
+            return error.fact
+        except TimeoutError:
+            return f"{store.name} has not answered for {2 * patience:g} seconds"
+        return ""
+
+    whys = await asyncio.gather(*map(why, stores))
+    return {store.name: said for store, said in zip(stores, whys, strict=True) if said}
 
 
 @contextmanager

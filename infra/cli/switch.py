@@ -8,17 +8,20 @@ from infra.alongside import alongside
 from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts, switch_wal
-from infra.safety import store_history, wait_for_wal
-from infra.wiring import open_shipping, open_site
+from infra.safety import store_history, wait_for_wal, without
+from infra.storage.retry import LOOK
+from infra.storage.rooted import Rooted
+from infra.wiring import open_destinations, open_shipping, open_site
 
 
 @click.command("switch")
 @json_option
 @asynchronous
 async def command(as_json: bool) -> None:
-    """Switch WAL and wait until the old segment is at every destination.
+    """Switch WAL and wait until the old segment is at every required destination.
 
-    All that was committed before is then offsite. Needs a service that ships, or ships the spool itself.
+    All that was committed before is then offsite. Needs a service that ships, or ships the spool itself. A destination
+    that is not required gets a few seconds more; one that lacks the segment then is named on stderr, and no failure.
 
     \b
     Examples:
@@ -33,14 +36,19 @@ async def command(as_json: bool) -> None:
         open_site(wanted, cluster=server.system_identifier, writer=True) as site,
         open_shipping(site) as shipping,
         alongside(site, shipping, say),
+        open_destinations(wanted, policy=LOOK) as looked_at,
     ):
         began = site.clock.monotonic()
-        await wait_for_wal(site.stores, [segment], clock=site.clock, timeout=wanted.wal_timeout, tell=say)
+        await wait_for_wal(site.required_stores, [segment], clock=site.clock, timeout=wanted.wal_timeout, tell=say)
         seconds = site.clock.monotonic() - began
         await store_history(site, shipping.command.ship, segment.timeline)
-    places = ", ".join(store.name for store in site.stores)
+        others = [Rooted(each.root, site.facts.system_id) for each in looked_at if not each.required]
+        missing = await without(others, [segment], clock=site.clock)
+    for name, why in missing.items():
+        say(f"not yet at {name}, which is not required: {why}. `walship run` copies it there once it can")
+    places = [store.name for store in site.stores if store.name not in missing]
     emit(
-        {"segment": segment.name, "seconds": round(seconds, 3), "destinations": [s.name for s in site.stores]},
-        [f"{segment.name} is safe at {places} after {seconds:.1f} s"],
+        {"segment": segment.name, "seconds": round(seconds, 3), "destinations": places, "missing": missing},
+        [f"{segment.name} is safe at {', '.join(places)} after {seconds:.1f} s"],
         as_json=as_json,
     )

@@ -7,12 +7,13 @@ import asyncio
 import pytest
 
 from infra.clock import SystemClock
-from infra.safety import segments_between, wait_for_wal
+from infra.safety import segments_between, wait_for_wal, without
 from infra.storage.memory import MemoryStore
 from pipeline.catalog import wal_key
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StoreError
 from pipeline.objects import MemoryBody
 from tests.clock import FastClock
+from tests.stores import Faulty
 
 SIZE = 1 << 20
 FILES = segments_between(1, 5 * SIZE + 40, 7 * SIZE, SIZE)
@@ -59,3 +60,18 @@ async def test_whoever_knows_of_a_file_shortens_the_wait(monkeypatch: pytest.Mon
     async with asyncio.timeout(60):
         await waiting
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_who_lacks_it_is_named_with_the_reason_and_holds_nobody_up() -> None:
+    there, empty = MemoryStore("there"), MemoryStore("empty")
+    away = Faulty(MemoryStore("away"), down={"list": StoreError("away: no route to it")})
+    silent = Faulty(MemoryStore("silent"), delay={"list": 3600.0})
+    for number in range(2):
+        await put(there, number)
+    async with asyncio.timeout(60):
+        found = await without([there, empty, away, silent], FILES, clock=FastClock(), patience=0.5)
+    assert found == {
+        "empty": f"segment {FILES[0]} has not arrived at empty in 0 seconds",
+        "away": "away: no route to it",
+        "silent": "silent has not answered for 1 seconds",
+    }

@@ -193,19 +193,33 @@ def control_state(directory: Path, programs: Programs) -> str:
 
 
 def _open_log(directory: Path, log_file: Path | None) -> tuple[int, Path]:
-    """For appending; the file is a new one or a regular one, and its owner we. Raises ConfigError."""
+    """For appending; a regular file, ours or the server's. Raises ConfigError.
+
+    A new one is the server's and for nobody else, as PostgreSQL's own are: statements stand in it, and their data.
+    """
     beside, inside = directory.with_name(f"{directory.name}.log"), directory / FOLDER / "server.log"
+    who = run_as(directory)
     for path in (beside, inside) if log_file is None else (log_file,):
         try:
             # Neither through a link that others laid there, nor into a pipe that nobody reads.
-            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+            try:
+                handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+                if who:
+                    os.fchown(handle, who["user"], who["group"])
+            except FileExistsError:
+                handle = os.open(path, flags)
         except OSError as error:  # a folder that is not ours, a read-only one, a name that is too long with .log
             failed = error
             continue
-        if stat.S_ISREG(os.fstat(handle).st_mode):
+        there = os.fstat(handle)
+        if not stat.S_ISREG(there.st_mode):
+            failed = OSError(errno.EINVAL, "it is no regular file")
+        elif there.st_uid not in (os.geteuid(), who.get("user")):
+            failed = OSError(errno.EPERM, "it is another user's, who could read what the server says")
+        else:
             return handle, path
         os.close(handle)
-        failed = OSError(errno.EINVAL, "it is no regular file")
     raise ConfigError(
         f"the server's log {path} cannot be written: {failed.strerror}",
         hint=f"{directory} is ready all the same: start its server as its owner, with pg_ctl -D {directory} start",

@@ -186,6 +186,7 @@ class Sufferer(Reader):
     def brought_over(self, block: Block) -> None:
         self.it.play(block)
         assert self.count() == 1002
+        assert not [path for path in self.it.folder.glob("srv/*") if path.name.startswith(("before", "orders"))]
 
     def bucket(self, block: Block) -> None:
         self.it.empty_bucket()
@@ -338,3 +339,4 @@ def test_what_is_planned_goes_well(seaweed: Seaweed, s3_prefix: str) -> None:
         )
         reader.walk("docs/procedures.md", steps, _PLANNED)
         assert reader.count() == 1002
+        assert not list(it.folder.glob("srv/staging*"))

@@ -56,6 +56,27 @@ def test_the_log_lies_beside_the_directory_and_in_it_where_that_cannot_be(tmp_pa
     assert "pg_ctl" in caught.value.hint
 
 
+def test_the_log_is_for_the_servers_user_alone(tmp_path: Path) -> None:
+    """Statements stand in it, and their data."""
+    data, before = folder(tmp_path / "data"), os.umask(0)
+    try:
+        give(data, run_as())
+        there = opened(data).stat()
+    finally:
+        os.umask(before)
+    assert oct(there.st_mode & 0o777) == "0o600"
+    assert there.st_uid == data.stat().st_uid, "who starts it again with pg_ctl -l may write there"
+    assert opened(data) == tmp_path / "data.log"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_log_that_somebody_else_has_laid_there_is_not_written_to(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data")
+    (tmp_path / "data.log").write_bytes(b"")
+    os.chown(tmp_path / "data.log", 12345, 12345)
+    assert opened(data) == data / FOLDER / "server.log"
+
+
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     backup = replace(plan(Target()).backup, tablespaces=(Tablespace(1, str(tmp_path / "place")),))

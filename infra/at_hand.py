@@ -5,6 +5,7 @@ With a writer file alone it can write and not read. Where more than one is set, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,11 +15,14 @@ from infra.recipients import parse_identity, read_secret
 from infra.ring import Writer
 from infra.settings import Settings
 from infra.writer_file import decode_writer
+from pipeline.errors import ConfigError
 
 log = structlog.get_logger()
 
 #: Characters of a passphrase below which it is warned of.
 SHORT = 12
+#: What stands in examples in the place of a passphrase, and what is too short to have been meant as one.
+_PLACEHOLDER = re.compile(r"[.…*xX_\s-]*|.{,3}|<.*>|change[-_ ]?me", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,15 @@ def weakness(passphrase: str) -> tuple[str, str] | None:
         return None
     fact = f"the passphrase has {len(passphrase)} characters: whoever gets hold of the bucket may guess it"
     return fact, f"take {SHORT} or more, or five random words; `walship key rotate` puts it in the place of this one"
+
+
+def refuse_placeholder(passphrase: str) -> None:
+    """Before a key ring is made with it: afterwards there is a repository that anybody may open. Raises ConfigError."""
+    if passphrase and _PLACEHOLDER.fullmatch(passphrase):
+        raise ConfigError(
+            f"BACKUP_ENCRYPTION_PASSWORD is a placeholder, or too short: {len(passphrase)} characters",
+            hint=f"take {SHORT} or more, or five random words, and keep a copy somewhere else",
+        )
 
 
 def _warn(fact: str, hint: str) -> None:

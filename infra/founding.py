@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from handlers.body import joined
-from infra.at_hand import look_at_hand
+from infra.at_hand import look_at_hand, refuse_placeholder
 from infra.keys import create_ring, open_keyring, policy_of
 from infra.repository import Destination, RepositoryFacts, read_facts
 from infra.settings import Settings
@@ -98,6 +98,7 @@ async def _found_keys(
                 hint="run init where BACKUP_ENCRYPTION_PASSWORD or WALSHIP_IDENTITY_FILE is set; then `walship key"
                 " export-writer` makes a writer file for it",
             )
+        refuse_placeholder(at_hand.passphrase)
         await create_ring(stores[0], system_id, at_hand, wanted, clock)
         first, rings[0] = 0, await _keys_at(stores[0])
     # Settings that a writer would refuse are refused now, not at the first segment.

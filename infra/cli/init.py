@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import click
 
-from infra.cli.verb import asynchronous, emit, json_option, settings
+from infra.at_hand import weakness
+from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from infra.clock import SystemClock
 from infra.founding import found
 from infra.postgres.connect import connect
@@ -50,3 +51,5 @@ async def command(as_json: bool) -> None:
         if wanted.passphrase or wanted.identity_file:
             lines.append(f"keep the {what} somewhere else than on this host: without it nothing can be read")
     emit({**asdict(facts), "destinations": [asdict(place) for place in founded]}, lines, as_json=as_json)
+    if weak := weakness(wanted.passphrase):
+        say(f"WARNING: {weak[0]}\nhint: {weak[1]}")

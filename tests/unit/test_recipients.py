@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from infra.at_hand import AtHand, look_at_hand, weakness
+from infra.at_hand import AtHand, look_at_hand, refuse_placeholder, weakness
 from infra.cli import cli
 from infra.recipients import make_identity, parse_identity, parse_recipient, read_secret, show_recipient
 from infra.ring import Policy, fresh_ring
@@ -185,6 +185,20 @@ def test_short_passphrases_are_warned_of() -> None:
     fact, hint = weakness("hunter2") or ("", "")
     assert "has 7 characters" in fact
     assert "hunter2" not in fact + hint
+
+
+@pytest.mark.parametrize(
+    "passphrase", ["...", "…", "******", "xxxxxxxxxxxxxxxx", "<passphrase>", "ChangeMe", "abc", "é"]
+)
+def test_a_placeholder_is_no_passphrase(passphrase: str) -> None:
+    with pytest.raises(ConfigError, match="is a placeholder") as raised:
+        refuse_placeholder(passphrase)
+    assert passphrase not in raised.value.fact.removeprefix("BACKUP_ENCRYPTION_PASSWORD")
+
+
+@pytest.mark.parametrize("passphrase", ["", "hunter2", "....a", "change me now", "x-ray", "åäöü"])
+def test_what_may_be_meant_is_let_in(passphrase: str) -> None:
+    refuse_placeholder(passphrase)
 
 
 @pytest.mark.parametrize("content", ["", "\n", "  \n"])

@@ -65,6 +65,19 @@ class Verbs(click.Group):
         command.short_help = VERBS[name]  # whole sentences for completion, which would cut the first one off
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Click knows what may have been meant only of commands that are loaded."""
+        name = args[0]
+        if name not in VERBS and not name.startswith("-") and not ctx.resilient_parsing:
+            import difflib
+
+            close = difflib.get_close_matches(name, VERBS, n=1)
+            more = f" Did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(f"No such command {name!r}.{more}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  likewise
         with formatter.section("Commands"):
             formatter.write_dl([*VERBS.items()])

@@ -77,9 +77,25 @@ def test_a_wrong_setting_is_named(copy: Copy, changed: dict[str, str], said: str
     assert "correct horse" not in done.stderr + done.stdout
 
 
+def test_init_makes_no_repository_with_a_placeholder_for_its_passphrase(rig: Rig) -> None:
+    """Before it, check misses the repository and nothing else, so it may come first."""
+    second = f"file://{rig.folder}/second"
+    (rig.folder / "second").mkdir()
+    found = rig.run("check", expect=2, environment=rig.environment(WALSHIP_DESTINATIONS=second)).stdout
+    assert [line for line in found.splitlines() if "ERROR" in line and "there is no repository" not in line] == []
+    weak = rig.environment(WALSHIP_DESTINATIONS=second, BACKUP_ENCRYPTION_PASSWORD="...")
+    assert "BACKUP_ENCRYPTION_PASSWORD is a placeholder" in rig.run("init", environment=weak, expect=2).stderr
+    assert not [path for path in (rig.folder / "second").rglob("*") if path.is_file()]
+    weak["BACKUP_ENCRYPTION_PASSWORD"] = "hunter2"
+    assert "WARNING: the passphrase has 7 characters" in rig.run("init", environment=weak).stderr
+    assert rig.run("init").stderr == "", "a good one is no matter"
+
+
 def test_a_mistyped_command_is_a_wrong_setting_too(copy: Copy) -> None:
     assert "No such option" in copy.run("list", "--jsno", expect=2).stderr
-    assert "No such command" in copy.run("backpu", expect=2).stderr
+    said = copy.run("backpu", expect=2).stderr
+    assert "No such command 'backpu'. Did you mean 'backup'?" in said
+    assert "Did you mean" not in copy.run("qqqq", expect=2).stderr
 
 
 def test_settings_come_from_a_dotenv_file_as_well(copy: Copy, folder: Path) -> None:

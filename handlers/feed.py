@@ -50,7 +50,7 @@ _AHEAD = 128 << 20
 _WIDTH = 3
 _WIDTH_BYTES = 64 << 20
 #: Bytes that are written at a time, at most. Linux looks for one block of memory for all of a write, up to 2 MiB
-#: (large folios), and a virtual machine has given those to its host: in one write 16 MB took 3 to 45 ms, in pieces 3.
+#: (large folios), and a virtual machine has given those to its host: 16 MB took 4 ms of CPU like this, and 40 at once.
 _WRITTEN = 512 << 10
 #: How many of the last segments that the server has are remembered.
 _KEPT = 4096

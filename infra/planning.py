@@ -1,4 +1,7 @@
-"""What ``walship check`` says of the schedule: when each job runs next, and which of them can only fail."""
+"""What is said of the schedule: when each job runs next, and which of them can only fail.
+
+``walship check`` says it, and the service's log when it starts.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def contradictions(settings: Settings, server: ServerFacts | None) -> Iterator[W
     if "incremental" in jobs and server is not None and server.major < INCREMENTAL:
         yield ConfigError(
             f"WALSHIP_SCHEDULE_INCREMENTAL is set, and PostgreSQL {server.major} has no incremental backups",
-            hint=f"PostgreSQL {INCREMENTAL} and later do; take full ones, less often",
+            hint=f"PostgreSQL {INCREMENTAL} and later do; take full ones each night in their place:"
+            " WALSHIP_SCHEDULE_FULL='30 2 * * *'. Or less often, for WAL bridges the time between them;"
+            " then raise the 26 hours of the alert WalshipBackupTooOld (93600 in its rule)",
         )
     if "drill" in jobs and settings.drill_checks is not None and not os.access(settings.drill_checks, os.R_OK):
         yield ConfigError(f"WALSHIP_DRILL_CHECKS: {settings.drill_checks} cannot be read", hint="docs/drill.md has one")

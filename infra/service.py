@@ -17,8 +17,9 @@ from infra import systemd
 from infra.keys import KeyReplacedError
 from infra.marked import marked
 from infra.monitored import Monitor, monitored, monitoring
+from infra.planning import contradictions
 from infra.postgres.connect import connect
-from infra.postgres.control import read_facts
+from infra.postgres.control import ServerFacts, read_facts
 from infra.postgres.problems import problems
 from infra.postgres.senders import read_stream_facts
 from infra.postgres.stream_problems import stream_problems
@@ -208,7 +209,7 @@ async def _ship_for_ever(
             group.create_task(_keep_history(site, shipping.service))
         if stream is not None:
             group.create_task(stream.run())
-        group.create_task(_tell_of_server(site))
+        group.create_task(_tell_of_server(site, scheduled=scheduler is not None))
         try:
             await dispatcher.run(*sources)
         finally:
@@ -224,9 +225,13 @@ async def ship_unless_taken(spool: Path | None, site: Site, shipping: Shipping) 
             raise
 
 
-async def _tell_of_server(site: Site) -> None:
-    """Shipping needs no word with the server; but a server that does not archive is nothing to be silent about."""
+async def _tell_of_server(site: Site, *, scheduled: bool) -> None:
+    """Shipping needs no word with the server; but a server that does not archive is nothing to be silent about.
+
+    Nor is a job that is ``scheduled`` and can only fail.
+    """
     streams = "stream" in site.settings.sources
+    server: ServerFacts | None = None
     if streams:
         await site.clock.sleep(SETTLED)
     try:
@@ -235,6 +240,9 @@ async def _tell_of_server(site: Site) -> None:
             stream = await read_stream_facts(connection, site.settings.slot) if streams else None
     except SourceError as error:
         log.warning("server", error=error.fact, hint=error.hint)
+    for wrong in contradictions(site.settings, server) if scheduled else ():
+        log.warning("schedule", error=wrong.fact, hint=wrong.hint)
+    if server is None:
         return
     if server.system_identifier != site.facts.system_id:
         log.warning("server", error=f"it is the cluster {server.system_identifier}, not {site.facts.system_id}")

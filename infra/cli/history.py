@@ -91,7 +91,9 @@ def _row(name: RecordName, record: Record | WalshipError) -> tuple[str, ...]:
         return show(name.ended), name.verb, outcome, "?", "?", _one_line(f"its record cannot be read: {record.fact}")
     if record.stopped:
         outcome = "stopped"
-    words = [_SAYS.get(record.verb, _anything)(record.summary), "" if record.stopped else record.error]
+    # Which change of keys it was stands in what was typed; of other verbs that says less than the outcome.
+    done = " ".join(record.arguments) if record.verb == "key" else ""
+    words = [done, _SAYS.get(record.verb, _anything)(record.summary), "" if record.stopped else record.error]
     said = "; ".join(filter(None, words))
     return show(name.ended), name.verb, outcome, _took(record.seconds), _one_line(record.host), _one_line(said)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 from tests.acceptance.conftest import Copy
 
@@ -36,3 +37,9 @@ def test_what_was_done_is_shown_also_where_records_are_damaged_or_a_destination_
     assert len(copy.run("history", "--last", "1").stdout.splitlines()) == 1
     told = copy.run("history", "--verb", "dril", expect=2)
     assert "'dril' is not one of" in told.stderr
+
+
+def test_a_change_of_the_keys_says_which_one_it_was(copy: Copy, tmp_path: Path) -> None:
+    copy.run("key", "export-writer", str(tmp_path / "writer.json"))
+    (line,) = copy.run("history", "--verb", "key").stdout.splitlines()
+    assert line.endswith("  export-writer")

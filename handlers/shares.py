@@ -39,12 +39,14 @@ class Shares:
     """Where the objects of a plan lie. Sizes are of what is stored: compressed, encrypted."""
 
     base: tuple[Share, ...]
-    #: Segments, and the tails of an open one.
+    #: Finished segments.
     wal: tuple[Share, ...]
     #: Keys that no destination has. Empty also when one of them could not be listed: it may have them.
     missing: tuple[str, ...] = ()
     #: What could not be listed, one sentence each.
     problems: tuple[str, ...] = ()
+    #: Of segments that are stored in no other way.
+    tails: tuple[Share, ...] = ()
 
     @property
     def base_size(self) -> int:
@@ -52,7 +54,7 @@ class Shares:
 
     @property
     def wal_size(self) -> int:
-        return sum(share.size for share in self.wal)
+        return sum(share.size for share in (*self.wal, *self.tails))
 
     @property
     def size(self) -> int:
@@ -85,10 +87,10 @@ async def share_out(plan: RestorePlan, destinations: Sequence[Store]) -> Shares:
     segments = {wal_key(file) for file in plan.path.stored()}
     folders = sorted({f"{key.rpartition('/')[0]}/" for key in segments})
     wal, _ = await _shares(destinations, segments, folders, problems)
-    wal += await _tails(destinations, plan.path, problems)
+    tails = await _tails(destinations, plan.path, problems)
     # A restore can do without the index, and a destination that did not answer may have the rest.
     lost = () if problems else tuple(sorted(missing - index))
-    return Shares(base, wal, lost, tuple(dict.fromkeys(problems)))
+    return Shares(base, wal, lost, tuple(dict.fromkeys(problems)), tails)
 
 
 def check_complete(found: Shares, backup: BackupInfo) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TextIO
 
 from handlers.occupant import Occupant
 from handlers.shares import Pace, Share, Shares
@@ -16,6 +18,9 @@ from pipeline.targets import TargetKind
 
 #: Bytes of WAL a second that a server is taken to replay; pgbench's replay runs at about 200 MB/s on two cores.
 REPLAY_RATE = 100 << 20
+_NOTE = "note: "
+#: Columns of a terminal below which nothing is wrapped.
+_NARROW = 40
 
 
 def plan_lines(
@@ -61,14 +66,26 @@ def plan_lines(
         lines.append(f"  {what} {there.folder}: {there}, {human(there.size)}")
     if delta and occupants:
         lines.append("            what differs from the backup is overwritten, what it does not have is removed")
-    lines += [f"  note: {note}" for note in (*found.problems, *plan.notices, *targets.notices)]
+    lines += [f"  {_NOTE}{note}" for note in (*found.problems, *plan.notices, *targets.notices)]
     return lines
 
 
+def fitted(line: str, stream: TextIO) -> str:
+    """A long note over several lines where somebody sits at a terminal; else as it is, for a log."""
+    start, note, _ = line.partition(_NOTE)
+    if not note or start.strip() or not stream.isatty():
+        return line
+    width = os.get_terminal_size(stream.fileno()).columns
+    if width < _NARROW:  # 0: it does not say
+        return line
+    indent = " " * len(start + note)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def _fetches(found: Shares, *, most: bool) -> list[str]:
-    """How much comes from where; a destination that serves both kinds stands once for each."""
+    """How much comes from where; a destination stands once for each kind that it serves."""
     lines = [f"  fetches   {'at most ' if most else ''}{human(found.size)}, as stored"]
-    for what, shares in (("backup", found.base), ("WAL", found.wal)):
+    for what, shares in (("backup", found.base), ("WAL segments", found.wal), ("WAL tails", found.tails)):
         for share in shares:
             objects = _plural(share.objects, "object")
             lines.append(f"            {what}: {share.objects} {objects}, {human(share.size)} from {share.destination}")
@@ -106,7 +123,11 @@ def plan_facts(
         **plan.summary(),
         "directory": str(targets.directory),
         "stored_bytes": found.size,
-        "fetches": [_share("base", share) for share in found.base] + [_share("wal", share) for share in found.wal],
+        "fetches": [
+            _share(kind, share)
+            for kind, shares in (("base", found.base), ("wal", found.wal), ("tail", found.tails))
+            for share in shares
+        ],
         "overwrites": [
             {"folder": str(o.folder), "files": o.files, "bytes": o.size, "version": o.version, "system_id": o.system_id}
             for o in occupants

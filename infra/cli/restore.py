@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from handlers.occupant import occupant
+from handlers.restore import Laid
 from handlers.shares import check_complete, measure, share_out
 from handlers.target_dir import Targets
 from infra.cli.answering import answering, as_of, narrowed, repository_of
-from infra.cli.planned import plan_facts, plan_lines
+from infra.cli.planned import fitted, plan_facts, plan_lines
 from infra.cli.progress import EVERY, Bytes
 from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
 from infra.malloc import KEPT, give_back_large_blocks
@@ -106,10 +107,11 @@ async def command(target_dir: str, **options: Any) -> None:
         pace = await measure(plan.backup, repository.fetch, site.clock) if asked or options["dry_run"] else None
         lines = plan_lines(plan, targets, found, occupants, pace, site.clock.now(), delta=place.delta)
         if options["dry_run"]:
-            emit(plan_facts(plan, targets, found, occupants, pace), lines, as_json=as_json)
+            shown = [fitted(line, sys.stdout) for line in lines]
+            emit(plan_facts(plan, targets, found, occupants, pace), shown, as_json=as_json)
             return
         for line in lines:
-            say(line)
+            say(fitted(line, sys.stderr))
         planned = time.monotonic()
         if asked and not await _agreed(targets, delta=place.delta):
             raise click.Abort
@@ -125,7 +127,7 @@ async def command(target_dir: str, **options: Any) -> None:
 
                 def note(line: str) -> None:
                     if line not in targets.notices:  # they stand in the plan
-                        say(f"note: {line}")
+                        say(fitted(f"note: {line}", sys.stderr))
 
                 watch = Watch(bar, _replayed(plan, bar), note, finish)
                 restored = await restore(repository, plan, place, watch=watch)
@@ -260,9 +262,7 @@ def _finish(plan: RestorePlan, restored: Restored, planning: float, *, standby: 
     }
     lines = [f"{restored.directory} holds {plan.backup.name}: {laid.files} files, {human(laid.size)}"]
     if laid.kept:
-        # Parts are fetched whole, so that some of what was there is fetched all the same.
-        saved = max(0, 100 - 100 * laid.fetched // max(1, laid.size))
-        lines.append(f"{human(laid.kept)} were there already, {human(laid.fetched)} were fetched: saved {saved} %")
+        lines.append(_saved(laid))
     if laid.removed:
         files = "1 file was" if laid.removed == 1 else f"{laid.removed} files were"
         lines.append(f"{files} removed: the backup does not have that")
@@ -289,6 +289,18 @@ def _finish(plan: RestorePlan, restored: Restored, planning: float, *, standby: 
             )
     lines.append("it took " + ", ".join(f"{seconds:.1f} s for {_STEPS[step]}" for step, seconds in took.items()))
     emit(result, lines, as_json=as_json)
+
+
+def _saved(laid: Laid) -> str:
+    """Parts are fetched whole: some of what was there already is fetched all the same."""
+    kept, other = human(laid.kept), human(max(0, laid.size - laid.kept))
+    if not laid.fetched:
+        return f"{kept} were there already, and nothing was fetched"
+    saved = max(0, 100 - 100 * laid.fetched // max(1, laid.size))
+    return (
+        f"{kept} were there already; for the other {other}, {human(laid.fetched)} were fetched, in whole parts that hold"
+        f" many files each: saved {saved} %"
+    )
 
 
 _STEPS = {"planning": "the plan", "base": "the base backup", "replay": "start and replay"}

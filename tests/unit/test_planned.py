@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import struct
 import sys
+import termios
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,9 +17,11 @@ import pytest
 from handlers.fetch import Fetcher, read_catalog
 from handlers.occupant import Occupant, occupant
 from handlers.plan import plan_restore
+from handlers.restore import Laid
 from handlers.shares import Pace, Share, Shares, check_complete, measure, share_out
 from handlers.target_dir import Targets
-from infra.cli.planned import lasting, plan_facts, plan_lines
+from infra.cli.planned import fitted, lasting, plan_facts, plan_lines
+from infra.cli.restore import _saved
 from infra.storage.memory import MemoryStore
 from pipeline.backup import ArchiveInfo, BackupInfo
 from pipeline.catalog import info_key, part_key, wal_key
@@ -69,7 +76,8 @@ async def test_the_first_destination_that_has_an_object_is_named_for_it() -> Non
     found = await share_out(plan, [other, shelf.store])
     counts = {(share.destination, share.objects) for share in found.base}
     assert counts == {("other", 1), ("memory", 3)}
-    assert [(share.destination, share.objects) for share in found.wal] == [("other", 1), ("memory", 3), ("memory", 1)]
+    assert [(share.destination, share.objects) for share in found.wal] == [("other", 1), ("memory", 3)]
+    assert [(share.destination, share.objects) for share in found.tails] == [("memory", 1)]
     sizes = {info.key: info.size async for info in shelf.store.list("")}
     wanted = sum(size for key, size in sizes.items() if "history" not in key and "backup_info" not in key)
     assert found.size == found.base_size + found.wal_size == wanted
@@ -110,7 +118,8 @@ async def test_the_plan_in_words_and_as_json() -> None:
     plan = await planned(await shipped())
     old = Occupant(Path("/restored"), 12, 5 * MEGABYTE, "16", "42")
     targets = Targets(Path("/restored"), (), None, (old.folder,))
-    found = Shares((Share("near", 4, MEGABYTE),), (Share("far", 1, 2048),), problems=("what x has is not known: why",))
+    problems = ("what x has is not known: why",)
+    found = Shares((Share("near", 4, MEGABYTE),), (Share("far", 1, 2048),), (), problems, (Share("far", 3, 1024),))
     pace = Pace(3, 3 * MEGABYTE, 1.0)
     now = NOON + timedelta(hours=3)
     lines = plan_lines(plan, targets, found, [old], pace, now, delta=False)
@@ -121,7 +130,8 @@ async def test_the_plan_in_words_and_as_json() -> None:
         "            timeline 2: 3 segments, LSN 0/400200 to 0/601000, the last 4.0 KB from tails",
         "  fetches   1.0 MB, as stored",
         "            backup: 4 objects, 1.0 MB from near",
-        "            WAL: 1 object, 2.0 KB from far",
+        "            WAL segments: 1 object, 2.0 KB from far",
+        "            WAL tails: 3 objects, 1.0 KB from far",
         "  time      perhaps 2 s: 1 s for the backup, 1 s for the WAL",
         "            no promise: the first 3 parts (3.0 MB) came at 3.0 MB/s, the WAL is taken to go at 3.0 MB/s",
         "  replaces  /restored: a cluster of PostgreSQL 16, system identifier 42, 12 files, 5.0 MB",
@@ -146,11 +156,45 @@ async def test_the_plan_in_words_and_as_json() -> None:
     assert any("the first part (1.0 MB) came at" in line for line in quick)
     facts = plan_facts(plan, targets, found, [old], pace)
     assert facts["fetches"][1] == {"kind": "wal", "destination": "far", "objects": 1, "bytes": 2048}
+    assert facts["fetches"][2] == {"kind": "tail", "destination": "far", "objects": 3, "bytes": 1024}
     assert facts["wal_timelines"][1] == {
         "timeline": 2, "segments": 3, "start": "0/400200", "end": "0/601000", "tail_bytes": 4096,
     }  # fmt: skip
     assert facts["overwrites"][0]["system_id"] == "42"
     assert facts["expected_seconds"] == {"base": 1.0, "replay": 1.335}
+
+
+def test_a_long_note_is_wrapped_where_somebody_reads_it_and_nowhere_else(tmp_path: Path) -> None:
+    words = "the old server archived with archive_library, and this one does not until somebody has looked at it"
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "wb"), os.fdopen(follower, "w") as terminal, (tmp_path / "log").open("w") as log:
+        assert fitted(f"  note: {words}", terminal) == f"  note: {words}", "it does not say how wide it is"
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+        for start in ("  note: ", "note: "):
+            first, *rest = fitted(start + words, terminal).splitlines()
+            assert first.startswith(start + "the old server")
+            assert all(line.startswith(" " * len(start) + line.strip()) for line in rest)
+            assert max(map(len, (first, *rest))) <= 60
+            assert " ".join([first.removeprefix(start), *map(str.strip, rest)]) == words
+        assert fitted(f"  backup {words}", terminal) == f"  backup {words}"
+        assert fitted(f"  note: {words}", log) == f"  note: {words}"
+
+
+@pytest.mark.parametrize(
+    ("laid", "words"),
+    [
+        (
+            Laid(9, 100 << 10, 100 << 10, 90 << 10, 0),
+            (
+                "90.0 KB were there already; for the other 10.0 KB, 100.0 KB were fetched, in whole parts that hold many"
+                " files each: saved 0 %"
+            ),
+        ),
+        (Laid(9, 100 << 10, 0, 100 << 10, 0), "100.0 KB were there already, and nothing was fetched"),
+    ],
+)
+def test_what_was_saved_is_said_without_a_contradiction(laid: Laid, words: str) -> None:
+    assert _saved(laid) == words
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@
 #
 # PG_MAJORS are the majors of the servers that are to be restored or drilled here. Restoring wants the same major.
 #
-# Pinned are walship's libraries (constraints.lock). Not pinned are the base, a tag that moves with Python's and Debian's
-# updates, and Debian's packages. Who wants the same image each time gives a digest:
+# Pinned are walship's libraries (constraints.lock) and Python (the base's tag). Debian's packages are those of the day,
+# for their security updates. Who wants the same image each time gives a digest as well:
 #
-#   docker build -t walship --build-arg BASE=python:3.13-slim-bookworm@sha256:... .
+#   docker build -t walship --build-arg BASE=python:3.13.16-slim-bookworm@sha256:... .
 
-ARG BASE=python:3.13-slim-bookworm
+ARG BASE=python:3.13.16-slim-bookworm
 
 # The wheel, and an environment of it and what it needs. Nothing of what builds it gets into the image.
 FROM ${BASE} AS build

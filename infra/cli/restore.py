@@ -298,8 +298,8 @@ def _saved(laid: Laid) -> str:
         return f"{kept} were there already, and nothing was fetched"
     saved = max(0, 100 - 100 * laid.fetched // max(1, laid.size))
     return (
-        f"{kept} were there already; for the other {other}, {human(laid.fetched)} were fetched, in whole parts that hold"
-        f" many files each: saved {saved} %"
+        f"{kept} were there already; for the other {other}, {human(laid.fetched)} were fetched, in whole parts that"
+        f" hold many files each: saved {saved} %"
     )
 
 

@@ -186,8 +186,8 @@ def test_a_long_note_is_wrapped_where_somebody_reads_it_and_nowhere_else(tmp_pat
         (
             Laid(9, 100 << 10, 100 << 10, 90 << 10, 0),
             (
-                "90.0 KB were there already; for the other 10.0 KB, 100.0 KB were fetched, in whole parts that hold many"
-                " files each: saved 0 %"
+                "90.0 KB were there already; for the other 10.0 KB, 100.0 KB were fetched, in whole parts that hold"
+                " many files each: saved 0 %"
             ),
         ),
         (Laid(9, 100 << 10, 0, 100 << 10, 0), "100.0 KB were there already, and nothing was fetched"),

@@ -18,6 +18,7 @@ from infra.planning import contradictions, doubts
 from infra.remembered import jobs_of
 from infra.settings import known_names, load
 from tests.command_lines import below, folders_of_a_drill, parsed
+from tests.docs_blocks import blocks_of
 
 _HOME = Path(__file__).resolve().parents[2]
 _FOLDER = _HOME / "infra" / "deploy" / "kubernetes"
@@ -118,12 +119,44 @@ def _merge(base: Any, patch: Any) -> Any:
     return patch
 
 
+def _typed() -> list[str]:
+    """The lines of docs/deploy.md about Kubernetes, in order; what goes on in the next line is one."""
+    texts = [block.text for block in blocks_of("docs/deploy.md") if block.heading == "Kubernetes"]
+    return "".join(texts).replace("\\\n", "").splitlines()
+
+
+@pytest.mark.parametrize("folder", _FOLDERS, ids=lambda folder: folder.name)
+def test_the_document_names_what_comes_before_the_first_apply(folder: Path) -> None:
+    place, lines = folder.relative_to(_HOME).as_posix(), _typed()
+    before = lines[: lines.index(f"kubectl apply -k {place}")]
+    (made,) = _read(folder / "kustomization.yaml")
+    for maker in (*made["configMapGenerator"], *made["secretGenerator"]):
+        for name in maker["envs"]:
+            copied = f"cp infra/deploy/kubernetes/{name}.example {place}/{name}"
+            assert ((folder / name).exists() and name != "secret.env") or copied in before, name
+    if not any(d["kind"] == "Namespace" for path in _resources(folder) for d in _read(path)):
+        assert f"kubectl create namespace {made['namespace']}" in before
+    (image,) = made["images"]
+    assert f"docker push {image['newName']}:{image['newTag']}" in before
+    assert "`newName`" in (_HOME / "docs" / "deploy.md").read_text("utf-8")
+
+
+def test_the_document_says_what_the_server_beside_the_sidecar_needs() -> None:
+    (line,) = [line for line in _typed() if "ALTER SYSTEM" in line]
+    statements = [word for word in shlex.split(line) if word.startswith("ALTER SYSTEM")]
+    comment = (_FOLDER / "sidecar" / "walship.yaml").read_text("utf-8")
+    assert len(statements) == 3
+    assert re.findall(r"ALTER SYSTEM [^;]*(?=;)", comment) == statements
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
 @pytest.mark.parametrize("folder", _FOLDERS, ids=lambda folder: folder.name)
 def test_kustomize_makes_of_it_what_is_applied(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(_FOLDER, tmp_path / "here")
-    place = tmp_path / "here" / folder.relative_to(_FOLDER)
-    shutil.copy(_FOLDER / "secret.env.example", place / "secret.env")
+    shutil.copytree(_FOLDER, tmp_path / _FOLDER.relative_to(_HOME))
+    place = tmp_path / folder.relative_to(_HOME)
+    for line in _typed():
+        if line.startswith("cp "):
+            subprocess.run(shlex.split(line), check=True, cwd=tmp_path)
     told = subprocess.run(["kubectl", "kustomize", str(place)], check=True, capture_output=True, text=True).stdout
     documents = {(document["kind"], document["metadata"]["name"]): document for document in yaml.safe_load_all(told)}
     settings, secrets = (next(n for k, n in documents if k == kind) for kind in ("ConfigMap", "Secret"))

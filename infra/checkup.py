@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +35,7 @@ from infra.storage import display_name
 from infra.storage.remains import rules
 from infra.storage.retry import LOOK
 from infra.storage.rooted import Rooted
-from infra.whereabouts import why_here
+from infra.whereabouts import exposed, required_elsewhere
 from infra.wiring import open_destinations
 from pipeline.catalog import REPOSITORY
 from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, SourceError, StoreError, WalshipError
@@ -98,27 +98,15 @@ async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _
         for destination in destinations:
             async for finding in _destination(destination, facts, server, settings):
                 yield finding
-        yield await _off_host(destinations, settings)
+        yield await asyncio.to_thread(_off_host, settings)
 
 
-async def _off_host(destinations: Sequence[Destination], settings: Settings) -> Finding:
+def _off_host(settings: Settings) -> Finding:
     """Whether what is acknowledged outlives this host, and the database server: a required one must be elsewhere."""
-    servers = [host for host, _ in settings.servers]
-    required = [(d.name, url) for d, url in zip(destinations, settings.destinations, strict=True) if d.required]
-    whys = {name: await asyncio.to_thread(why_here, url, servers) for name, url in required}
-    elsewhere = [name for name, why in whys.items() if not why]
-    if elsewhere:
-        return Finding("destinations", "ok", f"what is acknowledged is off this host: {', '.join(elsewhere)}")
-    optional = [d.name for d in destinations if not d.required]
-    where = "; ".join(f"{name} {why}" for name, why in whys.items())
-    more = f". {', '.join(optional)} may be elsewhere, and is not required" if optional else ""
-    return Finding(
-        "destinations",
-        "warning",
-        f"not safe: no required destination is off this host: {where}{more}. Losing the host may lose all of it",
-        "add a destination on another host to WALSHIP_DESTINATIONS, an s3:// one most likely, and require it"
-        " (WALSHIP_REQUIRED)",
-    )
+    if (found := exposed(settings)) is not None:
+        return Finding("destinations", "warning", f"not safe: {found.fact}", found.hint)
+    there = ", ".join(required_elsewhere(settings))
+    return Finding("destinations", "ok", f"what is acknowledged is off this host: {there}")
 
 
 async def _server(server: ServerFacts, stream: StreamFacts | None, settings: Settings) -> AsyncIterator[Finding]:
@@ -162,7 +150,9 @@ async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Fin
                 unable = "is off: `walship backup --incremental` needs it, full backups do not"
                 if summaries != "on" and settings.schedule_incremental:
                     fact = "WALSHIP_SCHEDULE_INCREMENTAL is set, and summarize_wal is off: each of them would fail"
-                    raise SourceError(fact, hint="ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf()")
+                    raise SourceError(
+                        fact, hint="in psql: ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf()"
+                    )
                 yield Finding("backups", "ok", f"summarize_wal {able if summaries == 'on' else unable}")
     except SourceError as error:
         yield _wrong("backups", error)
@@ -210,7 +200,7 @@ async def _spool(settings: Settings) -> AsyncIterator[Finding]:
 
 def _secrets(settings: Settings) -> list[Finding]:
     """What is to be said of .env, the passphrase, and the files that are to open the key ring."""
-    found = [exposed] if (exposed := env_file(Path(".env"))) else []
+    found = [open_to_all] if (open_to_all := env_file(Path(".env"))) else []
     if weak := weakness(settings.passphrase):
         found.append(Finding("settings", "warning", *weak))
     try:

@@ -27,6 +27,7 @@ from infra.recoverable import Moments, Recoverable, read_moments, recoverable
 from infra.settings import Settings
 from infra.standing import DestinationStatus, Planned, Status, brief, judge_absent, stopped_by
 from infra.status import GRACE, Outside, destination_status, look_outside, places_of_backups, status_of
+from infra.whereabouts import Exposed, exposed
 from infra.wiring import Site
 from pipeline.contracts import Buffer, Clock, Fetched
 from pipeline.errors import WalshipError
@@ -43,6 +44,8 @@ SAMPLE_EVERY = 10.0
 _SHORTEST = 1.0
 #: Samples that are kept: those of an hour.
 SAMPLES = 360
+#: Seconds between looks at where the destinations are, which asks the resolver: a disk is mounted, an address moves.
+WHERE_EVERY = 300.0
 #: Looks, and listings, that may fail to come before what they told counts as not known any more.
 _MISSED = 4
 
@@ -79,6 +82,7 @@ class Lookout:
         self._stored: Recoverable | None = None
         self._done: Mapping[str, Done] = {}
         self._unread: tuple[str, ...] = ()
+        self._exposed: Exposed | None = None
         self._moments: Moments = {}
         #: destination → what it answered when it last refused something.
         self._refused: dict[str, str] = {}
@@ -117,6 +121,7 @@ class Lookout:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._look_outside(site))
+                group.create_task(self._look_where())
                 group.create_task(self._sample())
                 group.create_task(self._find_stretches(site))
         finally:
@@ -130,6 +135,11 @@ class Lookout:
             with suppress(TimeoutError):
                 async with asyncio.timeout(SAMPLE_EVERY - _SHORTEST):
                     await self._changed.wait()
+
+    async def _look_where(self) -> None:
+        while True:
+            self._exposed = await asyncio.to_thread(exposed, self._settings)
+            await self._clock.sleep(WHERE_EVERY)
 
     async def _sample(self) -> None:
         while True:
@@ -188,6 +198,7 @@ class Lookout:
             last_drill=self._done.get("drill", Done()).success,
             last_verify=self._done.get("verify", Done()).success,
             schedule=self.planned(),
+            exposed=self._exposed,
             unknown=(*self._unread, *self._stale()),
         )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from infra.recoverable import Recoverable
 from infra.sources.spool import SpoolState
+from infra.whereabouts import Exposed
 
 #: Waiting longer than this in the spool is no longer a passing queue.
 SLOW = timedelta(minutes=2)
@@ -166,6 +167,9 @@ class Status:
     last_verify: datetime | None = None
     #: What the service does by itself, in the order in which it would.
     schedule: tuple[Planned, ...] = ()
+    #: What is safe now may be lost with one host, by choice: said with every "safe", and nothing that is wrong. None: a
+    #: required destination is elsewhere, or that was not looked at.
+    exposed: Exposed | None = None
 
     @property
     def found(self) -> tuple[Reason, ...]:
@@ -200,7 +204,7 @@ class Status:
 def judge(status: Status) -> tuple[State, str]:
     """Whether it is safe, and why, in one sentence.
 
-    - ``safe``: nothing is wrong;
+    - ``safe``: nothing is wrong; the sentence says so where losing one host may lose all of it;
     - ``lagging``: something is on its way to a destination, later than it should be, and nothing else is wrong;
     - ``at_risk``: something is wrong at a destination, and another one has everything;
     - ``unsafe``: no destination has everything, or nobody knows whether it has;
@@ -210,7 +214,8 @@ def judge(status: Status) -> tuple[State, str]:
     if not found:
         if status.unknown:
             return "unknown", f"Not known: {status.unknown[0]}."
-        return "safe", f"Safe: {_safe_words(status)}."
+        on = f" on {status.exposed.where} only" if status.exposed else ""
+        return "safe", f"Safe{on}: {_safe_words(status)}."
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     first = f"{status.reasons[0]}{more}"
     if all(reason.late for reason in found):

@@ -23,6 +23,7 @@ from infra.settings import Settings
 from infra.sources.spool import SpoolState, holder, look_at_spool
 from infra.standing import DestinationStatus, Planned, Status, StreamStatus, brief
 from infra.storage.lease import confirmed, newest
+from infra.whereabouts import exposed
 from infra.wiring import Site
 from pipeline.catalog import Catalog
 from pipeline.confirmed import Confirmed, may_come
@@ -82,6 +83,7 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
         last_drill=done.get("drill", Done()).success,
         last_verify=done.get("verify", Done()).success,
         schedule=planned,
+        exposed=await asyncio.to_thread(exposed, site.settings),
     )
 
 

@@ -10,13 +10,58 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from infra.settings import Settings
+from infra.storage import display_name
 
 #: File systems of other machines, as Linux calls them.
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs", "fuse.sshfs",
             "fuse.glusterfs", "fuse.ceph", "fuse.rclone", "fuse.s3fs")  # fmt: skip
 _MOUNTS = Path("/proc/self/mountinfo")
+_SERVER = "which is the database server"
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """All that is acknowledged may be lost with one host."""
+
+    #: ``this host``, ``the database server``, or both.
+    where: str
+    #: Each required destination, and why it counts as there.
+    fact: str
+    #: What to do about it.
+    hint: str
+
+
+def required_elsewhere(settings: Settings) -> tuple[str, ...]:
+    """Names of the required destinations that outlive this host and the database server. Blocking: see ``why_here``."""
+    return tuple(name for name, why in _whys(settings).items() if not why)
+
+
+def exposed(settings: Settings) -> Exposed | None:
+    """What there is to say if no required destination is elsewhere; None if one is. Blocking: see ``why_here``."""
+    whys = _whys(settings)
+    if not all(whys.values()) or not whys:
+        return None
+    optional = [name for url in settings.destinations if (name := display_name(url)) not in whys]
+    where = "; ".join(f"{name} {why}" for name, why in whys.items())
+    more = f". {', '.join(optional)} may be elsewhere, and is not required" if optional else ""
+    there = dict.fromkeys("the database server" if _SERVER in why else "this host" for why in whys.values())
+    return Exposed(
+        " and ".join(there),
+        f"no required destination is off this host: {where}{more}. Losing the host may lose all of it",
+        "add a destination on another host to WALSHIP_DESTINATIONS, an s3:// one most likely, and require it"
+        " (WALSHIP_REQUIRED)",
+    )
+
+
+def _whys(settings: Settings) -> dict[str, str]:
+    servers = [host for host, _ in settings.servers]
+    required = [url for url in settings.destinations if not settings.required or url in settings.required]
+    return {display_name(url): why_here(url, servers) for url in required}
 
 
 def endpoint_of(url: str) -> str:
@@ -42,7 +87,7 @@ def why_here(url: str, servers: Iterable[str] = ()) -> str:
         return f"is at {host}, which is this host"
     for server in servers:
         if not server.startswith("/") and addresses & _addresses(server):
-            return f"is at {host}, which is the database server {server}"
+            return f"is at {host}, {_SERVER} {server}"
     return ""
 
 

@@ -29,6 +29,8 @@ async def command(cluster: str, as_json: bool) -> None:
     destination lacks is looked at again once it was due: that takes WALSHIP_TAIL_INTERVAL and a second, or a few if it
     does not come.
 
+    "Safe on this host only": all is well, and losing the host may lose all of it.
+
     The exit code is 0 also if it is not safe; a script reads "healthy" of --json, or "state": safe, lagging, at_risk,
     unsafe or unknown.
 
@@ -47,6 +49,8 @@ def _lines(status: Status) -> list[str]:
     lines = [judge(status)[1], f"cluster {status.system_id}"]
     lines += [f"  ! {reason}" for reason in (*status.reasons, *status.unknown)]
     lines += [f"  hint: {hint}" for hint in status.hints]
+    if status.exposed is not None:
+        lines += [f"  note: {status.exposed.fact}", f"  hint: {status.exposed.hint}"]
     lines.append(f"server   {status.server_error or f'WAL written to {status.current_lsn}'}")
     known = "not running" if status.service is None else f"process {status.service}"
     lines.append(f"service  {status.service_words or known}")

@@ -41,6 +41,9 @@ function showVerdict() {
   $("mark").textContent = MARKS[state] || "?";
   const words = silent ? "Not known: the service does not answer." : status ? status.sentence : null;
   if (words && $("sentence").textContent !== words) $("sentence").textContent = words;
+  const exposed = !silent && status && status.exposed ? `${status.exposed.fact}: ${status.exposed.hint}.` : "";
+  $("exposed").hidden = !exposed;
+  if ($("exposed").textContent !== exposed) $("exposed").textContent = exposed;
   const listed = status && status.listed ? `; the destinations were listed at ${utc(Date.parse(status.listed)).slice(11, 19)}` : "";
   if (status) $("when").textContent = `As of ${utc(Date.parse(status.now)).slice(0, 19)} UTC${listed}`;
   document.title = `${MARKS[state]} walship`;

@@ -212,7 +212,7 @@ def test_the_services_work_together_as_the_file_says(composed: Composed) -> None
         status, *_, rows = composed.follow("docs/deploy.md")
     finally:
         stop_started(composed.folder / "restored" / "now")
-    assert status.startswith("Safe: both destinations have all WAL"), status
+    assert status.startswith("Safe on this host only: both destinations have all WAL"), status
     assert " f " in rows, "the restored server was promoted"
     done = composed.walship("walship", "check")
     assert done.returncode == 0, done.stdout

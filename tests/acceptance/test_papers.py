@@ -274,7 +274,7 @@ class Planner(Reader):
         restart, *rest = block.lines
         self.it.sh(restart)
         self.it.wait(self.healthy, "the new destination has all")
-        assert "Safe:" in self.it.sh("\n".join(rest))
+        assert "Safe on this host only:" in self.it.sh("\n".join(rest))
 
     def standby(self, block: Block) -> None:
         """In a terminal of its own."""

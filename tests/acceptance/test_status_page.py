@@ -99,7 +99,7 @@ def test_the_api_tells_what_is_stored_and_what_is_wrong(live: Live) -> None:
         lambda told: told["state"] == "safe" and all(place["tail_bytes"] for place in told["destinations"]),
         "all is well, and the last row is in a tail",
     )
-    assert told["sentence"].startswith("Safe: both destinations have all WAL")
+    assert told["sentence"].startswith("Safe on this host only: both destinations have all WAL")
     assert live.get("/readyz") == (200, "ok\n")
     assert [place["name"] for place in told["destinations"]] == list(live.destinations)
     for place in told["destinations"]:
@@ -108,7 +108,7 @@ def test_the_api_tells_what_is_stored_and_what_is_wrong(live: Live) -> None:
         assert place["tail_bytes"] == Lsn.parse(place["durable_lsn"]) % SIZE
     # The terminal says the same of the same.
     words = live.run("status").stdout
-    assert words.startswith("Safe: both destinations have all WAL")
+    assert words.startswith("Safe on this host only: both destinations have all WAL")
     listed = live.json("status")
     assert [place["last_segment"] for place in listed["destinations"]] == [live.segments()[-1]] * 2
     (backup,), (stretch,) = told["recoverable"]["backups"], told["recoverable"]["stretches"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from dataclasses import dataclass, field
@@ -132,3 +133,15 @@ async def test_the_history_is_bounded(site: Site) -> None:
     assert history["samples"][-1] == [SAMPLES + 49, 1.2]
     lookout.heard(DestinationFailed("memory", "wal/x", "503", ""))
     assert lookout._refused == {"memory": "503"}
+
+
+async def test_where_all_may_be_lost_with_this_host_is_said_with_safe(site: Site) -> None:
+    site.settings.destinations = ("file:///near",)
+    lookout, _ = await looked(site, Told(lag=0.0, missing=0.0))
+    assert api(lookout)["exposed"] is None
+    looking = asyncio.create_task(lookout._look_where())
+    async with asyncio.timeout(60):
+        while (found := api(lookout)["exposed"]) is None:
+            await asyncio.sleep(0.01)
+    looking.cancel()
+    assert (found["where"], "file:///near is a local folder" in found["fact"]) == ("this host", True)

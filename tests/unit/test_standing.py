@@ -8,9 +8,11 @@ from datetime import UTC, datetime
 
 import pytest
 
+from infra.cli.status import _lines as status_lines
 from infra.recoverable import Backup, Recoverable, Stretch
 from infra.sources.spool import SpoolState
 from infra.standing import DestinationStatus, State, Status, StreamStatus, brief, judge, judge_absent, stopped_by
+from infra.whereabouts import Exposed
 
 NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
 NEAR = DestinationStatus("file:///near", required=True, durable_lsn="0/9", lag_bytes=0, last_backup="base", backups=1)
@@ -87,6 +89,17 @@ def test_what_is_wrong_decides(changed: dict[str, object], state: State, word: s
     result = json.loads(json.dumps(status.result(), default=str))
     assert (result["state"], result["sentence"], result["healthy"]) == (state, sentence, status.healthy)
     assert result["reasons"] == list(status.reasons)
+
+
+def test_what_may_be_lost_with_one_host_is_safe_with_a_reservation() -> None:
+    """As ``check`` calls it not safe: the headline must not promise what a lost host would break. It is no fault."""
+    status = replace(WELL, exposed=Exposed("this host", "no required destination is off this host", "add one"))
+    state, sentence = judge(status)
+    assert (state, status.healthy, status.reasons, status.hints, stopped_by(status)) == ("safe", True, (), (), [])
+    assert sentence.startswith("Safe on this host only: both destinations have all WAL")
+    assert status.result()["exposed"]["fact"] == "no required destination is off this host"
+    assert "  note: no required destination is off this host" in status_lines(status)
+    assert judge(replace(status, service=None))[1].startswith("Not safe: ")
 
 
 def test_a_destination_is_named_once() -> None:

@@ -9,10 +9,8 @@ import pytest
 
 from infra import whereabouts
 from infra.checkup import _off_host
-from infra.repository import Destination
 from infra.settings import Settings
-from infra.storage.memory import MemoryStore
-from infra.whereabouts import why_here
+from infra.whereabouts import exposed, why_here
 
 FAR = "s3://bucket/pg?endpoint=http://192.0.2.9:9000"  # an address for documents: nobody's, and known without asking
 
@@ -61,23 +59,35 @@ def test_a_folder_is_here_unless_another_machine_serves_it(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("required", "severity", "words"),
     [
-        ("all", "ok", "what is acknowledged is off this host: far"),
+        ("all", "ok", "what is acknowledged is off this host: s3://bucket/pg"),
         (
             "file:///near",
             "warning",
-            "file:///near is a local folder. far may be elsewhere, and is not required. Losing",
+            "file:///near is a local folder. s3://bucket/pg may be elsewhere, and is not required. Losing",
         ),
-        (FAR, "ok", "off this host: far"),
+        (FAR, "ok", "off this host: s3://bucket/pg"),
     ],
     ids=["all", "the near one", "the far one"],
 )
-async def test_only_a_required_destination_counts(required: str, severity: str, words: str) -> None:
+def test_only_a_required_destination_counts(required: str, severity: str, words: str) -> None:
     settings = Settings(_env_file=None, WALSHIP_DESTINATIONS=f"file:///near,{FAR}", WALSHIP_REQUIRED=required)
-    names = zip(("file:///near", "far"), settings.destinations, strict=True)
-    destinations = [
-        Destination(MemoryStore(name), not settings.required or url in settings.required) for name, url in names
-    ]
-    finding = await _off_host(destinations, settings)
+    finding = _off_host(settings)
     assert (finding.subject, finding.severity) == ("destinations", severity)
     assert words in finding.fact
     assert ("WALSHIP_REQUIRED" in finding.hint) is (severity == "warning")
+
+
+@pytest.mark.parametrize(
+    ("destinations", "where"),
+    [
+        ("", None),
+        (FAR, None),
+        (f"file:///near,{FAR}", None),
+        ("file:///near", "this host"),
+        ("s3://bucket/pg?endpoint=http://192.0.2.8:9000", "the database server"),
+        ("file:///near,s3://bucket/pg?endpoint=http://192.0.2.8:9000", "this host and the database server"),
+    ],
+)
+def test_what_is_lost_with_which_host(destinations: str, where: str | None) -> None:
+    found = exposed(Settings(_env_file=None, WALSHIP_DESTINATIONS=destinations, POSTGRES_HOST="192.0.2.8"))
+    assert (found and found.where) == where

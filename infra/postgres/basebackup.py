@@ -105,7 +105,8 @@ def refuse_too_old(major: int) -> None:
     if major < INCREMENTAL:
         raise SourceError(
             f"PostgreSQL {major} makes no incremental backups: that begins with {INCREMENTAL}",
-            hint="take full ones less often, for WAL bridges the time between them; or upgrade the server",
+            hint="take full ones less often, for WAL bridges the time between them, and raise the 26 hours of the alert"
+            " WalshipBackupTooOld where that is less than daily; or upgrade the server",
         )
 
 
@@ -136,8 +137,8 @@ async def _upload(connection: ReplicationConnection, manifest: Buffer) -> None:
     if await connection.show("summarize_wal") != "on":
         raise SourceError(
             "summarize_wal is off: without summaries of its WAL the server does not know what has changed",
-            hint="ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf(); then take a full backup first: walship"
-            " backup",
+            hint="in psql: ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf(); then take a full backup first:"
+            " walship backup",
         )
     await connection.send("UPLOAD_MANIFEST")
     result = await connection.result()

@@ -78,9 +78,10 @@ _REMARK = b"# walship restore: "
 _REMOVED = ("standby.signal", "recovery.signal", "postmaster.pid", "postmaster.opts")
 _ONCE_LINE = re.compile(rf"\s*(?:{'|'.join(_ONCE)})\s*(?:=|\s)", re.IGNORECASE)
 _ARCHIVING = (
-    "the restored server archives nothing; once it replaces the old one, which must never run again, turn that on with"
-    " ALTER SYSTEM RESET archive_mode; ALTER SYSTEM RESET archive_library; ALTER SYSTEM RESET archive_command; (what"
-    " was itself set with ALTER SYSTEM has to be set again); then restart it and take a base backup: walship backup"
+    "the restored server archives nothing; once it replaces the old one, which must never run again, turn that on,"
+    " in psql: ALTER SYSTEM RESET archive_mode; ALTER SYSTEM RESET archive_library; ALTER SYSTEM RESET"
+    " archive_command; (what was itself set with ALTER SYSTEM has to be set again); then restart it and take a base"
+    " backup: walship backup"
 )
 _NO_ARCHIVING = (
     "the restored server archives nothing, and the stream needs no archive; once it replaces the old one, which must"
@@ -93,8 +94,8 @@ _SUBSCRIPTIONS = (
 )
 #: What a person has to do where ``forget_recovery`` does not.
 FORGET = (
-    "once the server is promoted, take out what served this recovery, or a standby that is made of it follows that: "
-    + " ".join(f"ALTER SYSTEM RESET {name};" for name in _ONCE)
+    "once the server is promoted, take out what served this recovery, or a standby that is made of it follows that;"
+    " in psql: " + " ".join(f"ALTER SYSTEM RESET {name};" for name in _ONCE)
 )
 #: ALTER SYSTEM writes this, and renames it to postgresql.auto.conf.
 _ALTERED = "postgresql.auto.conf.tmp"
@@ -308,8 +309,8 @@ def notices(
         said.append(_ARCHIVING if archiving else _NO_ARCHIVING)
     if names := next((n.value for n in neutralised if n.name == "synchronous_standby_names"), ""):
         said.append(
-            "commits on the restored server wait for nobody; to let them wait again, once walship run streams from it:"
-            f" ALTER SYSTEM SET synchronous_standby_names = {_literal(names)}; SELECT pg_reload_conf();"
+            "commits on the restored server wait for nobody; to let them wait again, once walship run streams from it,"
+            f" in psql: ALTER SYSTEM SET synchronous_standby_names = {_literal(names)}; SELECT pg_reload_conf();"
         )
     said.append(_SUBSCRIPTIONS)
     if not promoted:

@@ -20,7 +20,7 @@ _SHORT = 5
 #: A slot that keeps less than so many segments is lost in any busy minute.
 _FEW = 8
 
-_KEEP = "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB'; SELECT pg_reload_conf(); -- what the disk can spare"
+_KEEP = "in psql: ALTER SYSTEM SET max_slot_wal_keep_size = '50GB'; SELECT pg_reload_conf(); -- what the disk can spare"
 
 
 def stream_problems(facts: ServerFacts, stream: StreamFacts, settings: Settings) -> list[Problem]:
@@ -146,7 +146,7 @@ def _for_us(
                     "end them, or give them another application_name: each confirms for all of that name")  # fmt: skip
     elif stream.ours is None:
         yield hang(f"commits wait: nobody streams as {name}, and they hang until somebody does",
-                      "start `walship run`; to let them go on without it: ALTER SYSTEM RESET"
+                      "start `walship run`; to let them go on without it, in psql: ALTER SYSTEM RESET"
                       " synchronous_standby_names; SELECT pg_reload_conf();")  # fmt: skip
     elif len(others) < names.count - 1:
         yield hang(f"commits wait for {names.count} standbys, and {len(others) + 1} of the named are connected: they"

@@ -187,8 +187,8 @@ def quoted_all(count: int, names: Collection[str]) -> str:
 
 
 def order(name: str) -> str:
-    """The statement that makes commits wait for that name alone."""
-    return f"ALTER SYSTEM SET synchronous_standby_names = '{quoted(name)}'; SELECT pg_reload_conf();"
+    """What makes commits wait for that name alone. ``psql -c`` would take both statements for one transaction."""
+    return f"in psql: ALTER SYSTEM SET synchronous_standby_names = '{quoted(name)}'; SELECT pg_reload_conf();"
 
 
 def _only(name: str) -> str:

@@ -112,7 +112,9 @@ def test_ours_means_that_nobody_else_is_enough(names: list[str], count: int) -> 
 
 
 def test_what_is_advised_is_right() -> None:
-    assert order("walship") == "ALTER SYSTEM SET synchronous_standby_names = 'walship'; SELECT pg_reload_conf();"
+    assert (
+        order("walship") == "in psql: ALTER SYSTEM SET synchronous_standby_names = 'walship'; SELECT pg_reload_conf();"
+    )
     assert quoted("wal-ship") == '"wal-ship"'
     assert quoted("First") == '"First"'
     advised = meaning('walship, "s-1"', "walship").hint

@@ -63,6 +63,12 @@ def spool_to_watch(settings: Settings) -> Path | None:
 
 def spool_of(settings: Settings) -> Path:
     """The folder that PostgreSQL archives into, or a ConfigError."""
+    if settings.spool_dir is None and settings.sources == ("stream",):
+        raise ConfigError(
+            "WALSHIP_SOURCES is stream: there is no spool, and nothing in it to push",
+            hint="`walship switch` ends the open segment and waits until it is stored, also without a service;"
+            " `walship status` tells what is stored by now",
+        )
     if settings.spool_dir is None:
         raise ConfigError(
             "WALSHIP_SPOOL_DIR is not set", hint="it is the folder that archive_library or archive_command writes into"

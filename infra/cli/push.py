@@ -16,7 +16,8 @@ from infra.service import push
 async def command(cluster: str, as_json: bool) -> None:
     """Ship what waits in the spool, then exit. For a cron job, or before a host is shut down for good.
 
-    Exits with 0 only if nothing that was there is left unshipped.
+    Exits with 0 only if nothing that was there is left unshipped. With the stream alone there is no spool: `walship
+    switch` is what ships the open end then.
 
     \b
     Examples:

@@ -17,6 +17,7 @@ from infra.repository import RepositoryFacts
 from infra.settings import Settings, load
 from infra.sources.spool import LOCK, holder
 from infra.wiring import open_destinations
+from pipeline.errors import ConfigError
 from tests.keys import NOW, SYSTEM_ID
 
 #: Ships the spool of its first argument, as far as anybody can see.
@@ -82,3 +83,12 @@ async def test_a_spool_that_is_given_back_while_the_service_still_unwinds_is_wai
     assert f"the spool {settings.spool_dir} is shipped by process {other.pid} already" in said
     assert "it goes on once that one has given it back" in said
     assert "started" in said
+
+
+async def test_with_the_stream_alone_there_is_nothing_to_push_and_what_to_do_is_said() -> None:
+    """A spool is no setting that is missing there."""
+    with pytest.raises(ConfigError, match="WALSHIP_SOURCES is stream: there is no spool") as raised:
+        await service.push(Settings(_env_file=None, WALSHIP_SOURCES="stream"), lambda _: None)
+    assert "`walship switch`" in raised.value.hint
+    with pytest.raises(ConfigError, match="WALSHIP_SPOOL_DIR is not set"):
+        await service.push(Settings(_env_file=None, WALSHIP_SOURCES="watch,stream"), lambda _: None)

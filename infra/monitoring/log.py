@@ -190,9 +190,11 @@ def _log_shipping(notice: _Shipping) -> None:
         case DeleteRefused():
             log.warning("delete_refused", destination=notice.destination, error=notice.fact, hint=notice.hint)
         case Acknowledged():
-            log.info("shipped", what=_subject(notice.event))
+            # Of two sources each is told of its own copy of a segment: without its name that reads as done twice.
+            log.info("shipped", what=_subject(notice.event), source=notice.event.source)
         case EventFailed():
-            log.error("not_shipped", what=_subject(notice.event), error=notice.fact, hint=notice.hint)
+            source = notice.event.source
+            log.error("not_shipped", what=_subject(notice.event), source=source, error=notice.fact, hint=notice.hint)
         case FileRefused():
             log.error("refused", path=notice.path, error=notice.fact, hint=notice.hint)
         case FileSetAside():

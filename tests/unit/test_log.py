@@ -23,6 +23,8 @@ LINES: list[tuple[events.Notice, tuple[str, str, str] | None]] = [
     (events.DestinationFilling("s3://b", 12, 3456), ("info", "destination_filling", "s3://b")),
     (events.DestinationHampered("s3://b", "no conditions"), ("warning", "destination_hampered", "no conditions")),
     (events.Acknowledged(events.BackupReady("watch", "/spool/b")), ("info", "shipped", "/spool/b")),
+    (events.Acknowledged(events.SegmentReady("stream", FIRST, 1)), ("info", "shipped", "stream")),
+    (events.Acknowledged(events.SegmentReady("watch", FIRST, 1)), ("info", "shipped", "watch")),
     (events.EventFailed(events.SegmentReady("watch", FIRST, 1), "no", ""), ("error", "not_shipped", FIRST.name)),
     (events.FileRefused("/spool/x", "no segment", "look"), ("error", "refused", "/spool/x")),
     (events.FileSetAside(FIRST, "conflict/x", "other bytes", "find out"), ("error", "set_aside", "conflict/x")),

@@ -117,6 +117,11 @@ class Newcomer(Reader):
         self.it.sh("systemctl restart walship")
         self.it.wait(lambda: self.it.sql("select 1 from pg_stat_replication where state = 'streaming'"), "it streams")
 
+    def limited(self, block: Block) -> None:
+        assert "max_slot_wal_keep_size" in self.it.sh("walship check")
+        self.it.play(block)
+        assert "max_slot_wal_keep_size" not in self.it.sh("walship check")
+
     def synchronous(self, block: Block) -> None:
         self.it.play(block)
         self.commits_wait()
@@ -144,7 +149,9 @@ def test_readme_and_runbook(seaweed: Seaweed, s3_prefix: str) -> None:
             ("walship init", reader.first_steps),
             ("install -d -o postgres -g postgres -m 700 /srv/restored", reader.restored),
             ("WALSHIP_SOURCES=watch,stream", reader.streamed),
+            ("ALTER SYSTEM SET max_slot_wal_keep_size = '50GB'; SELECT pg_reload_conf();", reader.limited),
             (f"{_SYNCHRONOUS}; SELECT pg_reload_conf();", reader.synchronous),
+            ("WALSHIP_SCHEDULE_FULL='30 2 * * *'", reader.scheduled),
             ("WALSHIP_SCHEDULE_FULL='30 2 * * 0'", reader.scheduled),
         )
         reader.walk("README.md", steps)

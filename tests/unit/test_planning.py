@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from infra.planning import contradictions, doubts, next_runs
 from infra.settings import load
+from tests.docs_blocks import blocks_of
+from tests.unit.test_status import SERVER
 
 NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
 
@@ -31,6 +35,24 @@ def test_what_can_only_fail_is_an_error(
     found = [*contradictions(load(), None)]
     assert [said in error.fact for error in found] == [True] * bool(said)
     assert all(error.hint for error in found)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/schedule.md"])
+def test_what_the_documents_schedule_works_as_it_is_pasted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, document: str
+) -> None:
+    """Whatever the server; what needs PostgreSQL 17 is a block of its own, whose text says so."""
+    monkeypatch.chdir(tmp_path)
+    blocks = [block.text for block in blocks_of(document) if block.text.startswith("WALSHIP_SCHEDULE")]
+    assert len(blocks) == 2
+    for number, major in product((0, 1), (15, 16, 17, 18)):
+        Path(".env").write_text("WALSHIP_KEEP_WINDOW=14d\n" + "".join(blocks[: number + 1]), "utf-8")
+        settings, server = load(), replace(SERVER, version_num=major * 10000)
+        settings.schedule_drill = ""  # programs of that version need not be on this machine
+        errors = [*contradictions(settings, server)]
+        assert bool(errors) is (number == 1 and major < 17)
+        assert [*doubts(settings)] == []
+        assert all("WalshipBackupTooOld" in error.hint for error in errors)
 
 
 def test_chains_that_only_grow_are_doubted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

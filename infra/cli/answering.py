@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from handlers.feed import turns_beside
@@ -45,8 +46,8 @@ async def as_of(wanted: Settings, time: str | None) -> Settings:
     return wanted.model_copy(update={"destinations": urls, "required": ()})
 
 
-async def answering(site: Site) -> Site:
-    """The site without the destinations that do not answer, which may be why there is a restore at all.
+async def answering(site: Site, *, tell: Callable[[str], None] = say) -> Site:
+    """The site without the destinations that do not answer, which may be why there is a restore at all; each is told.
 
     Left in, they would be asked for every file at the end of the WAL, and "not there" would never be certain.
     """
@@ -56,7 +57,7 @@ async def answering(site: Site) -> Site:
             await store.head(REPOSITORY)
         except StoreError as error:
             errors.append(error)
-            say(f"{store.name} is left out: {error.fact}. What only it has cannot be restored")
+            tell(f"{store.name} is left out: {error.fact}. What only it has cannot be restored")
         else:
             kept.append((url, destination, store))
     if not kept:

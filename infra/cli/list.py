@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from handlers.plan import last_moment
 from infra.cli.answering import answering, as_of
 from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.pins import pins_of
-from infra.wiring import Site, open_site
+from infra.wiring import open_site
 from pipeline.catalog import Catalog
 from pipeline.errors import IntegrityError, RecoveryError, StoreError
 from pipeline.moments import show
@@ -29,7 +29,7 @@ from pipeline.wal import Lsn
 async def command(cluster: str, as_json: bool, **options: Any) -> None:
     """Base backups, how far each can be rolled forward, and holes in the WAL.
 
-    What any destination has counts; `walship verify` tells what each of them lacks.
+    What any destination has that answers counts; `walship verify` tells what each of them lacks.
 
     \b
     Examples:
@@ -38,21 +38,26 @@ async def command(cluster: str, as_json: bool, **options: Any) -> None:
       walship list --json
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     async with open_site(await as_of(settings(), options["as_of"]), cluster=cluster) as site:
-        catalog = await read_catalog(
-            site.stores, site.fetch, site.facts.system_id, segment_size=site.facts.segment_size, notify=say
+        away: list[str] = []
+        there = await answering(site, tell=away.append)
+        for line in away:
+            say(line)
+        fetch = Fetcher(
+            there.stores, site.chain, site.facts.system_id, refresh=lambda: site.keys.refresh_from(there.stores)
         )
-        moments = await _last_moments(catalog, site)
-        pinned = await pins_of(site, tell=say)
+        catalog = await read_catalog(
+            there.stores, fetch, site.facts.system_id, segment_size=site.facts.segment_size, notify=say
+        )
+        moments = await _last_moments(catalog, fetch)
+        pinned = await pins_of(there, tell=say)
         if not site.keys.reads:
             say("this host can only write (WALSHIP_WRITER_FILE): what can be restored is shown where a key is at hand")
-    emit(_result(catalog, moments, pinned), _lines(catalog, moments, pinned), as_json=as_json)
+    emit(_result(catalog, moments, pinned, away), _lines(catalog, moments, pinned), as_json=as_json)
 
 
-async def _last_moments(catalog: Catalog, site: Site) -> dict[tuple[int, Lsn], datetime | None]:
+async def _last_moments(catalog: Catalog, fetch: Fetcher) -> dict[tuple[int, Lsn], datetime | None]:
     """Timeline and end of a window → when the last transaction before it ended. The last segments are read for it."""
     found: dict[tuple[int, Lsn], datetime | None] = {}
-    there = await answering(site)
-    fetch = Fetcher(there.stores, site.chain, site.facts.system_id)
     for window in reversed(catalog.windows()):  # the newest backup needs the least reading
         key = window.timeline, window.end
         if found.get(key) is None:
@@ -88,7 +93,10 @@ def _tail_words(window: Window) -> str:
 
 
 def _result(
-    catalog: Catalog, moments: dict[tuple[int, Lsn], datetime | None], pinned: Mapping[str, list[str]]
+    catalog: Catalog,
+    moments: dict[tuple[int, Lsn], datetime | None],
+    pinned: Mapping[str, list[str]],
+    away: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "system_id": catalog.system_id,
@@ -127,7 +135,7 @@ def _result(
         "holes": [{"first": h.first.name, "last": h.last.name, "segments": h.count} for h in catalog.holes()],
         "unknown": {"objects": catalog.unknown, "examples": list(catalog.examples)},
         "sealed": list(catalog.sealed),
-        "problems": list(catalog.problems),
+        "problems": [*away, *catalog.problems],
         "tail_notices": list(catalog.tail_notices),
     }
 

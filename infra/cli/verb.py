@@ -120,8 +120,8 @@ def emit(result: Any, lines: list[str], *, as_json: bool) -> None:
 
 
 def say(line: str) -> None:
-    """Something for people that is not the result, on stderr."""
-    click.echo(line, err=True)
+    """Something for people that is not the result, on stderr. What was told of a destination is not told twice."""
+    click.echo(log.shortened(line), err=True)
 
 
 def human(size: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import MutableMapping
@@ -61,6 +62,12 @@ _Streaming: TypeAlias = (
 
 #: Most characters of one value of a line.
 _MOST = 10_000
+#: Where a fact would stand that has been told already.
+_AGAIN = "as said above"
+#: What a line about a destination may hold, and say no more than its error: who served instead follows from that.
+_NO_MORE = {"level", "event", "error", "hint", "destination", "served_by"}
+#: What this command has told so far, see ``shortened``: of which destination, and what.
+_told: set[tuple[Any, Any]] = set()
 
 
 def configure(*, plain: bool = False) -> None:
@@ -70,8 +77,9 @@ def configure(*, plain: bool = False) -> None:
     """
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     last: list[Any]
+    _told.clear()
     if plain:
-        last = [_on_one_line, _plain]
+        last = [_on_one_line, _once, _plain]
     elif sys.stderr.isatty():
         last = [stamp, _on_one_line, structlog.dev.ConsoleRenderer(colors="NO_COLOR" not in os.environ)]
     else:
@@ -83,6 +91,31 @@ def configure(*, plain: bool = False) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+def shortened(line: str) -> str:
+    """A line for people without what this command has told of a destination already; what follows from it stays.
+
+    A destination that is away is noticed by whoever wants something of it: the reason is told once, with its hint.
+    """
+    for destination, fact in _told:
+        if destination in line:
+            line = re.sub(f": {re.escape(fact)}(?=[.;,]|$)", f": {_AGAIN}", line)
+    return line
+
+
+def _once(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    known = event.get("destination"), event.get("error")
+    if not all(known):
+        return event
+    if known not in _told:
+        _told.add(known)
+    elif event.keys() <= _NO_MORE:
+        raise structlog.DropEvent
+    else:
+        event["error"] = _AGAIN
+        event.pop("hint", None)
+    return event
 
 
 def _without_empty_hint(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,9 +63,14 @@ def test_the_host_is_lost_with_one_destination_and_the_other_serves(rig: Rig) ->
     rig.json("switch")
     rig.server.stop()
     shutil.rmtree(rig.folder / "one")
+    away = f"the folder {rig.folder}/one of file://{rig.folder}/one is not there"
+    listed = rig.run("list", "--json")
+    assert listed.stderr.count(away) == 1, "whoever notices it, it is said once"
+    assert away in json.loads(listed.stdout)["problems"][0]
     target, port = rig.target(), free_port()
     done = rig.run("restore", "--target-dir", str(target), "--start", "--port", str(port))
-    assert f"file://{rig.folder}/one is left out" in done.stderr
+    assert f"file://{rig.folder}/one is left out: as said above. What only it has cannot be restored" in done.stderr
+    assert done.stderr.count(away) == 1
     assert rows(port) == [(1000,)]
     stop_started(target)
 

@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import structlog
 
+from infra.cli.verb import say
+from infra.monitoring.log import configure
 from infra.postgres.throwaway import free_port, make_folder
 from infra.settings import SECRETS
 
@@ -124,3 +127,31 @@ def test_what_can_be_foreseen_has_no_traceback_and_nothing_tells_a_secret(destin
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
+
+
+def test_why_a_destination_is_away_is_told_once_by_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever wants something of it notices; what follows from it is told all the same, and so is any other fact."""
+    away = "the folder /b of file:///b is not there"
+    configure(plain=True)
+    try:
+        log = structlog.get_logger()
+        log.warning("repository", destination="file:///b", error=away, hint="mount it")
+        log.warning("keys", destination="file:///b", error=away, hint="mount it", served_by="s3://c")
+        log.error("destination_failed", destination="file:///b", object="wal/x", error=away, hint="mount it")
+        say(f"file:///b is left out: {away}. What only it has cannot be restored")
+        log.warning("keys", destination="file:///b", error=f"{away} any more")
+        log.warning("keys", destination="s3://c", error=away)
+        say(f"file:///b is odd: {away} any more or less")
+        configure(plain=True)
+        say(f"file:///b is left out: {away}")
+    finally:
+        structlog.reset_defaults()
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: repository (destination file:///b): {away}; hint: mount it",
+        "error: destination failed (destination file:///b, object wal/x): as said above",
+        "file:///b is left out: as said above. What only it has cannot be restored",
+        f"warning: keys (destination file:///b): {away} any more",
+        f"warning: keys (destination s3://c): {away}",
+        f"file:///b is odd: {away} any more or less",
+        f"file:///b is left out: {away}",
+    ]

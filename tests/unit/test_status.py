@@ -347,7 +347,7 @@ async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:
     )
     examples = ["wal/0000000100000000/000000010000000000000003.bak", "wal/readme.txt"]
     assert _lines(catalog, {}, {})[-1] == f"not walship's: 2 objects below wal/, for example {', '.join(examples)}"
-    assert _result(catalog, {}, {})["unknown"] == {"objects": 2, "examples": examples}
+    assert _result(catalog, {}, {}, ())["unknown"] == {"objects": 2, "examples": examples}
 
 
 async def test_what_one_destination_lacks_of_another_is_told_but_not_what_is_on_its_way() -> None:

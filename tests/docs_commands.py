@@ -162,9 +162,9 @@ class Machine:
             return found if match[2] else found.partition("?")[0]
 
         text = re.sub(r"s3://my-bucket/(\w+)(\?region=eu-central-1)?", url, text)
-        for there, place in sorted(self.map.items(), key=lambda pair: -len(pair[0])):
-            text = text.replace(there, place)
-        return text
+        # In one go: what a place is here may look like a place that stands in a document.
+        there = "|".join(re.escape(place) for place in sorted(self.map, key=len, reverse=True))
+        return re.sub(there, lambda match: self.map[match[0]], text)
 
     def sh(self, text: str, *, what: str = "", expect: int = 0, **changed: str) -> str:
         """Run it in the folder of ``.env``, stopping at the first command that fails."""
@@ -284,7 +284,8 @@ class Machine:
             self.wait(lambda: self.log().count('"event": "started"') > before, "the service has started")
 
     def _postgresql(self, action: str) -> None:
-        self.sh(f"pg_ctl -D {self.data_dir} -w -m fast -l {self.folder}/srv/server.log -o '-p {self.port}' {action}")
+        """Where it listens stands in its configuration, as at each boot."""
+        self.sh(f"pg_ctl -D {self.data_dir} -w -m fast -l {self.folder}/srv/server.log {action}")
 
     def move(self, data_dir: Path, port: int) -> None:
         """Another server is the one that is meant from now on; walship's settings are not changed."""

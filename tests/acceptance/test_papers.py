@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import psycopg
 
@@ -255,11 +256,14 @@ class Planner(Reader):
         super().__init__(it)
         self.second, self.port = it.folder / "srv" / "pg2", free_port()
         self.moved = it.folder / "srv" / "new"
+        #: Where the old server has ended.
+        self.checkpoint = ""
         self.stack = stack
 
     def two_servers(self, block: Block) -> None:
-        made = f"pg_basebackup -D {self.second} -R -c fast"
-        self.it.sh(f"{made}; pg_ctl -D {self.second} -w -l {self.second}.log -o '-p {self.port}' start")
+        self.it.sh(f"pg_basebackup -D {self.second} -R -c fast")
+        self.it.configure(self.second, port=str(self.port))
+        self.it.sh(f"pg_ctl -D {self.second} -w -l {self.second}.log start")
         self.it.environment["POSTGRES_PORT"] = f"{self.it.port},{self.port}"
         self.it.map |= {"=pg1,pg2": "=127.0.0.1,127.0.0.1", "psql -h pg2": f"psql -p {self.port}"}
         self.it.play(block)
@@ -284,9 +288,14 @@ class Planner(Reader):
         assert "Safe on this host only:" in self.it.sh("\n".join(rest))
 
     def standby(self, block: Block) -> None:
-        """In a terminal of its own."""
+        """In a terminal of its own, on another machine: another directory here, and another port while both run."""
+        self.on_machine(self.moved)
+        self.it.map["--standby --start"] = f"--standby --start --port {self.it.other_port}"
+        line = self.it.translate(block.text)
         words = self.it.translate(block.first).removeprefix("walship ")
-        thread = threading.Thread(target=self.it.play, args=(block,))
+        # Its own /var/backups is empty.
+        there = self.it.translate("file:///var/backups/none,s3://my-bucket/new?region=eu-central-1")
+        thread = threading.Thread(target=self.it.sh, args=(line,), kwargs={"WALSHIP_DESTINATIONS": there})
         thread.start()
 
         def end() -> None:
@@ -298,28 +307,49 @@ class Planner(Reader):
         self.it.wait(lambda: self.answers(self.it.other_port), "the standby takes connections")
         self.insert(1002)
 
+    def stopped(self, block: Block) -> None:
+        self.on_machine(self.second)
+        said = self.it.play(block)
+        self.checkpoint = said.rpartition(" ")[2].strip()
+        for place in (self.it.spool, self.it.folder / "backups" / "walship"):
+            shutil.rmtree(place)  # the new machine has none of it
+
+    def caught_up(self, block: Block) -> None:
+        self.on_machine(self.moved)
+        self.it.move(self.moved, self.it.other_port)
+        past = f"select pg_last_wal_replay_lsn() > '{self.checkpoint}'"
+        self.it.wait(lambda: self.it.sql(past) == [(True,)], "all that the old server wrote is there")
+        self.it.play(block)
+        assert self.count() == 1002
+
     def taken_over(self, block: Block) -> None:
-        self.it.wait(lambda: self.count(self.it.other_port) == 1002, "what was written last is there")
         self.it.play(block)
         self.stack.close()
-        self.it.move(self.moved, self.it.other_port)
+        self.it.move(self.moved, self.port)  # where the old one was: that of the restore was only for a time
         ((identifier,),) = self.it.sql("select system_identifier::text from pg_control_system()")
         self.it.map["7400000000000000000"] = identifier
         self.it.set("POSTGRES_HOST=127.0.0.1")
-        self.it.environment["POSTGRES_PORT"] = str(self.it.other_port)
+        self.it.environment["POSTGRES_PORT"] = str(self.port)
+
+    def on_machine(self, data_dir: Path) -> None:
+        """From now on that one's data directory is meant."""
+        self.it.map["/var/lib/postgresql/18/main"] = str(data_dir)
 
     def upgraded(self, block: Block) -> None:
         self.it.map |= {
             "/usr/lib/postgresql/17/bin": str(programs(17)),
             "/usr/lib/postgresql/18/bin": str(programs(18)),
             "initdb -D": "initdb --wal-segsize=1 --no-sync -D",
+            "/var/lib/postgresql/17/main": str(self.moved),
         }
+        new = self.it.folder / "srv" / "18"
+        self.on_machine(new)
         self.it.use(programs(18))
         self.it.play(block)
-        new = self.it.folder / "srv" / "18"
         self.it.configure(
-            new, fsync="off", listen_addresses="127.0.0.1", unix_socket_directories=str(self.it.folder),
-            archive_mode="on", archive_library="basic_archive", basic_archive__archive_directory=str(self.it.spool),
+            new, port=str(self.port), fsync="off", listen_addresses="127.0.0.1", archive_mode="on",
+            unix_socket_directories=str(self.it.folder), archive_library="basic_archive",
+            basic_archive__archive_directory=str(self.it.spool),
         )  # fmt: skip
         self.it.move(new, self.it.port)  # where the old one was
 
@@ -339,8 +369,10 @@ def test_what_is_planned_goes_well(seaweed: Seaweed, s3_prefix: str) -> None:
             ("psql -h pg2 -c 'select pg_promote()'", reader.promoted),
             ("walship restore --target-dir /srv/staging --latest --start --port 5433", reader.cloned),
             ("systemctl restart walship", reader.another_bucket),
-            ("walship restore --target-dir /srv/new --standby --start --port 5433", reader.standby),
-            ("psql -p 5433 -c 'select pg_promote()'", reader.taken_over),
+            ("walship restore --target-dir /var/lib/postgresql/18/main --standby --start", reader.standby),
+            ("systemctl stop postgresql", reader.stopped),
+            ("psql -c 'select pg_last_wal_replay_lsn()'", reader.caught_up),
+            ("psql -c 'select pg_promote()'", reader.taken_over),
             ("cd /srv/", reader.upgraded),
             ("walship status --cluster 7500000000000000000", reader.both),
         )

@@ -44,3 +44,10 @@ def test_settings_exist(document: str) -> None:
     lines = [line for block in blocks_of(document) for line in block.lines]
     named = {name for line in lines for name in re.findall(r"\b(WALSHIP_[A-Z_]+)=", line) if "_COMPLETE" not in name}
     assert named <= known_names()
+
+
+def test_who_has_no_spool_is_told_what_to_do_in_the_place_of_a_push() -> None:
+    sections = (HOME / "docs" / "procedures.md").read_text("utf-8").split("\n## ")
+    pushing = [section for section in sections if "\n    walship push" in section]
+    assert pushing
+    assert [section.partition("\n")[0] for section in pushing if "`WALSHIP_SOURCES=stream`" not in section] == []

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import struct
 import subprocess
 import sys
 import termios
@@ -15,10 +16,14 @@ from pathlib import Path
 from tests.acceptance.conftest import Copy
 from tests.servers import NEWEST
 
+#: Columns of the terminal.
+_WIDTH = 70
+
 
 def at_terminal(copy: Copy, keys: bytes, *words: str) -> tuple[int, str]:
     """The command's exit code and what it said, with somebody at its terminal who types that once it asks."""
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, _WIDTH, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "infra.cli", "restore", *words],
         env=copy.rig.environment(WALSHIP_DESTINATIONS=f"file://{copy.local}"),
@@ -37,6 +42,7 @@ def at_terminal(copy: Copy, keys: bytes, *words: str) -> tuple[int, str]:
                 break
             if not asked and b"[y/N]: " in said:
                 asked = bool(os.write(leader, keys))
+        assert all(len(line) <= _WIDTH for line in said.decode().splitlines() if "note: " in line)
         return process.wait(60), " ".join(said.decode().split())
     finally:
         process.kill()

@@ -62,6 +62,7 @@ async def backup(
     From the moment in which backup_info is stored it is a backup: what fails behind that, or is stopped, is told, and
     is no reason to call it failed.
     """
+    os.nice(5)  # first: on Linux it is a thread's own, and those that it starts have it from then on
     if settings.data_dir is not None and not incremental:
         # numpy would start a thread for each further processor, to multiply matrices, and each spins for a while.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -91,7 +92,6 @@ async def backup(
         ):
             if incremental:
                 site.keys.need_reading("an incremental backup")
-            os.nice(5)
             marks = await _looked_at(site, tell)
             ship_history = history_shipper(settings, shipping.command.ship)
             wait = wal_safe(site, tell, ship_history=ship_history)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from infra import service
 from infra.clock import SystemClock
@@ -34,6 +35,7 @@ sys.stdin.read()
 
 @pytest.fixture
 async def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    structlog.reset_defaults()  # where a command was called before, in this process, its stream is gone
     (tmp_path / "spool").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WALSHIP_DESTINATIONS", f"file://{tmp_path}/near")

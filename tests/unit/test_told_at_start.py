@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from infra import service
 from infra.clock import SystemClock
@@ -18,7 +19,7 @@ from tests.keys import NOW, SYSTEM_ID
 
 
 async def test_what_is_scheduled_and_can_only_fail_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "spool").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -34,14 +35,12 @@ async def test_what_is_scheduled_and_can_only_fail_is_warned_of(
     (wrong,) = contradictions(settings, None)
     async with open_destinations(settings) as destinations:
         await found(destinations, RepositoryFacts(SYSTEM_ID, 18, 1 << 20, NOW.isoformat()), settings, SystemClock())
-    task = asyncio.create_task(service.serve(settings))
-    said = ""
-    async with asyncio.timeout(60):
-        while wrong.fact not in said and not task.done():
-            await asyncio.sleep(0.02)
-            said += "".join(capfd.readouterr())
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    (line,) = [line for line in said.splitlines() if wrong.fact in line]
-    assert "warning" in line
-    assert "WALSHIP_KEEP_WINDOW=14d" in line
+    with capture_logs() as said:
+        task = asyncio.create_task(service.serve(settings))
+        async with asyncio.timeout(60):
+            while not any(line.get("error") == wrong.fact for line in said) and not task.done():
+                await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    (line,) = [line for line in said if line["event"] == "schedule" and line["log_level"] == "warning"]
+    assert (line["error"], line["hint"]) == (wrong.fact, wrong.hint)

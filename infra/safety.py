@@ -8,8 +8,12 @@ from contextlib import contextmanager
 
 from handlers.base_backup import WalSafe
 from infra.clock import sleep_or
+from infra.postgres.connect import Connection, connect
+from infra.postgres.control import rows
 from infra.postgres.replication import ReplicationConnection
+from infra.postgres.slots import look
 from infra.settings import Settings
+from infra.sources.spool import segments_up_to
 from infra.wiring import Site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Clock, Ship, Store
@@ -26,6 +30,11 @@ _SLOWER = 1.5
 EVERY = 5.0
 #: Seconds in which WAL that is at all required destinations arrives at the others as well, if they take it.
 PATIENCE = 5.0
+
+_LATE = (
+    "is `walship run` running? does PostgreSQL archive into the spool? `walship status` and pg_stat_archiver tell;"
+    " WALSHIP_WAL_TIMEOUT sets how long to wait"
+)
 
 
 def segments_between(timeline: int, start: int, stop: int, segment_size: int) -> list[WalFile]:
@@ -69,11 +78,7 @@ async def wait_for_wal(
         place, names = next((place, names) for place, names in missing.items() if names)
         first = min(names).rpartition("/")[2]
         if now - progressed > timeout:
-            raise SourceError(
-                f"segment {first} has not arrived at {place} in {timeout:.0f} seconds",
-                hint="is `walship run` running? does PostgreSQL archive into the spool? `walship status` and"
-                " pg_stat_archiver tell; WALSHIP_WAL_TIMEOUT sets how long to wait",
-            )
+            raise SourceError(f"segment {first} has not arrived at {place} in {timeout:.0f} seconds", hint=_LATE)
         if now - said >= EVERY:
             said = now
             tell(f"waiting for WAL: {total - left} of {total} segments are safe, next is {first} at {place}")
@@ -98,6 +103,51 @@ async def without(
 
     whys = await asyncio.gather(*map(why, stores))
     return {store.name: said for store, said in zip(stores, whys, strict=True) if said}
+
+
+async def wait_for_earlier(settings: Settings, segment: WalFile, segment_size: int, *, clock: Clock) -> None:
+    """Return once all WAL before the end of ``segment``, which has arrived, is safe: segments overtake one another.
+
+    Two know it. From the spool a file goes when it is at every required destination, in order; and the position of the
+    slot is what was reported. SourceError when nothing has moved for ``WALSHIP_WAL_TIMEOUT`` seconds.
+    """
+    seen: tuple[str, ...] = ()
+    moved, pause = clock.monotonic(), _FIRST_PAUSE
+    async with await connect(settings) as connection:
+        while waits := await _waiting(connection, settings, segment, segment_size):
+            if waits != seen:
+                seen, moved = waits, clock.monotonic()
+            elif clock.monotonic() - moved > settings.wal_timeout:
+                raise SourceError(
+                    f"segment {segment} is safe, and earlier WAL is not: {' and '.join(waits)}", hint=_LATE
+                )
+            await clock.sleep(pause)
+            pause = min(PAUSE, _SLOWER * pause)
+
+
+async def _waiting(connection: Connection, settings: Settings, segment: WalFile, size: int) -> tuple[str, ...]:
+    """What says that not all up to the segment is safe; empty if something says that it is."""
+    waits = []
+    if "stream" in settings.sources:
+        slot = await look(connection, settings.slot)
+        reached = slot.restart_lsn if slot is not None else None
+        if reached is not None and reached >= segment.end(size):
+            return ()
+        waits.append(f"the slot {settings.slot} is at LSN {reached}" if reached else f"no slot {settings.slot} tells")
+    if "watch" in settings.sources and settings.spool_dir is not None:
+        ((last,),) = await rows(connection, "select coalesce(last_archived_wal, '') from pg_stat_archiver")
+        archived = WalFile.parse(last)
+        if archived is None or _place(archived) < _place(segment):
+            waits.append(f"PostgreSQL has archived {last or 'nothing'}")
+        elif files := await asyncio.to_thread(segments_up_to, settings.spool_dir, segment):
+            waits.append(f"{files[0]} is in the spool")
+        else:
+            return ()
+    return tuple(waits)
+
+
+def _place(file: WalFile) -> tuple[int, int, int]:
+    return file.timeline, file.log, file.seg
 
 
 @contextmanager

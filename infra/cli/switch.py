@@ -8,7 +8,7 @@ from infra.alongside import alongside
 from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts, switch_wal
-from infra.safety import store_history, wait_for_wal, without
+from infra.safety import store_history, wait_for_earlier, wait_for_wal, without
 from infra.storage.retry import LOOK
 from infra.storage.rooted import Rooted
 from infra.wiring import open_destinations, open_shipping, open_site
@@ -18,7 +18,7 @@ from infra.wiring import open_destinations, open_shipping, open_site
 @json_option
 @asynchronous
 async def command(as_json: bool) -> None:
-    """Switch WAL and wait until the old segment is at every required destination.
+    """Switch WAL and wait until the old segment, and all before it, is at every required destination.
 
     All that was committed before is then offsite. Needs a service that ships, or ships the spool itself. A destination
     that is not required gets a few seconds more; one that lacks the segment then is named on stderr, and no failure.
@@ -40,6 +40,7 @@ async def command(as_json: bool) -> None:
     ):
         began = site.clock.monotonic()
         await wait_for_wal(site.required_stores, [segment], clock=site.clock, timeout=wanted.wal_timeout, tell=say)
+        await wait_for_earlier(wanted, segment, server.segment_size, clock=site.clock)
         seconds = site.clock.monotonic() - began
         await store_history(site, shipping.command.ship, segment.timeline)
         others = [Rooted(each.root, site.facts.system_id) for each in looked_at if not each.required]

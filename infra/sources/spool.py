@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.contracts import Clock
 from pipeline.errors import SourceError
-from pipeline.wal import WalFile
+from pipeline.wal import WalFile, WalKind
 
 LOCK = ".walship.lock"
 #: Where files go that are not what their names say, and block PostgreSQL under that name.
@@ -62,6 +62,15 @@ def look_at_spool(folder: Path, now: datetime) -> SpoolState:
     oldest = min((stat.st_mtime for stat in stats), default=None)
     age = max(0.0, now.astimezone(UTC).timestamp() - oldest) if oldest is not None else 0.0
     return SpoolState(len(stats), sum(s.st_size for s in stats), age, aside, room.f_bavail * room.f_frsize)
+
+
+def segments_up_to(folder: Path, last: WalFile) -> list[WalFile]:
+    """Segments that wait there, up to that one and with it, in order. Raises SourceError. Blocking."""
+    try:
+        files = [WalFile.parse(path.name) for path in folder.iterdir()]
+    except OSError as error:
+        raise SourceError(f"the spool {folder} cannot be read: {error.strerror}", hint=UNREADABLE) from None
+    return sorted(file for file in files if file is not None and file.kind is WalKind.SEGMENT and file <= last)
 
 
 def check_spool(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A destination that is away, and not required: what a person waits for is the others."""
+"""What a switch waits for: all WAL so far, at what is required; and what it does not: a destination that is away."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from infra.demo.seaweed import Seaweed
 from infra.postgres.throwaway import free_port, make_folder
+from tests.proxy import Proxy
 from tests.rig import Rig
 from tests.servers import NEWEST
 
@@ -39,3 +41,34 @@ def test_a_switch_waits_for_what_is_required_alone_and_names_the_other(rig: Rig)
     assert "cannot be reached" in told["missing"]["s3://dead/p"]
     assert "not yet at s3://dead/p, which is not required: " in done.stderr
     assert list(rig.folder.glob(f"near/*/wal/*/{told['segment']}"))
+
+
+@pytest.mark.parametrize("sources", ["watch", "stream"])
+def test_a_switch_waits_for_what_its_segment_has_overtaken(sources: str, seaweed: Seaweed, s3_prefix: str) -> None:
+    folder = make_folder("walship-o-")
+    try:
+        with (
+            Proxy(int(seaweed.endpoint.rpartition(":")[2]), http=True) as store,
+            Rig(
+                folder, NEWEST, [seaweed.url(s3_prefix).replace(seaweed.endpoint, f"http://127.0.0.1:{store.port}")],
+                settings=seaweed.environment | {"WALSHIP_WAL_TIMEOUT": "3"}, segment_mb=1, sources=sources,
+            ) as rig,
+        ):  # fmt: skip
+            rig.server.start()
+            rig.run("init")
+            rig.serve()
+            if sources == "stream":
+                rig.wait(rig.streams, "the service streams")
+            rig.json("switch")
+            ((slow,),) = rig.sql("select pg_walfile_name(pg_current_wal_lsn())")
+            store.held = f"/{slow}"
+            rig.sql("create table t (n int); select pg_switch_wal()")
+            rig.sql("create table u (n int)")
+            done = rig.run("switch", expect=10)
+            waits = f"{slow} is in the spool" if sources == "watch" else "the slot walship is at LSN "
+            assert f" is safe, and earlier WAL is not: {waits}" in done.stderr
+            store.cut()
+            store.held = ""
+            rig.wait(lambda: rig.run("switch").returncode == 0, "it has arrived")
+    finally:
+        shutil.rmtree(folder)

@@ -80,5 +80,5 @@ def test_commands_log_for_people_and_the_service_for_machines(capsys: pytest.Cap
     finally:
         structlog.reset_defaults()
     plain, json = capsys.readouterr().err.splitlines()
-    assert plain == "warning: repository destination='file:///a b'"
+    assert plain == "warning: repository (destination file:///a b)"
     assert '"event": "started"' in json

@@ -6,8 +6,8 @@
 #
 # PG_MAJORS are the majors of the servers that are to be restored or drilled here. Restoring wants the same major.
 #
-# Pinned are walship's libraries (constraints.lock) and Python (the base's tag). Debian's packages are those of the day,
-# for their security updates. Who wants the same image each time gives a digest as well:
+# Pinned are walship's libraries (constraints.lock) and Python (the base's tag). A digest pins the base's own packages as
+# well. What apt brings, PostgreSQL, is of the day, for its security updates: who wants the same each time keeps the image.
 #
 #   docker build -t walship --build-arg BASE=python:3.13.16-slim-bookworm@sha256:... .
 

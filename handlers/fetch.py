@@ -119,7 +119,8 @@ class Fetcher:
             try:
                 found = await read(store)
             except ObjectMissing:
-                if not name.startswith(operations.FOLDER):  # it is where it could be written
+                # A record is where it could be written that day; the service copies it later.
+                if not name.startswith(operations.FOLDER):
                     passed_over.append((store, f"{store.name} lacks {name}"))
                 continue
             except Sealed:

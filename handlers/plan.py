@@ -113,9 +113,9 @@ async def plan_restore(
 
 def _on_their_way(path: WalPath, end: Lsn, told: Confirmed) -> str:
     return (
-        f"segment {path.missing} is not stored whole, and WAL behind it is, up to LSN {end}: it was on its way when its"
-        f" host was lost, for the last that was reported as safe is LSN {told.lsn}. What lies behind LSN {path.end}"
-        " cannot be reached; if the server still runs, it will come: plan again in a moment"
+        f"segment {path.missing} is not stored whole, and WAL behind it is, up to LSN {end}: it was on its way, or"
+        f" still is, for the last that was reported as safe is LSN {told.lsn}. What lies behind LSN {path.end} cannot"
+        " be reached; if the server still runs, it will come: plan again in a moment"
     )
 
 

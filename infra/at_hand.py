@@ -48,8 +48,9 @@ class AtHand:
 
     @property
     def cut_off(self) -> str:
-        """What a passphrase may lack, for the beginning of a hint; empty if there is none."""
-        return "a value with # in it needs quotes, or it ends before the #; " if self.passphrase else ""
+        """For the beginning of a hint: of a ring from when such lines of .env were taken. Empty without passphrase."""
+        words = "if it was made with a value without quotes in .env, only what stood before ` #` opens it; "
+        return words if self.passphrase else ""
 
 
 def look_at_hand(settings: Settings, tell: Callable[[str, str], None] | None = None) -> AtHand:

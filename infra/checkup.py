@@ -104,7 +104,7 @@ async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _
 def _off_host(settings: Settings) -> Finding:
     """Whether what is acknowledged outlives this host, and the database server: a required one must be elsewhere."""
     if (found := exposed(settings)) is not None:
-        return Finding("destinations", "warning", f"not safe: {found.fact}", found.hint)
+        return Finding("destinations", "warning", f"safe on {found.where} only: {found.fact}", found.hint)
     there = ", ".join(required_elsewhere(settings))
     return Finding("destinations", "ok", f"what is acknowledged is off this host: {there}")
 

@@ -105,14 +105,17 @@ async def without(
     return {store.name: said for store, said in zip(stores, whys, strict=True) if said}
 
 
-async def wait_for_earlier(settings: Settings, segment: WalFile, segment_size: int, *, clock: Clock) -> None:
+async def wait_for_earlier(
+    settings: Settings, segment: WalFile, segment_size: int, *, clock: Clock, tell: Callable[[str], None]
+) -> None:
     """Return once all WAL before the end of ``segment``, which has arrived, is safe: segments overtake one another.
 
     Two know it. From the spool a file goes when it is at every required destination, in order; and the position of the
     slot is what was reported. SourceError when nothing has moved for ``WALSHIP_WAL_TIMEOUT`` seconds.
     """
     seen: tuple[str, ...] = ()
-    moved, pause = clock.monotonic(), _FIRST_PAUSE
+    moved = said = clock.monotonic()
+    pause = _FIRST_PAUSE
     async with await connect(settings) as connection:
         while waits := await _waiting(connection, settings, segment, segment_size):
             if waits != seen:
@@ -121,6 +124,9 @@ async def wait_for_earlier(settings: Settings, segment: WalFile, segment_size: i
                 raise SourceError(
                     f"segment {segment} is safe, and earlier WAL is not: {' and '.join(waits)}", hint=_LATE
                 )
+            if clock.monotonic() - said >= EVERY:
+                said = clock.monotonic()
+                tell(f"{segment} is safe; waiting for earlier WAL: {' and '.join(waits)}")
             await clock.sleep(pause)
             pause = min(PAUSE, _SLOWER * pause)
 
@@ -147,6 +153,7 @@ async def _waiting(connection: Connection, settings: Settings, segment: WalFile,
 
 
 def _place(file: WalFile) -> tuple[int, int, int]:
+    """Without its kind: what was archived last may be a history, or the label of a backup."""
     return file.timeline, file.log, file.seg
 
 

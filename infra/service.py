@@ -170,9 +170,7 @@ async def _ship_for_ever(
     sources: list[Source] = []
     watcher = stream = None
     if lease is not None:
-        told = Told(site.facts.segment_size)
-        site.notify.append(told.heard)
-        lease.confirmed = lambda: told.newest
+        _let_tell(lease, site)
     if spool is not None:
         sources.append(watcher := _watcher(spool, site, once=False))
         if (other := holder(spool)) not in (None, os.getpid()):
@@ -220,6 +218,13 @@ async def _ship_for_ever(
             await dispatcher.run(*sources)
         finally:
             log.info("stopped", waiting=watcher.waiting if watcher else 0)
+
+
+def _let_tell(lease: Lease, site: Site) -> None:
+    """From now on its heartbeats say up to where WAL was reported as safe."""
+    told = Told(site.facts.segment_size)
+    site.notify.append(told.heard)
+    lease.confirmed = lambda: told.newest
 
 
 async def ship_unless_taken(spool: Path | None, site: Site, shipping: Shipping) -> None:

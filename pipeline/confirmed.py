@@ -2,7 +2,7 @@
 
 Several objects are on their way at once. When the host is lost, a later one may have arrived and an earlier one not:
 that is no hole in what was stored, but its end. Nobody was told that any of it is safe. A segment that is missing
-before the position that was told is another matter: it was stored everywhere, and is gone.
+before the position that was told is another matter: it was stored and is gone, or the server had removed it.
 
 The position is a member of the lease, which its holder writes anew every few seconds: so it may be that much behind.
 """

@@ -118,6 +118,13 @@ class Proxy:
         """Change the mode; on return it holds, and the open connections are cut if the change wants that."""
         self._do(lambda: self._turn(mode))
 
+    def renewed_since(self, moment: float) -> bool:
+        """Whether a lease was written whose PUT began later than that, in monotonic seconds."""
+        return any(
+            put.method == "PUT" and "/lease/" in put.path and put.began > moment and put.seconds is not None
+            for put in self.requests
+        )
+
     def cut(self) -> int:
         """Reset all connections; how many there were."""
         return self._do(self._cut)

@@ -24,7 +24,7 @@ VERBS = {
     "check": "Try every setting, permission and store; say what is wrong and what to do.",
     "run": "The service: ship WAL as it comes.",
     "backup": "Take a base backup now.",
-    "switch": "Switch WAL and wait until the old segment is safe everywhere.",
+    "switch": "Switch WAL and wait until all before it is safe at every required destination.",
     "push": "Ship what waits in the spool, then exit.",
     "status": "Whether it is safe and why, and how far behind each destination is.",
     "list": "Backups, and the times that can be restored.",

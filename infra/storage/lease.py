@@ -1,4 +1,6 @@
-"""The lease: which one of several services writes to a repository. Advice, and no more.
+"""The lease: which one of several services writes to a repository, and up to where it has reported WAL as safe.
+
+As a lock it is advice, and no more.
 
     lease/<number, 8 hex digits>       content: see ``heartbeat``
 

@@ -67,11 +67,7 @@ def test_what_was_on_its_way_when_the_host_was_lost_is_no_hole(seaweed: Seaweed,
                 " from pg_current_wal_lsn() here"
             )
             since = time.monotonic() + 1  # what is reported is told once a second
-            rig.wait(
-                lambda: any("/lease/" in put.path and put.method == "PUT" and put.began > since and put.seconds
-                            for put in store.requests),
-                "the lease says what is safe",
-            )  # fmt: skip
+            rig.wait(lambda: store.renewed_since(since), "the lease says what is safe")
             store.held = f"/{late}"
             for n in (2, 3, 4):  # each one transaction, whose commit lies behind the switch
                 rig.sql(f"set synchronous_commit = local; insert into t values ({n}); select pg_switch_wal()")

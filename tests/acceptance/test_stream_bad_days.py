@@ -186,11 +186,7 @@ def test_more_wal_than_the_server_keeps_while_the_store_is_away(
     assert not status["healthy"]
     assert any(f"{gap['first']} is missing" in reason for reason in status["reasons"]), status["reasons"]
     since = time.monotonic() + 1  # what is reported is told once a second
-    rig.wait(
-        lambda: any("/lease/" in put.path and put.method == "PUT" and put.began > since and put.seconds
-                    for put in store.requests),
-        "the lease says that what lies behind the hole is safe",
-    )  # fmt: skip
+    rig.wait(lambda: store.renewed_since(since), "the lease says that what lies behind the hole is safe")
     # Until then: no word of latest, but where the WAL ends, and how to get there.
     refused = rig.run("restore", "--latest", "--target-dir", str(rig.target()), expect=13).stderr
     assert f"segment {gap['first']} is missing: the latest state cannot be reached" in refused

@@ -127,7 +127,7 @@ async def test_a_wrong_passphrase() -> None:
         f"BACKUP_ENCRYPTION_PASSWORD does not open the key ring keys/ring-00000001 of {SYSTEM_ID} in bucket"
     )
     assert "replaced" in error.value.hint
-    assert "a value with # in it needs quotes" in error.value.hint
+    assert "only what stood before ` #` opens it" in error.value.hint
 
 
 async def test_no_passphrase() -> None:

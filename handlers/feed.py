@@ -117,6 +117,8 @@ class Feed:
         self._folders: dict[str, int] = {}
         self._root = -1
         self._working: set[str] = set()
+        #: Set whenever one that was read ahead is in ready/, or is given up.
+        self._prepared = asyncio.Event()
         #: Own threads, so that ``close`` can wait for a write that goes on after its task was cancelled.
         self._writers = ThreadPoolExecutor(_WIDTH, thread_name_prefix="feed")
         #: Files handed to ready/ ahead of being asked for.
@@ -228,6 +230,7 @@ class Feed:
             _remove(name, self._folders["stage"])  # it may be the disk that is full
         finally:
             self._working.discard(name)
+            self._prepared.set()
         self._read_ahead(group)
 
     async def _answer(self, name: str) -> None:
@@ -287,15 +290,24 @@ class Feed:
         try:
             return await work()
         except OSError as error:
-            ahead = [other for other in self._listed("ready") if other != name]
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not ahead:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._order.clear()
+            under_way = bool(self._being_prepared(name))
+            while self._being_prepared(name):  # it lands in ready/, or its half goes
+                self._prepared.clear()
+                await self._prepared.wait()
+            ahead = [other for other in self._listed("ready") if other != name]
+            if not (ahead or under_way):
+                raise
             for other in ahead:
                 self._given.discard(other)
                 self._laid.discard(other)
                 _remove(other, self._folders["ready"])
             return await work()
+
+    def _being_prepared(self, asked: str) -> set[str]:
+        return (self._working & self._laid) - {asked}
 
     def _skip_to(self, name: str) -> None:
         """Recovery has come this far: reading ahead goes on behind it."""

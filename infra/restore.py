@@ -37,7 +37,7 @@ from infra.postgres.recovery_files import (
 from infra.postgres.restored import Replay, Started, left_behind, standby_ended, start_restored
 from infra.postgres.wal_script import FEED, FOLDER
 from infra.settings import Settings
-from infra.storage.lease import confirmed
+from infra.storage.reported import confirmed
 from pipeline.contracts import Clock, Fetch, Store
 from pipeline.errors import ConfigError, RecoveryError, WalshipError
 from pipeline.recovery import RestorePlan

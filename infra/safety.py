@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from handlers.base_backup import WalSafe
 from infra.clock import sleep_or
+from infra.holdings import hold
 from infra.postgres.connect import Connection, connect
 from infra.postgres.control import rows
 from infra.postgres.replication import ReplicationConnection
@@ -19,7 +20,7 @@ from pipeline.catalog import wal_key
 from pipeline.contracts import Clock, Ship, Store
 from pipeline.errors import SourceError, StoreError
 from pipeline.events import Notice, ObjectStored
-from pipeline.wal import Lsn, WalFile
+from pipeline.wal import Lsn, WalFile, WalKind
 
 #: Seconds between looks; the first ones follow sooner, because the last segment of a backup is on its way already.
 PAUSE = 0.5
@@ -30,6 +31,8 @@ _SLOWER = 1.5
 EVERY = 5.0
 #: Seconds in which WAL that is at all required destinations arrives at the others as well, if they take it.
 PATIENCE = 5.0
+
+_ARCHIVED = "select coalesce(last_archived_wal, ''), current_setting('archive_mode') from pg_stat_archiver"
 
 _LATE = (
     "is `walship run` running? does PostgreSQL archive into the spool? `walship status` and pg_stat_archiver tell;"
@@ -105,56 +108,56 @@ async def without(
     return {store.name: said for store, said in zip(stores, whys, strict=True) if said}
 
 
-async def wait_for_earlier(
-    settings: Settings, segment: WalFile, segment_size: int, *, clock: Clock, tell: Callable[[str], None]
-) -> None:
+async def wait_for_earlier(site: Site, segment: WalFile, *, tell: Callable[[str], None]) -> None:
     """Return once all WAL before the end of ``segment``, which has arrived, is safe: segments overtake one another.
 
-    Two know it. From the spool a file goes when it is at every required destination, in order; and the position of the
-    slot is what was reported. SourceError when nothing has moved for ``WALSHIP_WAL_TIMEOUT`` seconds.
+    SourceError when nothing has moved for ``WALSHIP_WAL_TIMEOUT`` seconds.
     """
-    seen: tuple[str, ...] = ()
+    clock, seen, pause = site.clock, "", _FIRST_PAUSE
     moved = said = clock.monotonic()
-    pause = _FIRST_PAUSE
-    async with await connect(settings) as connection:
-        while waits := await _waiting(connection, settings, segment, segment_size):
+    async with await connect(site.settings) as connection:
+        while waits := await _waiting(connection, site, segment):
             if waits != seen:
                 seen, moved = waits, clock.monotonic()
-            elif clock.monotonic() - moved > settings.wal_timeout:
-                raise SourceError(
-                    f"segment {segment} is safe, and earlier WAL is not: {' and '.join(waits)}", hint=_LATE
-                )
+            elif clock.monotonic() - moved > site.settings.wal_timeout:
+                raise SourceError(f"segment {segment} is safe, and earlier WAL is not: {waits}", hint=_LATE)
             if clock.monotonic() - said >= EVERY:
                 said = clock.monotonic()
-                tell(f"{segment} is safe; waiting for earlier WAL: {' and '.join(waits)}")
+                tell(f"{segment} is safe; waiting for earlier WAL: {waits}")
             await clock.sleep(pause)
             pause = min(PAUSE, _SLOWER * pause)
 
 
-async def _waiting(connection: Connection, settings: Settings, segment: WalFile, size: int) -> tuple[str, ...]:
-    """What says that not all up to the segment is safe; empty if something says that it is."""
-    waits = []
-    if "stream" in settings.sources:
-        slot = await look(connection, settings.slot)
-        reached = slot.restart_lsn if slot is not None else None
-        if reached is not None and reached >= segment.end(size):
-            return ()
-        waits.append(f"the slot {settings.slot} is at LSN {reached}" if reached else f"no slot {settings.slot} tells")
+async def _waiting(connection: Connection, site: Site, segment: WalFile) -> str:
+    """What says that not all up to the segment is safe; empty if all is.
+
+    The position of the slot is what was reported: of all required destinations, unless ``WALSHIP_SYNC_TIMEOUT`` lets
+    one be left out. From the spool a file goes when it is at all of them, in order. Without one, listings tell.
+    """
+    settings, archives, words = site.settings, False, ""
     if "watch" in settings.sources and settings.spool_dir is not None:
-        ((last,),) = await rows(connection, "select coalesce(last_archived_wal, '') from pg_stat_archiver")
-        archived = WalFile.parse(last)
-        if archived is None or _place(archived) < _place(segment):
-            waits.append(f"PostgreSQL has archived {last or 'nothing'}")
+        ((last, mode),) = await rows(connection, _ARCHIVED)
+        archives, archived = mode != "off", WalFile.parse(last)
+        # A label or a history that was archived last says nothing of the segments: then the spool alone decides.
+        if archived is not None and archived.kind is WalKind.SEGMENT and archived < segment:
+            words = f"PostgreSQL has archived {last}"
         elif files := await asyncio.to_thread(segments_up_to, settings.spool_dir, segment):
-            waits.append(f"{files[0]} is in the spool")
-        else:
-            return ()
-    return tuple(waits)
+            words = f"{files[0]} is in the spool"
+    if archives and (not words or "stream" not in settings.sources or settings.sync_timeout is not None):
+        return words
+    slot = await look(connection, settings.slot) if "stream" in settings.sources else None
+    if slot is None or slot.restart_lsn is None or slot.restart_lsn < segment.end(site.facts.segment_size):
+        return words or f"the slot {settings.slot} is at LSN {slot.restart_lsn if slot else 'none'}"
+    return await _lacking(site, segment) if settings.sync_timeout is not None else ""
 
 
-def _place(file: WalFile) -> tuple[int, int, int]:
-    """Without its kind: what was archived last may be a history, or the label of a backup."""
-    return file.timeline, file.log, file.seg
+async def _lacking(site: Site, segment: WalFile) -> str:
+    """A required destination that has less than all up to the segment; empty if none has."""
+    for store in site.required_stores:
+        reach = (await hold(store, site, {}, required=True)).reach(segment.timeline).lsn
+        if reach is None or reach < segment.end(site.facts.segment_size):
+            return f"{store.name} has all up to LSN {reach or 'none'}"
+    return ""
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import SpoolTakenError, holder
 from infra.sources.watcher import SpoolWatcher
 from infra.storage.lease import Lease, LeaseHeldError
+from infra.storage.reported import forget_confirmed
 from infra.storage.retry import SERVICE
 from infra.streaming import Streaming, keep_clean
 from infra.systemd import supervised
@@ -171,6 +172,8 @@ async def _ship_for_ever(
     watcher = stream = None
     if lease is not None:
         _let_tell(lease, site)
+    else:
+        await forget_confirmed(site.stores)
     if spool is not None:
         sources.append(watcher := _watcher(spool, site, once=False))
         if (other := holder(spool)) not in (None, os.getpid()):

@@ -22,7 +22,8 @@ from infra.remembered import remembered
 from infra.settings import Settings
 from infra.sources.spool import SpoolState, holder, look_at_spool
 from infra.standing import DestinationStatus, Planned, Status, StreamStatus, brief
-from infra.storage.lease import confirmed, newest
+from infra.storage.lease import newest
+from infra.storage.reported import confirmed
 from infra.whereabouts import exposed
 from infra.wiring import Site
 from pipeline.catalog import Catalog

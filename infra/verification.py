@@ -19,7 +19,7 @@ from handlers.verify_report import Healing, Report
 from infra.marked import check_there
 from infra.pace import Pace
 from infra.storage.in_use import using
-from infra.storage.lease import confirmed
+from infra.storage.reported import confirmed
 from infra.wiring import Site
 from pipeline.catalog import Catalog
 from pipeline.chain import Chain, Expected

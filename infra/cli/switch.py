@@ -40,7 +40,7 @@ async def command(as_json: bool) -> None:
     ):
         began = site.clock.monotonic()
         await wait_for_wal(site.required_stores, [segment], clock=site.clock, timeout=wanted.wal_timeout, tell=say)
-        await wait_for_earlier(wanted, segment, server.segment_size, clock=site.clock, tell=say)
+        await wait_for_earlier(site, segment, tell=say)
         seconds = site.clock.monotonic() - began
         await store_history(site, shipping.command.ship, segment.timeline)
         others = [Rooted(each.root, site.facts.system_id) for each in looked_at if not each.required]

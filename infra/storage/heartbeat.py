@@ -19,6 +19,8 @@ from pipeline.objects import MemoryBody, check_members, strict_json
 
 #: Bytes of a heartbeat that are looked at; ours has five hundred.
 MOST = 4096
+#: In the place of a position: more may have been confirmed than anybody has written down.
+UNKNOWN = "unknown"
 #: Characters of a name from a heartbeat that are shown to people.
 _SHOWN = 200
 
@@ -94,7 +96,7 @@ class Heartbeat:
     written: str
     #: The holder is done: nobody need wait.
     released: bool
-    #: Up to where WAL was said to be safe, as ``pipeline.confirmed`` writes it; empty if nothing was.
+    #: Up to where WAL was said to be safe, as ``pipeline.confirmed`` writes it; empty if nothing was, or ``UNKNOWN``.
     confirmed: str = ""
 
     @classmethod
@@ -122,8 +124,8 @@ class Heartbeat:
         """What ``encode`` made, or None: damaged, cut, or of a walship that says more."""
         try:
             found = strict_json(content)
-            # Written before there was such a member.
-            members = check_members(found | {"confirmed": ""} if _is_older(found) else found, _MEMBERS)
+            # Written before there was such a member: nobody knows what its holder has confirmed.
+            members = check_members(found | {"confirmed": UNKNOWN} if _is_older(found) else found, _MEMBERS)
         except ValueError:
             return None
         holder = Holder(**{name: members[name] for name in _HOLDER})

@@ -25,7 +25,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from handlers.body import joined
 from infra.clock import SystemClock
 from infra.storage.heartbeat import MOST, Heartbeat, Holder
-from pipeline.confirmed import Confirmed
 from pipeline.contracts import Clock, Store
 from pipeline.errors import ObjectConflict, ObjectMissing, SourceError, StoreError, foreseen
 from pipeline.objects import MemoryBody
@@ -62,7 +61,7 @@ class Lease:
         self,
         epoch: int,
         holder: Holder,
-        places: Sequence[_Place],
+        places: Sequence[Place],
         *,
         clock: Clock,
         ttl: float,
@@ -73,8 +72,8 @@ class Lease:
         self.holder = holder
         #: Set once another writer was seen: stop.
         self.lost = asyncio.Event()
-        #: What a heartbeat says of the WAL that is safe; given by whoever ships.
-        self.confirmed: Callable[[], Confirmed | None] = lambda: None
+        #: What a heartbeat says of the WAL that is safe (``pipeline.confirmed``); given by whoever ships.
+        self.confirmed: Callable[[], object | None] = lambda: None
         self._places = places
         self._clock = clock
         self._ttl = ttl
@@ -98,7 +97,7 @@ class Lease:
         ``server`` says for people what is shipped; ``tell`` is given a line about each thing that takes time.
         """
         for _ in range(_ATTEMPTS):
-            places = [_Place(store, clock) for store in stores]
+            places = [Place(store, clock) for store in stores]
             epoch = 1 + await _vacant(places, clock, ttl, tell)
             lease = cls(epoch, Holder.here(clock.now(), server), places, clock=clock, ttl=ttl, tell=tell)
             if await lease._create([place for place in places if place.failure is None]):
@@ -130,12 +129,12 @@ class Lease:
         Also after another writer was met: of two that hold one number, the one that noticed first gives way. Failures
         are told, not raised: who comes next then waits one time to live.
         """
-        await _ask_all(self._places, self._give_back)
+        await ask_all(self._places, self._give_back)
         for place in self._places:
             if place.failure is not None:
                 self._tell(f"the lease cannot be given back at {place.store.name}: {place.failure}")
 
-    async def _create(self, places: Sequence[_Place]) -> bool:
+    async def _create(self, places: Sequence[Place]) -> bool:
         """Create our number; False if another writer was faster anywhere.
 
         One destination after the other, always in the same order: of several writers that see the same destinations,
@@ -157,7 +156,7 @@ class Lease:
         await self.release()
         raise failures[0]
 
-    async def _create_at(self, place: _Place) -> None:
+    async def _create_at(self, place: Place) -> None:
         try:
             await place.store.put(lease_key(self.epoch), self._heartbeat())
         except ObjectConflict:
@@ -165,7 +164,7 @@ class Lease:
             if not self._is_ours(await place.read(self.epoch)):
                 raise
 
-    async def _keep(self, place: _Place) -> None:
+    async def _keep(self, place: Place) -> None:
         """The heartbeats at one destination."""
         pause, failing = self._ttl / 3, False
         while True:
@@ -184,7 +183,7 @@ class Lease:
             # After a heartbeat that took long, at once: we may have been suspended in the midst of it.
             await self._clock.sleep(max(0.0, began + pause - self._clock.monotonic()))
 
-    async def _beat(self, place: _Place) -> None:
+    async def _beat(self, place: Place) -> None:
         """Look who else is there, then say that we are."""
         numbers = await place.numbers(after=self.epoch - 1 if place.cleaned else 0)
         highest = max(numbers, default=0)
@@ -205,7 +204,7 @@ class Lease:
             with contextlib.suppress(StoreError):
                 await place.store.delete([lease_key(number) for number in numbers if number < self.epoch - KEPT])
 
-    async def _overtaken(self, place: _Place, number: int) -> LeaseHeldError:
+    async def _overtaken(self, place: Place, number: int) -> LeaseHeldError:
         self.lost.set()
         content = b""
         with contextlib.suppress(StoreError):  # that it is there is enough
@@ -216,7 +215,7 @@ class Lease:
             hint=_hint(self._ttl),
         )
 
-    async def _give_back(self, place: _Place) -> None:
+    async def _give_back(self, place: Place) -> None:
         # Looked at first: after an attempt that failed it may be somebody else's, or not there.
         with contextlib.suppress(ObjectMissing):
             if self._is_ours(await place.read(self.epoch)):
@@ -234,7 +233,7 @@ class Lease:
         ).encode()
 
 
-class _Place:
+class Place:
     """The leases at one destination."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
@@ -275,7 +274,7 @@ class _Place:
             self.moved = bool(highest) and highest == self.highest
             self.highest, self.content, self.since = highest, content, self._clock.monotonic()
 
-    async def ask(self, question: Callable[[_Place], Awaitable[None]]) -> None:
+    async def ask(self, question: Callable[[Place], Awaitable[None]]) -> None:
         """Try it within ``ANSWER`` seconds, and remember a failure. ObjectConflict is an answer, and raised."""
         self.failure = None
         try:
@@ -291,37 +290,18 @@ class _Place:
 
 async def newest(store: Store) -> tuple[int, Heartbeat] | None:
     """The highest lease at a destination, for people; None if none can be read there. Raises StoreError."""
-    place = _Place(store, SystemClock())
+    place = Place(store, SystemClock())
     await place.look()
     there = Heartbeat.decode(place.content)
     return (place.highest, there) if there else None
 
 
-async def confirmed(stores: Sequence[Store]) -> list[Confirmed]:
-    """What the leases at these destinations say of the WAL that is safe.
-
-    One that cannot be read says nothing; nor does one that was given back: what was stored since, nobody has told.
-    """
-    return [told for each in await asyncio.gather(*map(_confirmed_at, stores)) for told in each]
-
-
-async def _confirmed_at(store: Store) -> list[Confirmed]:
-    found: list[Confirmed] = []
-    with contextlib.suppress(StoreError):
-        place = _Place(store, SystemClock())
-        for number in sorted(await place.numbers())[-2:]:  # a service that has just begun has said nothing yet
-            there = Heartbeat.decode(await place.read(number))
-            told = Confirmed.parse(there.confirmed) if there is not None and not there.released else None
-            found += [told] if told is not None else []
-    return found
-
-
-async def _vacant(places: Sequence[_Place], clock: Clock, ttl: float, tell: Callable[[str], None]) -> int:
+async def _vacant(places: Sequence[Place], clock: Clock, ttl: float, tell: Callable[[str], None]) -> int:
     """The highest number there is, once nobody holds it; LeaseHeldError if somebody does. See ``Lease.acquire``."""
     watched = 0
     while True:
         # Who has failed is not asked again here: it may take its time over each question.
-        await _ask_all([place for place in places if place.failure is None], _Place.look)
+        await ask_all([place for place in places if place.failure is None], Place.look)
         answering = [place for place in places if place.failure is None]
         if not answering:
             raise places[0].failure or StoreError("a lease needs a destination")
@@ -347,7 +327,7 @@ async def _vacant(places: Sequence[_Place], clock: Clock, ttl: float, tell: Call
         await clock.sleep(ttl / _LOOKS)
 
 
-def _given_up(holding: Sequence[_Place]) -> bool:
+def _given_up(holding: Sequence[Place]) -> bool:
     """Whether all that hold a number are certain to be done with it."""
     heartbeats = [Heartbeat.decode(place.content) for place in holding]
     # Given back at one destination is given back: another may have been away at that moment.
@@ -364,7 +344,8 @@ def _below_last(number: int, where: str) -> int:
     return number
 
 
-async def _ask_all(places: Sequence[_Place], question: Callable[[_Place], Awaitable[None]]) -> None:
+async def ask_all(places: Sequence[Place], question: Callable[[Place], Awaitable[None]]) -> None:
+    """At the same time; each within ``ANSWER`` seconds, what fails is remembered by its place."""
     async with asyncio.TaskGroup() as group:
         for place in places:
             group.create_task(place.ask(question))

@@ -43,15 +43,19 @@ def test_a_switch_waits_for_what_is_required_alone_and_names_the_other(rig: Rig)
     assert list(rig.folder.glob(f"near/*/wal/*/{told['segment']}"))
 
 
-@pytest.mark.parametrize("sources", ["watch", "stream"])
-def test_a_switch_waits_for_what_its_segment_has_overtaken(sources: str, seaweed: Seaweed, s3_prefix: str) -> None:
+@pytest.mark.parametrize(("sources", "patience"), [("watch", ""), ("stream", ""), ("stream", "600")])
+def test_a_switch_waits_for_what_its_segment_has_overtaken(
+    sources: str, patience: str, seaweed: Seaweed, s3_prefix: str
+) -> None:
+    """``patience``: in which case the slot may be ahead of a destination that counts no more, and listings tell."""
     folder = make_folder("walship-o-")
     try:
         with (
             Proxy(int(seaweed.endpoint.rpartition(":")[2]), http=True) as store,
             Rig(
                 folder, NEWEST, [seaweed.url(s3_prefix).replace(seaweed.endpoint, f"http://127.0.0.1:{store.port}")],
-                settings=seaweed.environment | {"WALSHIP_WAL_TIMEOUT": "3"}, segment_mb=1, sources=sources,
+                settings=seaweed.environment | {"WALSHIP_WAL_TIMEOUT": "3", "WALSHIP_SYNC_TIMEOUT": patience},
+                segment_mb=1, sources=sources,
             ) as rig,
         ):  # fmt: skip
             rig.server.start()

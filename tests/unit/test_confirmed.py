@@ -12,15 +12,17 @@ import pytest
 from handlers.body import joined
 from infra.status import read_status
 from infra.storage.heartbeat import Heartbeat
-from infra.storage.lease import Lease, confirmed, lease_key
+from infra.storage.lease import Lease, lease_key
 from infra.storage.memory import MemoryStore
+from infra.storage.reported import confirmed, forget_confirmed
 from pipeline.confirmed import Confirmed, Told
-from pipeline.errors import ObjectConflict
+from pipeline.errors import ObjectConflict, StoreError
 from pipeline.events import Acknowledged, HistoryReady, SegmentReady, WalMoved
 from pipeline.objects import MemoryBody
 from pipeline.wal import Lsn, WalFile
 from tests.clock import FastClock
 from tests.leases import beat
+from tests.stores import Faulty
 from tests.verifying import SIZE, Ground, segment
 from tests.verifying import objects as made
 
@@ -57,21 +59,37 @@ def test_nothing_else_is_taken_for_a_position(text: str) -> None:
     assert str(Confirmed.parse("4294967295 FF/AB0")) == "4294967295 FF/AB0"
 
 
-async def test_the_last_two_leases_tell_it_unless_they_were_given_back() -> None:
+async def test_the_newest_lease_tells_it_or_nobody_does() -> None:
     stores = [MemoryStore("near"), MemoryStore("far")]
     assert await confirmed(stores) == []
     first = await Lease.acquire(stores, clock=FastClock(), tell=print)
     first.confirmed = partial(Confirmed, 1, Lsn(1))
     await beat(first)
     assert await confirmed(stores) == [Confirmed(1, Lsn(1))] * 2
-    second = await Lease.acquire(stores, clock=FastClock(), tell=print)  # the first one was killed
+    second = await Lease.acquire(stores[:1], clock=FastClock(), tell=print)  # the first one was killed; far is away
     assert await confirmed(stores) == [Confirmed(1, Lsn(1))] * 2, "the second has said nothing yet"
     second.confirmed = partial(Confirmed, 2, Lsn(2))
     await beat(second)
-    assert await confirmed(stores[:1]) == [Confirmed(1, Lsn(1)), Confirmed(2, Lsn(2))]
+    assert await confirmed(stores) == [Confirmed(2, Lsn(2))], "the lease before is of no account any more"
     await second.release()
-    assert await confirmed(stores[:1]) == [Confirmed(1, Lsn(1))]
     assert json.loads(joined(await stores[0].get(lease_key(2))))["confirmed"] == "2 0/2"
+    assert await confirmed(stores) == [], "and who was killed before that knows nothing of it"
+
+
+async def test_what_is_shipped_without_a_lease_makes_it_unknown_until_the_holder_says_it_again() -> None:
+    store, clock = MemoryStore("near"), FastClock()
+    await forget_confirmed([store])  # there is none
+    lease = await Lease.acquire([store], clock=clock, tell=print)
+    lease.confirmed = partial(Confirmed, 1, Lsn(1))
+    await beat(lease)
+    await forget_confirmed([store, Faulty(MemoryStore("away"), down={"list": StoreError("away")})])
+    assert await confirmed([store]) == []
+    await beat(lease)
+    assert await confirmed([store]) == [Confirmed(1, Lsn(1))]
+    await lease.release()
+    released = joined(await store.get(lease_key(1)))
+    await forget_confirmed([store])
+    assert joined(await store.get(lease_key(1))) == released
 
 
 async def test_a_lease_of_an_older_walship_or_a_damaged_one_tells_nothing() -> None:

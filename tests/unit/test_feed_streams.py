@@ -64,12 +64,13 @@ class Told(Feed):
     """Remembers how many bytes each try has left in stage/."""
 
     def __init__(
-        self, data: Path, stores: list[Store], *, order: list[WalFile] | None = None, chosen: Chain = CHAIN
-    ) -> None:
+        self, data: Path, stores: list[Store], *, order: list[WalFile] | None = None, chosen: Chain = CHAIN,
+        turns: int = 1,
+    ) -> None:  # fmt: skip
         self.said: list[str] = []
         self.tries: list[int] = []
         self.home = data / FOLDER / FEED
-        fetch = Fetcher(stores, chosen, SYSTEM_ID, notify=self.said.append, turns=asyncio.Semaphore(1))
+        fetch = Fetcher(stores, chosen, SYSTEM_ID, notify=self.said.append, turns=asyncio.Semaphore(turns))
         server = WalServer(fetch, ONE)
         super().__init__(self.home, server.read, order or [], SIZE, pour=server.pour, notify=self.said.append)
 
@@ -197,6 +198,37 @@ async def test_a_disk_that_fills_while_a_segment_is_written(data: Path) -> None:
         assert not (data / PATH).exists()
         assert "No space left on device" in feed.said[-1]
         assert isinstance(feed.failures[-1], OSError)
+
+
+async def test_what_is_half_fetched_ahead_makes_room_as_well(data: Path) -> None:
+    """It is not in ready/ yet, and cannot be removed there: it is waited for, and then it can."""
+    begun, go_on = threading.Event(), threading.Event()
+    ahead = segment(FIRST + 5)
+
+    class Full(Told):
+        def _write(self, name: str, pieces: Iterable[Buffer]) -> None:
+            def some() -> Iterator[Buffer]:
+                for piece in pieces:
+                    yield piece
+                    if name == ahead.name:
+                        begun.set()
+                        assert go_on.wait(30)
+                    elif name == NAME and any(
+                        (self.home / place / ahead.name).exists() for place in ("stage", "ready")
+                    ):
+                        go_on.set()
+                        raise OSError(errno.ENOSPC, "No space left on device")
+
+            super()._write(name, some())
+
+    store = await holding(WHOLE)
+    await store.put(wal_key(ahead), MemoryBody([stored(CHAIN, wal_key(ahead), PLAIN)]))
+    feed = Full(data, [store], order=[ahead], turns=2)
+    async with running(feed):
+        assert await asyncio.to_thread(begun.wait, 20)
+        assert await ask_feed(data, NAME) == 0
+    assert (data / PATH).read_bytes() == PLAIN
+    assert not feed.failures
 
 
 async def test_half_a_segment_is_seen_by_nobody(data: Path) -> None:

@@ -7,16 +7,18 @@ This module imports nothing of ours before it has looked.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Iterator
 from importlib.machinery import PathFinder
-from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 #: The top-level packages of the wheel.
 PACKAGES = ("pipeline", "handlers", "infra")
 _DISTRIBUTION = "walship"
-_OURS = re.compile(rf"^({'|'.join(PACKAGES)})(?:/.*)?$", re.MULTILINE)
+#: Where a distribution says what it is.
+_METADATA = (".dist-info", ".egg-info")
 
 
 def refuse_strangers(path: list[str] | None = None) -> None:
@@ -39,21 +41,48 @@ def refuse_strangers(path: list[str] | None = None) -> None:
 
 def _owned(path: list[str]) -> str:
     """Which other distribution has installed a package of that name, as a sentence; empty if none."""
-    for distribution in distributions(path=path):
-        installed = _files(distribution)
-        match = _OURS.search(installed) if installed else None
-        if match:
-            name = str(distribution.metadata["Name"] or "")
+    for folder in _metadata(path):
+        if package := _ours(_files(folder)):
+            from importlib.metadata import PathDistribution  # it takes as long to load as all that is done here
+
+            found = PathDistribution(Path(folder))
+            name = str(found.metadata["Name"] or "")
             if re.sub(r"[-_.]+", "-", name).lower() != _DISTRIBUTION:
-                return (
-                    f"the distribution {name} {distribution.version} owns the package {match[1]}, which walship brings"
-                )
+                return f"the distribution {name} {found.version} owns the package {package}, which walship brings"
     return ""
 
 
-def _files(distribution: Distribution) -> str:
+def _metadata(path: list[str]) -> Iterator[str]:
+    """The folders of all distributions that Python would find beside a package of such a name."""
+    for place in path:
+        try:
+            if not any(os.path.exists(os.path.join(place, package)) for package in PACKAGES):  # noqa: PTH110, PTH118
+                continue
+            with os.scandir(place or ".") as entries:
+                yield from [entry.path for entry in entries if entry.name.endswith(_METADATA)]
+        except OSError:
+            continue  # no folder: nothing is imported from there, or it is an archive
+
+
+def _ours(files: bytes) -> str:
+    """Which of our packages is among these lines: at the beginning of one (RECORD), or all of one (top_level.txt)."""
+    lines = b"\n" + files.replace(b"\r", b"") + b"\n"
+    for package in PACKAGES:
+        if any(b"\n" + package.encode() + end in lines for end in (b"/", b"\n")):
+            return package
+    return ""
+
+
+def _files(folder: str) -> bytes:
     """What the distribution installed, one path a line, as far as it says so."""
-    return distribution.read_text("RECORD") or distribution.read_text("top_level.txt") or ""
+    for name in ("RECORD", "top_level.txt"):
+        try:
+            with open(os.path.join(folder, name), "rb") as file:  # noqa: PTH118, PTH123  a hundred of them at each start
+                if content := file.read():
+                    return content
+        except OSError:
+            continue
+    return b""
 
 
 def _apart(path: list[str]) -> str:

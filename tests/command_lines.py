@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import click
 
-from infra.cli import cli
+from infra.cli.group import cli
 
 
 def parsed(words: Sequence[str]) -> click.Context:

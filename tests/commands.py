@@ -157,8 +157,6 @@ def _command(words: Sequence[str], environment: dict[str, str], folder: str, out
     sys.stderr = sys.__stderr__ = io.TextIOWrapper(  # type: ignore[misc]  # to be replaced, as ``secure`` does
         open(2, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True  # noqa: SIM115 - likewise
     )  # fmt: skip
-    # What else is installed does not change from one command to the next; ``infra.names`` has tests of its own.
-    cli.refuse_strangers = lambda _=None: None  # type: ignore[assignment,attr-defined]
     if hurry:
         _hurry()
     sys.argv = ["walship", *words]

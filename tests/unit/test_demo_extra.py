@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from infra.cli import cli
+from infra.cli.group import cli
 from infra.demo import premises
 from infra.demo.seaweed import find_program
 from pipeline.errors import ConfigError

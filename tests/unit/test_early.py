@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from hashlib import scrypt
 from pathlib import Path
 
@@ -155,3 +157,11 @@ def test_rings_that_are_not_plain_begin_nothing(tmp_path: Path) -> None:
     (tmp_path / "7" / ring_name(1)).unlink()
     (tmp_path / SYSTEM_ID / ring_name(1)).unlink()
     assert not early.begin(settings(tmp_path)), "no ring"
+
+
+def test_it_is_there_before_what_takes_a_while_to_load() -> None:
+    words = (
+        "import infra.cli, sys; print(sorted({'click', 'psycopg', 'pydantic', 'infra.settings'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", words], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"

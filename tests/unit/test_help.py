@@ -16,7 +16,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from infra.cli import VERBS, cli
+from infra.cli import VERBS
+from infra.cli.group import cli
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

@@ -69,3 +69,10 @@ def test_without_our_own_errors_it_still_says_so_and_exits_with_2(tmp_path: Path
     assert done.returncode == 2
     assert "the distribution stranger 1.0 owns the package pipeline" in done.stderr
     assert "hint: install walship in a virtual environment of its own" in done.stderr
+
+
+def test_a_list_of_files_that_are_not_there_is_nobodys_business(tmp_path: Path) -> None:
+    _install(tmp_path, "airflow-bits", "pipeline")
+    (tmp_path / "pipeline" / "__init__.py").unlink()
+    (tmp_path / "pipeline").rmdir()
+    refuse_strangers([*sys.path, str(tmp_path)])

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from infra.at_hand import AtHand, look_at_hand, refuse_placeholder, weakness
-from infra.cli import cli
+from infra.cli.group import cli
 from infra.recipients import make_identity, parse_identity, parse_recipient, read_secret, show_recipient
 from infra.ring import Policy, fresh_ring
 from infra.sealing import public_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
-from infra.cli import cli
+from infra.cli.group import cli
 from pipeline.errors import ConfigError
 
 

@@ -264,7 +264,8 @@ class _Backup:
             if isinstance(item, Entry):
                 await self._list(archive, item)
         view = memoryview(message.data)
-        if len(view) == PART_SIZE and not archive.filled:
+        whole = len(view) == PART_SIZE or (message.last and 0 < len(view) < PART_SIZE)
+        if whole and not archive.filled:
             await self._part(archive, view, message.free)  # a part as it is: nothing is copied
         else:
             await self._gather(archive, view)

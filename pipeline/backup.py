@@ -59,6 +59,8 @@ class ArchiveData:
     archive: str = ""
     #: To be called once ``data`` is not needed any more, if it is there: the sender waits for the room.
     free: Callable[[], None] | None = None
+    #: Whether the archive ends with it.
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)

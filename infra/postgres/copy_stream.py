@@ -31,6 +31,8 @@ from pipeline.wal import Lsn
 
 #: Most bytes that are read at a time, whole pages. Less makes the page checksums slower, more leaves the cache.
 _READ = 2 << 20
+#: Two blocks of zeros end a tar.
+_END = bytes(1024)
 #: Files of one kind that are remembered while one of the other kind is looked for.
 _PASSED_OVER = 10_000
 #: Seconds between looks whether it was stopped, while there is no room.
@@ -130,11 +132,15 @@ class Shared:
 class Stream:
     """The tar stream ``archive``, of whatever files it gets hold of. ``prefix``: of their paths in the manifest.
 
-    ``large``: whether it takes large files first. Where it does not, a folder comes before what is in it.
+    ``large``: whether it takes large files first. Where it does not, a folder comes before what is in it. ``ends``:
+    whether the archive ends with the last file; else ``end`` has to be called for it.
     """
 
-    def __init__(self, archive: str, files: Shared, copy: Copy, prefix: str = "", *, large: bool = False) -> None:
+    def __init__(
+        self, archive: str, files: Shared, copy: Copy, prefix: str = "", *, large: bool = False, ends: bool = True
+    ) -> None:
         self.archive = archive
+        self.ends = ends
         self._large = large
         self._files = files
         self._copy = copy
@@ -148,6 +154,12 @@ class Stream:
     def next(self) -> ArchiveData | None:
         """The next piece; None when there are no more files. Raises SourceError for a file that cannot be read."""
         return next(self._pieces, None)
+
+    def end(self, content: bytes = b"") -> Iterator[ArchiveData]:
+        """What is left, with ``content`` behind it, and the end of the tar."""
+        yield from self._write(content + _END)
+        if self._filled:
+            yield self._piece(last=True)
 
     def content(self, path: str, data: bytes, like: os.stat_result, mtime: int) -> bytes:
         """A file that is no file yet, as a piece: with the owner and mode of another one."""
@@ -172,15 +184,15 @@ class Stream:
             ) from None
         for relation, number in self._few.check():
             self._look_again(relation, number)
-        if self._filled:
-            yield self._piece()
+        if self.ends:
+            yield from self.end()
 
-    def _piece(self) -> ArchiveData:
+    def _piece(self, *, last: bool = False) -> ArchiveData:
         """What was gathered."""
         room, filled = self._room, self._filled
         assert room is not None
         self._room, self._filled = None, 0
-        return ArchiveData(memoryview(room)[:filled], self.archive, lambda: self._copy.free(room))
+        return ArchiveData(memoryview(room)[:filled], self.archive, lambda: self._copy.free(room), last)
 
     def _rest(self) -> memoryview:
         """Where the next bytes belong: never empty, unless it was stopped."""

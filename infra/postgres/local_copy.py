@@ -46,8 +46,6 @@ from pipeline.make_manifest import ManifestMaker
 from pipeline.manifest import WalRange
 from pipeline.wal import Lsn
 
-#: Two blocks of zeros end a tar.
-_END = bytes(1024)
 #: Seconds by which postmaster.pid and the server may tell different times of its start.
 _SAME_START = 5
 #: How often a control file is read that the server is writing.
@@ -147,9 +145,10 @@ async def stream(
             files = Shared(walk(directory / prefix, begun.major, tablespace=version, inside=inside, passed=passed))
             area = tablespace.oid if tablespace else "base"
             streams = [
-                Stream(f"{area}.{n}", files, copy, prefix, large=n == 1 < workers) for n in range(1, workers + 1)
+                Stream(f"{area}.{n}", files, copy, prefix, large=n == 1 < workers, ends=tablespace is not None)
+                for n in range(1, workers + 1)
             ]
-            async with aclosing(_mixed(streams, copy, end=tablespace is not None)) as messages:
+            async with aclosing(_mixed(streams, copy)) as messages:
                 async for message in messages:
                     yield message
                     if time.monotonic() - looked > _LOOK:  # or a server that is gone is noticed at the very end
@@ -160,11 +159,14 @@ async def stream(
         stopped = await _stop(connection)
         _check_all_copied(tablespaces, stopped.map)
         last = await asyncio.to_thread(_last, streams[0], directory, stopped, control)
-        yield ArchiveData(last + _END, streams[0].archive)
-        for each in streams[1:]:
-            yield ArchiveData(_END, each.archive)
-        for each in streams:
-            yield ArchiveEnded(each.archive)
+        try:
+            for each in streams:
+                pieces = each.end(last if each is streams[0] else b"")
+                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                    yield piece
+                yield ArchiveEnded(each.archive)
+        finally:
+            copy.stop.set()  # a thread that waits for room ends too
         for found in copy.damaged:
             damaged(found)
         manifest = copy.manifest.finish(_ranges(start, timeline, stopped))
@@ -360,16 +362,15 @@ def _ranges(start: Lsn, timeline: int, stopped: _Stopped) -> list[WalRange]:
     return [WalRange(timeline, start, stopped.lsn)]
 
 
-async def _mixed(streams: Sequence[Stream], copy: Copy, *, end: bool) -> AsyncGenerator[BackupMessage, None]:
-    """The pieces of all streams as they come. ``end``: with the end of each archive."""
+async def _mixed(streams: Sequence[Stream], copy: Copy) -> AsyncGenerator[BackupMessage, None]:
+    """The pieces of all streams as they come."""
     queue: asyncio.Queue[ArchiveData | ArchiveEnded | Exception | None] = asyncio.Queue(len(streams))
 
     async def work(stream: Stream) -> None:
         try:
             while (message := await asyncio.to_thread(stream.next)) is not None:
                 await queue.put(message)
-            if end:
-                await queue.put(ArchiveData(_END, stream.archive))
+            if stream.ends:
                 await queue.put(ArchiveEnded(stream.archive))
         except Exception as error:  # noqa: BLE001 - raised by whoever reads, who would else wait for ever
             await queue.put(error)

@@ -8,7 +8,8 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from infra.pace import Pace
 from infra.postgres import basebackup, local_copy
 from infra.postgres.claim import claimed
+from infra.postgres.copy_stream import Stream
 from infra.postgres.damage import Damage
 from infra.postgres.processes import give, run_as
 from infra.postgres.throwaway import ThrowawayServer
@@ -307,3 +309,26 @@ async def test_a_second_backup_is_refused_by_name(start_server: StartServer) -> 
         assert "pg_terminate_backend" in caught.value.hint
     async with claimed(settings):
         pass
+
+
+async def test_stopped_while_its_end_waits_for_room_it_leaves_no_thread(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, ended = threading.Event(), threading.Event()
+
+    def end(stream: Stream, _content: bytes = b"") -> Iterator[ArchiveData]:
+        while stream._copy.room() is not None:  # nobody gives one back
+            waits.set()
+        ended.set()
+        yield from ()
+
+    monkeypatch.setattr(Stream, "end", end)
+    server = start_server(NEWEST)
+    messages = local_copy.stream(settings_for(server), server.data_dir)
+    taking = asyncio.create_task(Taken().take(messages))
+    assert await asyncio.to_thread(waits.wait, 60)
+    taking.cancel()
+    with suppress(asyncio.CancelledError):
+        await taking
+    await messages.aclose()
+    assert await asyncio.to_thread(ended.wait, 10)

@@ -16,6 +16,7 @@ from handlers.base_backup import Cluster, Progress, take
 from pipeline.backup import (
     ArchiveBegan,
     ArchiveData,
+    ArchiveEnded,
     BackupInfo,
     BackupMessage,
     BackupStarted,
@@ -99,6 +100,32 @@ async def test_parts_joined_are_the_archive_and_the_index_points_into_them() -> 
         content += part[piece.part_offset : piece.part_offset + piece.length]
     assert found == {**BIG, "PG_17/5/6": b"t" * 100}
     assert await shelf.manifest(info) == manifest()
+
+
+@pytest.mark.parametrize("small", [0, 700])
+async def test_the_last_piece_of_an_archive_is_a_part_as_it_is(small: int) -> None:
+    """Not copied: it lies in room that its reader has anyway. Behind other small pieces (``small``) it has to be."""
+    data = tar({"global/pg_control": b"c" * 8192})
+    freed: list[str] = []
+    first = [ArchiveData(data[:small])] if small else []
+    last = ArchiveData(memoryview(data)[small:], free=lambda: freed.append("last"), last=True)
+    came: list[object] = []
+
+    class Watching(Shelf):
+        async def __call__(
+            self, name: str, plain: Buffer, *, backup: str = "", encoded: Callable[[], None] | None = None
+        ) -> Shipped:
+            if "/data/" in name:
+                came.append(plain.obj if isinstance(plain, memoryview) else plain)
+            return await super().__call__(name, plain, backup=backup, encoded=encoded)
+
+    shelf = Watching()
+    messages = backup({})
+    messages[1:1] = [ArchiveBegan("base"), *first, last, ArchiveEnded("base")]
+    info = await run(messages, shelf)
+    assert await shelf.archive(info, "base") == data
+    assert [each is data for each in came] == [not small]
+    assert freed == ["last"]
 
 
 async def test_backup_info_is_last_says_all_and_waits_for_the_wal() -> None:

@@ -17,6 +17,7 @@ from infra.postgres.datadir import Found, walk
 from pipeline.catalog import PART_SIZE
 from pipeline.make_manifest import ManifestMaker
 from pipeline.manifest import WalRange, files_of
+from pipeline.tar import BLOCK
 from pipeline.wal import Lsn
 from tests.unit.test_pages import page
 
@@ -62,6 +63,28 @@ def test_a_damaged_page_is_found_wherever_a_piece_ends(tmp_path: Path) -> None:
     assert len(sizes) > 3
     assert b"".join(pages) in tar
     assert [found.blocks for found in copy.damaged] == [(0, 3, 4, 11, 12)]
+
+
+@pytest.mark.parametrize(("blocks", "pieces"), [(20, 1), (5, 2)])
+def test_what_comes_behind_the_files_lies_in_the_room_that_is_there(tmp_path: Path, blocks: int, pieces: int) -> None:
+    """The label and the end of the tar, ten blocks: in the last piece, or in one more where only five are left."""
+    (tmp_path / "base/1").mkdir(parents=True)
+    folders = len(list(walk(tmp_path, 17)))
+    (tmp_path / "base/1/16384").write_bytes(bytes((128 - blocks - folders - 1) * BLOCK))  # one is its own header
+    copy = Copy(Lsn(1), ManifestMaker("7", 17), checksums=False, blocks=131072, piece=128 * BLOCK, pieces=2)
+    stream = Stream("base", Shared(walk(tmp_path, 17)), copy, ends=False)
+    assert stream.next() is None  # what is there is kept for the end
+    label = b"label".ljust(8 * BLOCK, b".")
+    found = []
+    for piece in stream.end(label):
+        found.append((bytes(piece.data), piece.last))
+        assert piece.free is not None
+        piece.free()
+    assert [last for _, last in found] == [False] * (pieces - 1) + [True]
+    tar = b"".join(data for data, _ in found)
+    assert tar.endswith(label + bytes(2 * BLOCK))
+    with tarfile.open(fileobj=io.BytesIO(tar.replace(label, b""))) as archive:
+        assert "base/1/16384" in archive.getnames()
 
 
 @pytest.mark.parametrize(("files", "dropped"), [(60, "base/1/16420"), (150, "")])

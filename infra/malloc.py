@@ -8,17 +8,23 @@ import ctypes
 #: 1 to 4 MiB, and to get it anew from the kernel for each tail made commits wait half as long again.
 LARGE = 8 << 20
 
-#: What a heap may keep for those who decode: they ask for the same sizes below ``LARGE`` again and again.
+#: What a heap may keep for those who code or decode: they ask for the same sizes below ``LARGE`` again and again.
 KEPT = 3 * LARGE
+
+#: For whoever reads files and compresses them by 16 MiB: zstd asks for room for the worst case, which is a little more,
+#: and then again for what came out. As blocks of the kernel they cost a page fault for each page, a thirtieth of all
+#: the time of a backup; kept, they cost memory that a process which gets its bytes from a server has not to spare.
+PARTS, PARTS_KEPT = 17 << 20, 48 << 20
 
 #: ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` of glibc's ``malloc.h``.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
 
-def give_back_large_blocks(*, keep: int = 0) -> None:
+def give_back_large_blocks(*, large: int = LARGE, keep: int = 0) -> None:
     """Have large blocks returned to the system as soon as they are freed. Does nothing where that is not glibc.
 
-    ``keep``: bytes that each heap may hold free at its end, for work that asks for the same sizes again and again.
+    ``large``: bytes from which on a block is that. ``keep``: bytes that each heap may hold free at its end, for work
+    that asks for the same sizes again and again.
 
     glibc puts blocks of up to 32 MiB on its heaps once it has seen such a one freed (``mallopt(3)``, "dynamic mmap
     threshold"), and a heap shrinks from its end only. With segments and objects in several threads that kept 40 MB more
@@ -26,6 +32,6 @@ def give_back_large_blocks(*, keep: int = 0) -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, LARGE)
+        mallopt(_MMAP_THRESHOLD, large)
         if keep:
             mallopt(_TRIM_THRESHOLD, keep)

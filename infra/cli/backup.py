@@ -9,7 +9,7 @@ from infra.backups import backup
 from infra.cli.json_lines import JsonLines, note
 from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, emit, human, json_option, say, settings, typed
-from infra.malloc import LARGE, give_back_large_blocks
+from infra.malloc import KEPT, PARTS, PARTS_KEPT, give_back_large_blocks
 from infra.monitoring import log
 from infra.postgres.damage import Damage
 from pipeline.moments import show
@@ -40,7 +40,11 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
       walship backup --incremental
       walship backup --label 'before the migration' --json
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
-    give_back_large_blocks(keep=3 * LARGE)  # of each worker's heap: what it makes of one part
+    chosen = settings()
+    if chosen.data_dir is not None and not incremental:
+        give_back_large_blocks(large=PARTS, keep=PARTS_KEPT)
+    else:
+        give_back_large_blocks(keep=KEPT)
     damaged: list[Damage] = []
     tell = say
     if as_json:  # whatever is read there, it is JSON
@@ -52,7 +56,7 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
             bar(progress.done, progress.estimate, progress.current)
 
         taken = await backup(
-            settings(),
+            chosen,
             label=label,
             report=report,
             tell=tell,

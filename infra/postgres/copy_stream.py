@@ -75,6 +75,11 @@ class Copy:
                 return self._spare.get(timeout=_LOOK)
         return None
 
+    def keep(self) -> None:
+        """One room is kept until the end: those who still read may have another one for it."""
+        with self._lock:
+            self.pieces += 1
+
     def free(self, room: bytearray) -> None:
         self._spare.put(room)
 
@@ -186,6 +191,8 @@ class Stream:
             self._look_again(relation, number)
         if self.ends:
             yield from self.end()
+        elif self._room is not None:
+            self._copy.keep()
 
     def _piece(self, *, last: bool = False) -> ArchiveData:
         """What was gathered."""

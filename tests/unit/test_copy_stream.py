@@ -87,6 +87,16 @@ def test_what_comes_behind_the_files_lies_in_the_room_that_is_there(tmp_path: Pa
         assert "base/1/16384" in archive.getnames()
 
 
+def test_a_piece_that_waits_for_the_end_takes_no_room_from_those_who_still_read(tmp_path: Path) -> None:
+    (tmp_path / "base/1").mkdir(parents=True)
+    (tmp_path / "base/1/16384").write_bytes(b"left over")
+    copy = Copy(Lsn(1), ManifestMaker("7", 17), checksums=False, blocks=131072, piece=64 << 10, pieces=3)
+    first = Stream("base.1", Shared(walk(tmp_path, 17)), copy, ends=False)
+    assert first.next() is None
+    copy.stop.set()  # who finds no room does not wait for it
+    assert [copy.room() is not None for _ in range(4)] == [True, True, True, False]
+
+
 @pytest.mark.parametrize(("files", "dropped"), [(60, "base/1/16420"), (150, "")])
 def test_damaged_pages_of_many_small_files_are_told_apart(tmp_path: Path, files: int, dropped: str) -> None:
     """They are checked together, 128 at a time; a file that was dropped before that has no damage."""

@@ -78,11 +78,14 @@ def weakness(passphrase: str) -> tuple[str, str] | None:
     return fact, f"take {SHORT} or more, or five random words; `walship key rotate` puts it in the place of this one"
 
 
-def refuse_placeholder(passphrase: str) -> None:
-    """Before a key ring is made with it: afterwards there is a repository that anybody may open. Raises ConfigError."""
+def refuse_placeholder(passphrase: str, what: str = "BACKUP_ENCRYPTION_PASSWORD") -> None:
+    """Before a key ring is made with it: afterwards there is a repository that anybody may open. Raises ConfigError.
+
+    ``what``: where it was given.
+    """
     if passphrase and _PLACEHOLDER.fullmatch(passphrase):
         raise ConfigError(
-            f"BACKUP_ENCRYPTION_PASSWORD is a placeholder, or too short: {len(passphrase)} characters",
+            f"{what} is a placeholder, or too short: {len(passphrase)} characters",
             hint=f"take {SHORT} or more, or five random words, and keep a copy somewhere else",
         )
 

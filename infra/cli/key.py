@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from infra import key_changes
-from infra.at_hand import AtHand, look_at_hand, weakness
+from infra.at_hand import AtHand, look_at_hand, refuse_placeholder, weakness
 from infra.cli.verb import asynchronous, cluster_option, emit, json_option, say, settings
 from infra.key_changes import Changed, Current
 from infra.key_objects import openers
@@ -94,6 +94,8 @@ async def add(passphrase_file: Path | None, recipient: str | None, label: str, c
     passphrase, public = _one_of(passphrase_file, recipient)
     if label and not public:
         raise ConfigError("--label is for a recipient, and --passphrase-file was given")
+    if passphrase_file is not None:
+        _check_new(passphrase, passphrase_file)
 
     async def change(current: Current, site: Site) -> Changed:
         return await key_changes.add(current, site.clock, passphrase=passphrase, recipient=public, label=label)
@@ -153,6 +155,8 @@ async def rotate(
       walship key rotate --new-repository-key --passphrase-file new.txt --without walship-recipient-1-…
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
     passphrases = [_passphrase(path) for path in passphrase_file]
+    for passphrase, path in zip(passphrases, passphrase_file, strict=True):
+        _check_new(passphrase, path)
     left_out = [parse_recipient(text) for text in without]
     if not new_repository_key and (len(passphrases) != 1 or left_out):
         raise ConfigError(
@@ -318,13 +322,18 @@ def _one_of(passphrase_file: Path | None, recipient: str | None) -> tuple[str, b
 
 
 def _passphrase(path: Path) -> str:
-    """Content of the file. Raises ConfigError if it is empty; a short one is warned of."""
+    """Content of the file. Raises ConfigError if it is empty."""
     passphrase = read_secret(path, "--passphrase-file", _warn).rstrip("\r\n")
     if not passphrase.strip():
         raise ConfigError(f"--passphrase-file: {path} holds no passphrase: it is empty")
+    return passphrase
+
+
+def _check_new(passphrase: str, path: Path) -> None:
+    """Of one that shall open the repository. Raises ConfigError for a placeholder; a short one is warned of."""
+    refuse_placeholder(passphrase, f"the passphrase in {path}")
     if weak := weakness(passphrase):
         _warn(*weak)
-    return passphrase
 
 
 def _warn(fact: str, hint: str) -> None:

@@ -211,6 +211,28 @@ def test_an_empty_passphrase_file(tmp_path: Path, content: str) -> None:
     assert done.exception.fact == f"--passphrase-file: {path} holds no passphrase: it is empty"
 
 
+@pytest.mark.parametrize("words", [["add"], ["rotate"], ["rotate", "--new-repository-key"]])
+def test_a_placeholder_becomes_no_passphrase_of_a_repository(tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "passphrase"
+    path.write_text("...\n")
+    path.chmod(0o600)
+    done = CliRunner().invoke(cli, ["key", *words, "--passphrase-file", str(path)])
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.fact == f"the passphrase in {path} is a placeholder, or too short: 3 characters"
+    assert "12 or more" in done.exception.hint
+
+
+def test_a_placeholder_that_is_one_already_can_be_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "passphrase"
+    path.write_text("...\n")
+    path.chmod(0o600)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WALSHIP_DESTINATIONS", raising=False)
+    done = CliRunner().invoke(cli, ["key", "remove", "--passphrase-file", str(path)])
+    assert isinstance(done.exception, ConfigError)
+    assert "WALSHIP_DESTINATIONS is not set" in done.exception.fact, "it got as far as the repository"
+
+
 @pytest.mark.parametrize("words", [["add"], ["remove"], ["add", "--passphrase-file", "f", "--recipient", SHOWN]])
 def test_one_of_the_two_is_given(words: list[str]) -> None:
     done = CliRunner().invoke(cli, ["key", *words])

@@ -19,7 +19,7 @@ from infra.at_hand import look_at_hand, weakness
 from infra.backups import refuse_stranger
 from infra.clock import SystemClock
 from infra.keys import open_keyring, policy_of
-from infra.planning import contradictions, doubts, next_runs
+from infra.planning import contradictions, doubts, next_runs, summaries_off
 from infra.postgres.basebackup import INCREMENTAL
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, rows
@@ -148,11 +148,8 @@ async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Fin
                 ((summaries,),) = await rows(connection, "show summarize_wal")
                 able = "is on: incremental backups are possible"
                 unable = "is off: `walship backup --incremental` needs it, full backups do not"
-                if summaries != "on" and settings.schedule_incremental:
-                    fact = "WALSHIP_SCHEDULE_INCREMENTAL is set, and summarize_wal is off: each of them would fail"
-                    raise SourceError(
-                        fact, hint="in psql: ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf()"
-                    )
+                if summaries != "on" and settings.schedule_incremental and settings.backup_host:
+                    raise summaries_off()
                 yield Finding("backups", "ok", f"summarize_wal {able if summaries == 'on' else unable}")
     except SourceError as error:
         yield _wrong("backups", error)

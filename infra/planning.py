@@ -47,6 +47,8 @@ def contradictions(settings: Settings, server: ServerFacts | None) -> Iterator[W
             " WALSHIP_SCHEDULE_FULL='30 2 * * *'. Or less often, for WAL bridges the time between them;"
             " then raise the 26 hours of the alert WalshipBackupTooOld (93600 in its rule)",
         )
+    if "incremental" in jobs and server is not None and server.summarize_wal is False and not settings.backup_host:
+        yield summaries_off()
     if "drill" in jobs and settings.drill_checks is not None and not os.access(settings.drill_checks, os.R_OK):
         yield ConfigError(f"WALSHIP_DRILL_CHECKS: {settings.drill_checks} cannot be read", hint="docs/drill.md has one")
     reports = settings.drill_reports
@@ -54,6 +56,14 @@ def contradictions(settings: Settings, server: ServerFacts | None) -> Iterator[W
         yield ConfigError(
             f"WALSHIP_DRILL_REPORTS: nothing can be written into {reports}", hint="it is a folder of this user's"
         )
+
+
+def summaries_off() -> SourceError:
+    """Of the server that incremental backups are taken from: a standby has a setting of its own."""
+    return SourceError(
+        "WALSHIP_SCHEDULE_INCREMENTAL is set, and summarize_wal is off: each of them would fail",
+        hint="in psql: ALTER SYSTEM SET summarize_wal = on; SELECT pg_reload_conf()",
+    )
 
 
 def doubts(settings: Settings) -> Iterator[tuple[str, str]]:

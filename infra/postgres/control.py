@@ -80,6 +80,8 @@ class ServerFacts:
     full_page_writes: bool
     synchronous_standby_names: str
     synchronous_commit: str
+    #: None before PostgreSQL 17, which has no such setting.
+    summarize_wal: bool | None
     role: Role
     archiver: Archiver
 
@@ -91,7 +93,7 @@ class ServerFacts:
 _SETTINGS = (
     "wal_segment_size", "wal_level", "archive_mode", "archive_command", "archive_library", "archive_timeout",
     "max_wal_senders", "data_directory", "server_encoding", "fsync", "full_page_writes", "synchronous_standby_names",
-    "synchronous_commit",
+    "synchronous_commit", "summarize_wal",
 )  # fmt: skip
 
 # pg_settings leaves out what the role may not see, where current_setting would be an error. A module's setting is
@@ -153,6 +155,7 @@ async def read_facts(conn: Connection) -> ServerFacts:
         full_page_writes=settings["full_page_writes"] == "on",
         synchronous_standby_names=settings["synchronous_standby_names"],
         synchronous_commit=settings["synchronous_commit"],
+        summarize_wal=settings["summarize_wal"] == "on" if "summarize_wal" in settings else None,
         role=Role(name, superuser, replication, monitor, tuple(missing)),
         archiver=Archiver(*archiver),
     )

@@ -240,6 +240,9 @@ def test_summarize_wal_is_off(rig: Rig, first: list[str]) -> None:
         assert "ALTER SYSTEM SET summarize_wal = on" in words
         # What ran meanwhile is not summarized, and that is told too.
         assert "summarize_wal is off: `walship backup --incremental` needs it" in rig.run("check").stdout
+        scheduled = rig.environment(WALSHIP_SCHEDULE_INCREMENTAL="30 2 * * 1-6", WALSHIP_SCHEDULE_FULL="30 2 * * 0")
+        words = rig.run("check", environment=scheduled, expect=10).stdout
+        assert words.count("WALSHIP_SCHEDULE_INCREMENTAL is set, and summarize_wal is off") == 1
     finally:
         rig.sql("alter system reset summarize_wal")
         rig.server.reload()

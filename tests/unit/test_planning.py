@@ -37,6 +37,27 @@ def test_what_can_only_fail_is_an_error(
     assert all(error.hint for error in found)
 
 
+@pytest.mark.parametrize(
+    ("job", "major", "summaries", "standby", "said"),
+    [
+        ("INCREMENTAL", 18, False, "", "summarize_wal is off"),
+        ("INCREMENTAL", 18, True, "", ""),
+        ("INCREMENTAL", 16, None, "", "PostgreSQL 16 has no incremental backups"),
+        ("INCREMENTAL", 18, False, "standby.example", ""),  # its setting counts, and only check asks it
+        ("FULL", 18, False, "", ""),
+    ],
+)
+def test_an_incremental_backup_needs_summaries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, job: str, major: int, summaries: bool | None, standby: str,
+    said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(f"WALSHIP_SCHEDULE_{job}", "0 3 * * *")
+    monkeypatch.setenv("WALSHIP_BACKUP_HOST", standby)
+    found = [*contradictions(load(), replace(SERVER, version_num=major * 10000, summarize_wal=summaries))]
+    assert [said in error.fact for error in found] == [True] * bool(said)
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/schedule.md"])
 def test_what_the_documents_schedule_works_as_it_is_pasted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, document: str

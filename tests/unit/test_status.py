@@ -44,7 +44,7 @@ SERVER = ServerFacts(
     wal_lsn=Lsn(9 * SIZE + SIZE // 2), wal_level="replica", archive_mode="on", archive_command="",
     archive_library="basic_archive", archive_directory="/spool", archive_timeout=60, max_wal_senders=10,
     data_directory=None, server_encoding="UTF8", fsync=True, full_page_writes=True, synchronous_standby_names="",
-    synchronous_commit="on",
+    synchronous_commit="on", summarize_wal=True,
     role=Role("walship", superuser=False, replication=True, monitor=True, missing_functions=()),
     archiver=Archiver(9, "", None, 0, "", None),
 )  # fmt: skip

@@ -10,7 +10,18 @@ from handlers.copy import Copied, Trouble
 from infra.cli import exits
 from infra.cli.answering import as_of
 from infra.cli.progress import Bytes
-from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.cli.verb import (
+    as_of_option,
+    asynchronous,
+    cluster_option,
+    destination_names,
+    emit,
+    human,
+    json_option,
+    say,
+    settings,
+    typed,
+)
 from infra.copying import Ends, Outcome, Selection, lacking, open_ends, run, select, url_of, with_target
 from infra.records import Entry, recording
 from pipeline.errors import ConfigError, IntegrityError, WalshipError
@@ -30,11 +41,14 @@ _KINDS = {
 
 @click.command("copy")
 @click.option(
-    "--from", "sources", multiple=True, required=True, metavar="DEST",
+    "--from", "sources", multiple=True, required=True, metavar="DEST", shell_complete=destination_names,
     help="Copy from here: URL of a destination, or the name of one in the settings. Given again: serves what the first"
     " has damaged or lost.",
 )  # fmt: skip
-@click.option("--to", "target", required=True, metavar="DEST", help="Copy to here; it need not be in the settings.")
+@click.option(
+    "--to", "target", required=True, metavar="DEST", shell_complete=destination_names,
+    help="Copy to here; it need not be in the settings.",
+)  # fmt: skip
 @click.option("--backup", default="", metavar="ID", help="This base backup, those it builds on, and the WAL it needs.")
 @click.option("--wal", is_flag=True, help="WAL and no backups; with --backup or --backups: all WAL since they began.")
 @click.option("--backups", is_flag=True, help="All base backups, each with the WAL it needs.")

@@ -22,7 +22,17 @@ from handlers.drill import Reading, Report, State
 from infra.cli.answering import answering, as_of, narrowed, repository_of
 from infra.cli.exits import exit_code
 from infra.cli.progress import EVERY, Bytes
-from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, json_option, say, settings, typed
+from infra.cli.verb import (
+    as_of_option,
+    asynchronous,
+    cluster_option,
+    emit,
+    from_option,
+    json_option,
+    say,
+    settings,
+    typed,
+)
 from infra.drill import Order, drill, judge
 from infra.malloc import KEPT, give_back_large_blocks
 from infra.postgres.restored import Replay
@@ -42,7 +52,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False, readable=True)
 @click.option("--check", "check_file", type=_FILE, metavar="FILE.sql", help="Your own checks: see above.")
 @click.option("--skip-amcheck", is_flag=True, help="Leave out pg_amcheck, which reads every table and index.")
 @click.option("--backup", metavar="NAME", help="Begin with this backup instead of the best one.")
-@click.option("--from", "source", default="", metavar="DEST", help="Read from this destination only.")
+@from_option
 @click.option(
     "--work-dir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Make the throw-away folder below this one (else TMPDIR, or the system's temporary folder).",

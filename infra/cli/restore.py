@@ -19,7 +19,18 @@ from handlers.target_dir import Targets
 from infra.cli.answering import answering, as_of, narrowed, repository_of
 from infra.cli.planned import fitted, plan_facts, plan_lines
 from infra.cli.progress import EVERY, Bytes
-from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings, typed
+from infra.cli.verb import (
+    as_of_option,
+    asynchronous,
+    cluster_option,
+    emit,
+    from_option,
+    human,
+    json_option,
+    say,
+    settings,
+    typed,
+)
 from infra.malloc import KEPT, give_back_large_blocks
 from infra.postgres.restored import Replay, Started
 from infra.records import recording
@@ -53,7 +64,7 @@ from pipeline.wal import WalFile
 @cluster_option
 @as_of_option
 @click.option("--backup", metavar="NAME", help="Begin with this backup instead of the best one.")
-@click.option("--from", "source", default="", metavar="DEST", help="Read from this destination only.")
+@from_option
 @click.option("--tablespace-map", "maps", multiple=True, metavar="OLD=NEW", help="Put a tablespace elsewhere.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace the data directory that is there.")

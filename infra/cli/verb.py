@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ from click.core import ParameterSource
 
 from infra.monitoring import log
 from infra.settings import Settings, load
+from pipeline.errors import ConfigError
 
 P = ParamSpec("P")
 
@@ -28,10 +30,29 @@ cluster_option = click.option(
     "--cluster", default="", metavar="ID", help="System identifier, where a destination holds several clusters."
 )
 
-
 as_of_option = click.option(
     "--as-of", metavar="TIME", help="Read the bucket as it was then, before objects were deleted or replaced."
 )
+
+
+def destination_names(
+    context: click.Context,  # noqa: ARG001  the signature is click's
+    parameter: click.Parameter,  # noqa: ARG001  likewise
+    incomplete: str,
+) -> list[str]:
+    """For the shell, which completes a word with them: none where the settings are wrong, for it has no use for why."""
+    from infra.storage import display_name
+
+    with contextlib.suppress(ConfigError, OSError):
+        names = [display_name(url) for url in load(keyless=True).destinations]
+        return [name for name in names if name.startswith(incomplete)]
+    return []
+
+
+from_option = click.option(
+    "--from", "source", default="", metavar="DEST", help="Read from this destination only.",
+    shell_complete=destination_names,
+)  # fmt: skip
 
 
 def asynchronous(function: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from infra.cli import VERBS
@@ -108,3 +109,25 @@ def test_there_is_completion(shell: str) -> None:
         assert subprocess.run([shell, "-n"], input=script, text=True, check=False).returncode == 0
     words = {"COMP_WORDS": "walship restore --to", "COMP_CWORD": "--to" if shell == "fish" else "2"}
     assert "--to-time" in ask(f"{shell}_complete", **words)
+
+
+@pytest.mark.parametrize("words", ["restore --from", "drill --from", "copy --from", "copy --to"])
+def test_destinations_are_completed(
+    words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the names that messages have for them, for a URL may have a secret in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WALSHIP_DESTINATIONS", raising=False)
+
+    def completed(typed: str, env: str) -> list[str]:
+        Path(".env").write_text(env, "utf-8")
+        found = BashComplete(cli, {}, "walship", "_WALSHIP_COMPLETE").get_completions(words.split(), typed)
+        return [item.value for item in found]
+
+    two = "WALSHIP_DESTINATIONS=file:///srv/near,s3://key:word@bucket/pg?region=eu-central-1\n"
+    assert completed("", two) == ["file:///srv/near", "s3://bucket/pg"]
+    assert completed("s3", two) == ["s3://bucket/pg"]
+    assert completed("", "BACKUP_ENCRYPTION_ENABLED=true\n" + two) != [], "no passphrase is asked for"
+    for wrong in ("", "three words here\n" + two, "WALSHIP_DESTINATION=x\n", "WALSHIP_DESTINATIONS=s3://[x\n"):
+        assert completed("", wrong) == []
+    assert capfd.readouterr() == ("", "")

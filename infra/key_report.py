@@ -22,6 +22,7 @@ from infra.sealing import public_of
 from infra.wraps import unwrap
 from pipeline.contracts import Store
 from pipeline.errors import IntegrityError, StoreError
+from pipeline.moments import in_json, moment_in, show
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class RingSeen:
     """One ring, wherever it is."""
 
     number: int
+    #: As it stands in the ring: nobody has proved that it is a time.
     created: str
     destinations: list[str] = field(default_factory=list)
     #: Destinations that have other bytes under that name than the first one.
@@ -71,7 +73,12 @@ class KeyReport:
         return {
             "system_id": self.system_id,
             "rings": [
-                {"ring": r.number, "created": r.created, "destinations": r.destinations, "differs": r.differs}
+                {
+                    "ring": r.number,
+                    "created": in_json(moment_in(r.created) or r.created),
+                    "destinations": r.destinations,
+                    "differs": r.differs,
+                }
                 for r in self.rings
             ],
             "newest": newest
@@ -105,7 +112,8 @@ class KeyReport:
         for before, ring in zip([None, *self.rings], self.rings, strict=False):
             mark = ", a new repository key" if before and before.public_key != ring.public_key else ""
             mark += ": in force" if ring is self.rings[-1] else ""
-            lines.append(f"{ring_name(ring.number)}  {ring.created}  at {', '.join(ring.destinations)}{mark}")
+            created = show(moment) if (moment := moment_in(ring.created)) else ring.created
+            lines.append(f"{ring_name(ring.number)}  {created}  at {', '.join(ring.destinations)}{mark}")
         if (newest := self.newest) is not None:
             held = " (the one at hand opens it)" if self.passphrase_opens else ""
             lines.append(f"  passphrases  {newest.passphrases}{held}")

@@ -32,6 +32,7 @@ from infra.wiring import Site
 from pipeline.contracts import Buffer, Clock, Fetched
 from pipeline.errors import WalshipError
 from pipeline.events import DestinationFailed, Notice, StreamLost, StreamStarted
+from pipeline.moments import in_json
 from pipeline.objects import MAX_PLAIN
 from pipeline.tail import Stitched
 from pipeline.wal import Lsn, WalFile
@@ -268,7 +269,7 @@ class Lookout:
                 "samples": [[moment, *(_short(lags.get(name)) for name in names)] for moment, lags in self._samples],
             },
         }
-        return json.dumps(members, default=_plain, separators=(",", ":")).encode()
+        return json.dumps(members, default=in_json, separators=(",", ":")).encode()
 
     def not_ready(self) -> str:
         """Why it does not ship; empty if it does."""
@@ -328,7 +329,3 @@ def _known(number: float) -> float | None:
 
 def _short(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
-
-
-def _plain(value: object) -> str:
-    return value.isoformat() if isinstance(value, datetime) else str(value)

@@ -1,4 +1,4 @@
-"""Times as people type them: with and without a zone, and as seen from now."""
+"""Times as people type them, with and without a zone, and as seen from now; and as we print them."""
 
 from __future__ import annotations
 
@@ -98,6 +98,20 @@ def time_remark(text: str, moment: datetime, zone: tzinfo | None = None) -> str:
 def show(moment: datetime) -> str:
     """As messages print a time: UTC, with microseconds where there are any."""
     return moment.astimezone(UTC).isoformat(sep=" ").replace("+00:00", " UTC")
+
+
+def in_json(value: object) -> str:
+    """For ``json.dumps(default=...)``: a time as ISO 8601, in UTC, ``2026-01-14T12:00:00+00:00``; all else as text."""
+    return value.astimezone(UTC).isoformat() if isinstance(value, datetime) else str(value)
+
+
+def moment_in(text: str) -> datetime | None:
+    """What somebody else wrote in some spelling of ISO 8601, as PostgreSQL does; None if it is no time with a zone."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is not None else None
 
 
 #: Some zone in which no wall clock shows what it does in UTC.

@@ -39,7 +39,7 @@ from infra.settings import Settings
 from infra.storage.in_use import using
 from infra.wiring import open_site
 from pipeline.errors import ConfigError
-from pipeline.moments import time_remark
+from pipeline.moments import in_json, moment_in, time_remark
 from pipeline.recovery import RestorePlan
 from pipeline.targets import Target
 from pipeline.wal import WalFile
@@ -288,7 +288,7 @@ def _finish(plan: RestorePlan, restored: Restored, planning: float, *, standby: 
             "port": server.port,
             "socket_dir": server.socket_dir,
             "stopped_at": server.stopped_at,
-            "last_transaction": server.last_transaction or result["last_transaction"],
+            "last_transaction": _last_transaction(server) or result["last_transaction"],
         }
         where = f", port {server.port}" if server.port else ""
         lines.append(f"the server is {server.state}{where}; its log is {server.log_file}")
@@ -315,6 +315,11 @@ def _saved(laid: Laid) -> str:
 
 
 _STEPS = {"planning": "the plan", "base": "the base backup", "replay": "start and replay"}
+
+
+def _last_transaction(server: Started) -> str:
+    """When it ended, as JSON has times; the server's log has another spelling."""
+    return in_json(moment_in(server.last_transaction) or server.last_transaction)
 
 
 def _reached(plan: RestorePlan, server: Started) -> str:

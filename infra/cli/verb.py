@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from infra.monitoring import log
 from infra.settings import Settings, load
 from pipeline.errors import ConfigError
+from pipeline.moments import in_json
 
 P = ParamSpec("P")
 
@@ -134,7 +135,7 @@ def typed() -> tuple[str, ...]:
 def emit(result: Any, lines: list[str], *, as_json: bool) -> None:
     """The result, on stdout: for a machine or for a person."""
     if as_json:
-        click.echo(json.dumps(result, indent=2, default=str))
+        click.echo(json.dumps(result, indent=2, default=in_json))
     else:
         for line in lines:
             click.echo(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -32,7 +33,8 @@ def test_a_restored_cluster_can_be_backed_up_and_restored_again(rig: Rig) -> Non
     rig.run("push")
 
     target = rig.target()
-    rig.json("restore", "--target-dir", str(target), "--start", "--port", str(free_port()))
+    done = rig.json("restore", "--target-dir", str(target), "--start", "--port", str(free_port()))
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT[0-9:.]+\+00:00", done["last_transaction"]), "also what the log has"
     stop_started(target)
     second = rig.adopt(target)
     second.start()

@@ -65,7 +65,7 @@ def test_a_schedule_is_kept_over_stops_and_kills(rig: Rig) -> None:
     # It says when which is next, and so does a command.
     jobs = {each["job"]: each["next"] for each in rig.json("status")["schedule"]}
     assert [*jobs] == ["full", "verify", "drill"]
-    assert jobs["full"] == jobs["drill"] == "2028-02-29 00:00:00+00:00"
+    assert jobs["full"] == jobs["drill"] == "2028-02-29T00:00:00+00:00"
     assert "next     full backup: 2028-02-29 00:00:00 UTC\n" in rig.run("status").stdout
     assert rig.stop(service) == 0
     done = {entry["verb"] for entry in rig.json("history") if entry["ok"]}

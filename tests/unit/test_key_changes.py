@@ -72,6 +72,9 @@ async def test_a_recipient_reads_with_a_private_key_alone() -> None:
     assert (report.identity_opens, report.passphrase_opens, report.problems) == (True, False, [])
     assert report.data_keys == {1: 1}
     assert f"recipient    {show_recipient(PUBLIC)}  safe in Bern (at hand)" in "\n".join(report.lines())
+    assert report.rings[0].created.endswith("Z")
+    assert report.result()["rings"][0]["created"] == report.rings[0].created.replace("Z", "+00:00")
+    assert report.rings[0].created.replace("T", " ").replace("Z", " UTC") in report.lines()[1]
     with pytest.raises(ConfigError, match="opens the key ring already"):
         await key_changes.add(await current(stores), CLOCK, recipient=PUBLIC)
 

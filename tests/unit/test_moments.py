@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.moments import parse_time, show, time_remark
+from pipeline.moments import in_json, moment_in, parse_time, show, time_remark
 
 EAST = timezone(timedelta(hours=2), "EET")
 #: 01:30 on the 15th in the east.
@@ -95,3 +97,18 @@ def test_how_it_was_taken_is_told() -> None:
         assert said.startswith(f"{words} was taken by the clock of this machine, EET: 2026-01-15 01:")
     said = time_remark("yesterday 14:30", parse_time("yesterday 14:30", EAST, now=NOW), EAST)
     assert said.endswith("in this machine's time zone, EET: 2026-01-14 14:30:00+02:00")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2026-01-14T12:00:00Z", "2026-01-14T12:00:00+00:00"),  # a key ring
+        ("2026-01-14 17:30:00.12+05:30", "2026-01-14T12:00:00.120000+00:00"),  # PostgreSQL's log
+        ("2026-01-14 12:00:00", None),
+        ("of old", None),
+    ],
+)
+def test_times_in_json_have_one_spelling(text: str, said: str | None) -> None:
+    moment = moment_in(text)
+    assert (in_json(moment) if moment else None) == said
+    assert json.loads(json.dumps({"at": moment, "in": Path("/a")}, default=in_json)) == {"at": said, "in": "/a"}

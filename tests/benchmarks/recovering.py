@@ -1,8 +1,8 @@
 """Runs one recovery and says what it took: a program of its own, small on purpose, like ``measured``.
 
 It starts a command that starts a server, or the server itself, follows the server's log, and ends the server once it is
-promoted. It adopts what is left running, so the processor time is that of everything that took part from "redo starts"
-on: the server, restore_command, and whoever feeds it.
+promoted, or when it is interrupted; nothing that it has started outlives it. It adopts what is left running, so the
+processor time is that of everything that took part from "redo starts" on: the server, restore_command, who feeds it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _PR_SET_CHILD_SUBREAPER = 36
 #: How often the log and the command's memory are looked at.
 _PAUSE = 0.02
 _DEADLINE = 300.0
+#: Seconds that a command may take to clean up when it is ended.
+_PATIENCE = 30.0
 _STARTS = re.compile(r"redo starts at")
 _DONE = re.compile(r"redo done at .* elapsed: ([0-9.]+) s")
 _COMPLETE = re.compile(r"archive recovery complete")
@@ -67,20 +69,28 @@ def recover(
 ) -> Replayed:  # fmt: skip
     """Run one recovery in a small process. See ``Recovery``."""
     job = Recovery(list(map(str, command)), dict(environment), dict(who), str(data_dir), str(server_log), str(log))
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", __file__], input=json.dumps(asdict(job)), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as process:  # fmt: skip
+        try:
+            said, errors = process.communicate(json.dumps(asdict(job)))
+        except BaseException:
+            process.terminate()
+            process.wait()  # until the server has ended: its folder is removed next
+            raise
+    if process.returncode:
         words = "".join(path.read_text("utf-8", "replace")[-3000:] for path in (log, server_log) if path.exists())
-        raise RecoveryFailedError(f"{done.stderr.strip()}\n{words}")
-    return Replayed(**json.loads(done.stdout))
+        raise RecoveryFailedError(f"{errors.strip()}\n{words}")
+    return Replayed(**json.loads(said))
 
 
 def _main() -> None:
     job = Recovery(**json.load(sys.stdin))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     with Path(job.log).open("wb") as log:
         process = subprocess.Popen(
             job.command, env=job.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
@@ -88,11 +98,15 @@ def _main() -> None:
         )  # fmt: skip
     try:
         before, peak, text = _followed(job, process)
+    except BaseException:
+        _end_command(process)  # first: it may be about to start a server
+        raise
     finally:
         _end_server(Path(job.data_dir))
-    if process.wait() and process.pid != _server(Path(job.data_dir)) and not _COMPLETE.search(text):
+        process.wait()
+        _adopted()
+    if process.returncode and process.pid != _server(Path(job.data_dir)) and not _COMPLETE.search(text):
         sys.exit(f"the command ended with exit status {process.returncode}")
-    _adopted()
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = _DONE.search(text)
     if done is None:
@@ -141,6 +155,21 @@ def _server(data_dir: Path) -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int((data_dir / "postmaster.pid").read_text("utf-8").split()[0])
     return 0
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    """Ctrl-C comes here as well as to who then sends SIGTERM: the second of them must not end the cleaning up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit("interrupted")
+
+
+def _end_command(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _end_server(data_dir: Path) -> None:

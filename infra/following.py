@@ -21,8 +21,8 @@ _LOOK = 30.0
 _AGAIN = 1.0
 
 
-class Patience:
-    """Asks for a standby's WAL: from when it ``follows`` on, a store that is away is waited for.
+class WalAsker:
+    """Asks for a server's WAL: from when it is a standby that ``follows`` on, a store that is away is waited for.
 
     An error would end a server that others read from, over seconds without the store. "Absent" would let it be promoted
     meanwhile without what is stored: so a promotion waits as well. A shutdown does not.

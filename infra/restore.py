@@ -20,7 +20,7 @@ from handlers.serve_wal import WalServer
 from handlers.target_dir import Targets, folders, look
 from handlers.target_lock import Hold
 from infra.fetch_context import FetchContext
-from infra.following import Patience, follow
+from infra.following import WalAsker, follow
 from infra.keys import RepositoryKeys
 from infra.postgres import programs as installed
 from infra.postgres.bare_conf import furnish, left, to_be_put
@@ -301,9 +301,9 @@ async def _start(
         # What the last segment ends with may be a part of a record, which a standby goes on waiting for.
         reaches = Lsn(max(0, plan.end - plan.lineage.segment_size))
     promoted = plan.stop.action is Action.PROMOTE
-    patience = Patience(watch.say)
+    asker = WalAsker(watch.say)
     async with feeding(
-        repository.fetch, plan, directory, owner=targets.owner, say=watch.say, turns=repository.turns, patience=patience
+        repository.fetch, plan, directory, owner=targets.owner, say=watch.say, turns=repository.turns, asker=asker
     ) as feed:
         try:
             try:
@@ -322,7 +322,7 @@ async def _start(
                 raise
             if place.standby:
                 watch.following(result(server))
-                patience.follows = True
+                asker.follows = True
                 wal = WalServer(repository.fetch, plan.lineage)
                 ended = standby_ended(server, directory, programs)
                 promoted = await follow(server, ended, plan, wal, watch.say)
@@ -346,10 +346,10 @@ def cause(feed: Feed) -> WalshipError | None:
 @contextlib.asynccontextmanager
 async def feeding(
     fetch: Fetch, plan: RestorePlan, directory: Path, *, owner: tuple[int, int] | None, say: Callable[[str], None],
-    turns: Turns | None = None, patience: Patience | None = None,
+    turns: Turns | None = None, asker: WalAsker | None = None,
 ) -> AsyncIterator[Feed]:  # fmt: skip
     """Serve WAL to the server on a restored directory for as long as the block lasts."""
-    server, ask = WalServer(fetch, plan.lineage, plan.path.stretches), (patience or Patience(say)).ask
+    server, ask = WalServer(fetch, plan.lineage, plan.path.stretches), (asker or WalAsker(say)).ask
     feed = Feed(
         directory / FOLDER / FEED, partial(ask, server.read), plan.path.finished(), plan.lineage.segment_size,
         owner=owner, pour=partial(ask, server.pour), turns=turns, notify=say,

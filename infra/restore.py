@@ -216,6 +216,35 @@ async def _restore(
     targets = await _check_place(plan, place)
     for remark in targets.notices:
         watch.say(remark)
+    clock = repository.clock
+    began = clock.monotonic()
+    laid, neutralised = await _lay_down(repository, plan, place, targets, watch, fetch_wal)
+    laid_after = clock.monotonic()
+    said = _told(repository, plan, place, targets, neutralised)
+    said = (*said, *await _configured(plan, place, targets, laid))
+    for remark in said:
+        watch.say(remark)
+
+    def result(server: Started | None) -> Restored:
+        return Restored(
+            targets.directory,
+            laid,
+            neutralised,
+            (*targets.notices, *said),
+            server,
+            base_seconds=laid_after - began,
+            replay_seconds=clock.monotonic() - laid_after,
+        )
+
+    if not place.start:
+        return result(None)
+    return result(await _start(repository, plan, place, targets, watch, result))
+
+
+async def _lay_down(
+    repository: Repository, plan: RestorePlan, place: Place, targets: Targets, watch: Watch, fetch_wal: Sequence[str]
+) -> tuple[Laid, tuple[Neutralised, ...]]:
+    """The backup's files, and last those that make a recovery of it."""
     context = FetchContext.of(
         repository.settings,
         repository.urls,
@@ -241,8 +270,6 @@ async def _restore(
             )
         )
 
-    clock = repository.clock
-    began = clock.monotonic()
     laid = await lay_down(
         plan.backup,
         targets,
@@ -251,39 +278,31 @@ async def _restore(
         progress=watch.files,
         before=plan.before,
     )
-    laid_after = clock.monotonic()
+    return laid, tuple(neutralised)
+
+
+def _told(
+    repository: Repository, plan: RestorePlan, place: Place, targets: Targets, neutralised: Sequence[Neutralised]
+) -> tuple[str, ...]:
+    """What there is to know of the recovery files."""
     said = notices(
         neutralised,
         targets.directory,
         archiving="watch" in repository.settings.sources,
         promoted=place.start and plan.stop.action is Action.PROMOTE and not place.standby,
     )
-    if place.standby and repository.keys.encrypted:
-        said = (*said, _HOLDS_RING)
+    return (*said, _HOLDS_RING) if place.standby and repository.keys.encrypted else said
+
+
+async def _configured(plan: RestorePlan, place: Place, targets: Targets, laid: Laid) -> tuple[str, ...]:
+    """Configuration that no backup has: written where the server is to start, else asked for. What is to be said."""
     kept = await asyncio.to_thread(left, targets.directory, laid.spared)
     if place.start:
         programs = await asyncio.to_thread(installed.find, plan.backup.major, bin_dir=place.bin_dir)
         conf = await asyncio.to_thread(furnish, targets.directory, programs, port=place.port, owner=targets.owner)
     else:
         conf = await asyncio.to_thread(to_be_put, targets.directory)
-    said = (*said, *filter(None, (kept, conf)))
-    for remark in said:
-        watch.say(remark)
-
-    def result(server: Started | None) -> Restored:
-        return Restored(
-            targets.directory,
-            laid,
-            tuple(neutralised),
-            (*targets.notices, *said),
-            server,
-            base_seconds=laid_after - began,
-            replay_seconds=clock.monotonic() - laid_after,
-        )
-
-    if not place.start:
-        return result(None)
-    return result(await _start(repository, plan, place, targets, watch, result))
+    return tuple(filter(None, (kept, conf)))
 
 
 async def _start(

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from itertools import takewhile
 from pathlib import Path
 
 from tests.acceptance.conftest import Copy
@@ -42,12 +43,19 @@ def at_terminal(copy: Copy, keys: bytes, *words: str) -> tuple[int, str]:
                 break
             if not asked and b"[y/N]: " in said:
                 asked = bool(os.write(leader, keys))
-        assert all(len(line) <= _WIDTH for line in said.decode().splitlines() if "note: " in line)
-        return process.wait(60), " ".join(said.decode().split())
+        return process.wait(60), said.decode()
     finally:
         process.kill()
         process.wait()
         os.close(leader)
+
+
+def note_in(said: str, words: str) -> list[str]:
+    """The lines of the note that begins with these words."""
+    lines = said.splitlines()
+    (first,) = [n for n, line in enumerate(lines) if line.startswith(f"  note: {words}")]
+    rest = takewhile(lambda line: line.startswith(" " * 8), lines[first + 1 :])
+    return [lines[first], *rest]
 
 
 def test_the_plan_names_what_comes_from_where_and_what_is_overwritten(copy: Copy, tmp_path: Path) -> None:
@@ -80,8 +88,12 @@ def test_a_restore_over_a_restore_asks_and_tells_what_it_kept(copy: Copy, tmp_pa
 
     # Somebody at a terminal is asked, and says no; or presses Ctrl-C.
     for keys in (b"n\n", b"\x03"):
-        code, said = at_terminal(copy, keys, "--target-dir", str(target), "--force")
+        code, shown = at_terminal(copy, keys, "--target-dir", str(target), "--force", "--to-time", "now")
         assert code == 130
+        note = note_in(shown, "the last transaction that is stored ended at")
+        assert len(note) > 1, "it is wrapped"
+        assert max(map(len, note)) <= _WIDTH
+        said = " ".join(shown.split())
         assert f"replaces {target}: a cluster of PostgreSQL {NEWEST}, system identifier" in said
         assert f"Go on, and lose what is in {target}?" in said
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before

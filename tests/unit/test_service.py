@@ -1,4 +1,4 @@
-"""The service beside others: what it waits for, and goes on after."""
+"""The service: what it says as it starts, and beside others what it waits for, and goes on after."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import structlog
+from structlog.testing import capture_logs
 
 from infra import service
 from infra.clock import SystemClock
 from infra.founding import found
+from infra.planning import contradictions
 from infra.repository import RepositoryFacts
 from infra.settings import Settings, load
 from infra.sources.spool import LOCK, holder
@@ -58,6 +60,20 @@ def other(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         assert made.stdout is not None
         assert made.stdout.readline() == b"taken\n"
         yield made
+
+
+async def test_what_is_scheduled_and_can_only_fail_is_warned_of(settings: Settings) -> None:
+    settings.schedule_expire = "0 5 * * *"
+    (wrong,) = contradictions(settings, None)
+    with capture_logs() as said:
+        task = asyncio.create_task(service.serve(settings))
+        async with asyncio.timeout(60):
+            while not any(line.get("error") == wrong.fact for line in said) and not task.done():
+                await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    (line,) = [line for line in said if line["event"] == "schedule" and line["log_level"] == "warning"]
+    assert (line["error"], line["hint"]) == (wrong.fact, wrong.hint)
 
 
 async def test_a_spool_that_is_given_back_while_the_service_still_unwinds_is_waited_for_all_the_same(

@@ -1,4 +1,13 @@
-"""A repository over three timelines, and restores from it through a store that goes away when it is told to."""
+"""Restores that lose their store halfway.
+
+    House    a repository over three timelines in a bucket, and the server that wrote it, which is stopped
+    Ambush   the store as one restore sees it: a proxy before the bucket, which holds back one segment, and then fails
+             as it is told to
+    Attack   one restore of the house through an ambush of its own: begins it, waits until it is where it can be struck,
+             and looks at what it has left and said
+
+One house serves many attacks at a time.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     aws_secret_access_key: SecretStr = _env("AWS_SECRET_ACCESS_KEY", default=SecretStr(""))
 
     destinations: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_DESTINATIONS", default=())
-    #: Empty means all.
+    #: As given; empty means all. See ``required_urls``.
     required: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_REQUIRED", default=())
     sources: Annotated[tuple[str, ...], NoDecode] = _env("WALSHIP_SOURCES", default=("watch",))
     spool_dir: Path | None = _env("WALSHIP_SPOOL_DIR", default=None)
@@ -205,6 +205,11 @@ class Settings(BaseSettings):
         """Host and port of each server, in the order given."""
         hosts, ports = _split(self.postgres_host), _split(self.postgres_port)
         return tuple(zip(hosts, map(int, ports * len(hosts) if len(ports) == 1 else ports), strict=True))
+
+    @property
+    def required_urls(self) -> tuple[str, ...]:
+        """Of the destinations, those that must hold an object before it is acknowledged."""
+        return tuple(url for url in self.destinations if not self.required or url in self.required)
 
     @property
     def listens(self) -> str:

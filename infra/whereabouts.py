@@ -60,8 +60,7 @@ def exposed(settings: Settings) -> Exposed | None:
 
 def _whys(settings: Settings) -> dict[str, str]:
     servers = [host for host, _ in settings.servers]
-    required = [url for url in settings.destinations if not settings.required or url in settings.required]
-    return {display_name(url): why_here(url, servers) for url in required}
+    return {display_name(url): why_here(url, servers) for url in settings.required_urls}
 
 
 def endpoint_of(url: str) -> str:

@@ -104,8 +104,7 @@ async def open_destinations(
                 )
             if waits is not None:
                 store = Telling(store, waits)
-            required = not settings.required or url in settings.required
-            opened.append(Destination(store, required, past=is_past(url)))
+            opened.append(Destination(store, url in settings.required_urls, past=is_past(url)))
         yield tuple(opened)
 
 

@@ -205,10 +205,9 @@ def stream_words(facts: ServerFacts, stream: StreamFacts, settings: Settings) ->
 
 
 def _patience(settings: Settings) -> str:
-    required = settings.required or settings.destinations
     if settings.sync_timeout is None:
         return "WALSHIP_SYNC_TIMEOUT is not set: commits wait as long as a required destination does not answer"
-    if len(required) < 2:
+    if len(settings.required_urls) < 2:
         return "WALSHIP_SYNC_TIMEOUT has no effect: one destination is required, and without it commits wait"
     return (
         f"a required destination that stores nothing for {settings.sync_timeout:g} s is no longer waited for"

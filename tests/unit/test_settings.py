@@ -221,3 +221,14 @@ def test_what_a_setting_may_be_is_said_in_plain_words(
     with pytest.raises(ConfigError) as raised:
         load()
     assert raised.value.fact == words
+
+
+@pytest.mark.parametrize(
+    ("given", "names"), [("", "abc"), ("all", "abc"), ("file:///c, file:///a", "ac"), ("file:///b,file:///b", "b")]
+)
+def test_all_destinations_are_required_unless_some_are_named(
+    given: str, names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WALSHIP_DESTINATIONS", "file:///a,file:///b,file:///c")
+    monkeypatch.setenv("WALSHIP_REQUIRED", given)
+    assert load().required_urls == tuple(f"file:///{name}" for name in names)

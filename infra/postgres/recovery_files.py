@@ -336,8 +336,8 @@ def notices(
             said.append(f"{conf} still names the old server's {', '.join(others)}")
     said.append(
         f"{directory}/{FOLDER}/{CONTEXT} lets the server fetch WAL without any environment: it holds what opens the"
-        " repository, is readable by its owner only, and gets into no backup. `restore --start` deletes it once recovery"
-        " has ended; where you start the server, so may you"
+        " repository, is readable by its owner only, and gets into no backup. `restore --start` deletes it once"
+        " recovery has ended; where you start the server, so may you"
     )
     return tuple(said)
 

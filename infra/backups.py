@@ -21,7 +21,7 @@ from infra.postgres.claim import claimed
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, switch_wal
 from infra.postgres.damage import Damage
-from infra.postgres.problems import problems
+from infra.postgres.problems import problems, refuse
 from infra.records import backup_summary, recording
 from infra.safety import history_shipper, wal_safe
 from infra.settings import Settings
@@ -253,6 +253,4 @@ def _messages(
 
 def refuse_unable(server: ServerFacts, settings: Settings) -> None:
     """A backup without its WAL is none: say so before an hour is spent. Raises the first error as SourceError."""
-    for problem in problems(server, settings):
-        if problem.severity == "error":
-            raise SourceError(problem.fact, hint=problem.hint)
+    refuse(problems(server, settings))

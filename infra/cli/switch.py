@@ -8,6 +8,7 @@ from infra.alongside import alongside
 from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts, switch_wal
+from infra.postgres.problems import handing_over, refuse
 from infra.safety import store_history, wait_for_earlier, wait_for_wal, without
 from infra.storage.retry import LOOK
 from infra.storage.rooted import Rooted
@@ -22,6 +23,7 @@ async def command(as_json: bool) -> None:
 
     All that was committed before is then offsite. Where no service ships, it ships meanwhile itself. A destination
     that is not required gets a few seconds more; one that lacks the segment then is named on stderr, and no failure.
+    Where the server's settings let no WAL arrive, it says so and switches nothing.
 
     \b
     Examples:
@@ -31,6 +33,8 @@ async def command(as_json: bool) -> None:
     wanted = settings()
     async with await connect(wanted) as connection:
         server = await read_facts(connection)
+        if "stream" not in wanted.sources:  # then the segment could come through the archive alone
+            refuse(handing_over(server, wanted))
         segment = await switch_wal(connection, segment_size=server.segment_size)
     async with (
         open_site(wanted, cluster=server.system_identifier, writer=True) as site,

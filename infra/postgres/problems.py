@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from infra.postgres.control import ServerFacts
 from infra.settings import Settings
+from pipeline.errors import SourceError
 
 _RIGHT_OF = {"pg_switch_wal()": "walship switch", "pg_create_restore_point(text)": "named restore points"}
 
@@ -32,6 +33,13 @@ def problems(facts: ServerFacts, settings: Settings) -> list[Problem]:
     else:
         found += _unwatched(facts)
     return sorted(found, key=lambda problem: problem.severity)
+
+
+def refuse(found: Iterable[Problem]) -> None:
+    """Raise the first error among them as SourceError."""
+    for problem in found:
+        if problem.severity == "error":
+            raise SourceError(problem.fact, hint=problem.hint)
 
 
 def _error(fact: str, hint: str) -> Problem:
@@ -72,7 +80,8 @@ def _role(facts: ServerFacts) -> Iterator[Problem]:
                        f"GRANT EXECUTE ON FUNCTION {function} TO {name};")  # fmt: skip
 
 
-def _archiving(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
+def handing_over(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
+    """What in its settings keeps finished segments from the spool, until somebody changes them."""
     if facts.archive_mode == "off":
         yield _error("archive_mode is off: PostgreSQL hands over no WAL",
                      "set archive_mode = on and restart the server")  # fmt: skip
@@ -91,6 +100,12 @@ def _archiving(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
     else:
         yield _error("neither archive_library nor archive_command is set: WAL gathers on the server and goes nowhere",
                      _wanted(settings))  # fmt: skip
+
+
+def _archiving(facts: ServerFacts, settings: Settings) -> Iterator[Problem]:
+    yield from handing_over(facts, settings)
+    if facts.archive_mode == "off":
+        return
     if facts.archiver.failing:
         yield _error(f"archiving fails: {facts.archiver.last_failed_wal} could not be archived"
                      f" ({facts.archiver.failed_count} failures so far)",

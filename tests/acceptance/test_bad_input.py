@@ -137,7 +137,7 @@ def test_a_role_without_replication(rig: Rig) -> None:
 def test_archiving_is_off(rig: Rig) -> None:
     rig.server.stop()
     rig.server.start({"archive_mode": "off"})
-    for words in (["backup"], ["check"]):
+    for words in (["backup"], ["switch"], ["check"]):
         done = rig.run(*words, expect=10)
         assert "archive_mode is off: PostgreSQL hands over no WAL" in done.stderr + done.stdout
         assert "set archive_mode = on and restart the server" in done.stderr + done.stdout

@@ -12,6 +12,7 @@ import json
 import os
 import pwd
 import secrets
+import shlex
 import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -269,7 +270,8 @@ def _check_may_write(folder: Path) -> None:
         what = "cannot be written to" if there == folder else f"cannot be made: {there} is closed to this user"
         raise RecoveryError(
             f"{folder} {what}",
-            hint=f"choose another folder, or make it for the user that runs this: install -d -o USER -m 700 {folder}",
+            hint="choose another folder, or make it for the user that runs this:"
+            f" install -d -o USER -m 700 {shlex.quote(str(folder))}",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shlex
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from infra.backups import refuse_stranger
 from infra.clock import SystemClock
 from infra.keys import open_keyring, policy_of
 from infra.planning import contradictions, doubts, next_runs, summaries_off
+from infra.postgres import programs
 from infra.postgres.basebackup import INCREMENTAL
 from infra.postgres.connect import connect
 from infra.postgres.control import ServerFacts, read_facts, rows
@@ -89,6 +91,8 @@ async def examine(settings: Settings, *, waits: Callable[[str], None] = lambda _
         yield finding
     for finding in (*_secrets(settings), *_schedule(settings, server)):
         yield finding
+    if (lacking := await asyncio.to_thread(_programs, settings, server)) is not None:
+        yield lacking
     async with open_destinations(settings, policy=LOOK, waits=waits) as destinations:
         facts: RepositoryFacts | None = None
         try:
@@ -143,7 +147,7 @@ async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Fin
                 await look(connection, settings.data_dir)
                 yield Finding("backups", "ok", f"{settings.data_dir} is the server's: base backups read it directly")
             if left_out := _outside(dict(await rows(connection, _FILES))):
-                yield Finding("backups", "ok", left_out)
+                yield Finding("backups", "warning", *left_out)
             if server.major >= INCREMENTAL:
                 ((summaries,),) = await rows(connection, "show summarize_wal")
                 able = "is on: incremental backups are possible"
@@ -155,12 +159,14 @@ async def _backups(server: ServerFacts, settings: Settings) -> AsyncIterator[Fin
         yield _wrong("backups", error)
 
 
-def _outside(files: dict[str, str]) -> str:
-    """Debian and Ubuntu keep the configuration apart from the data. Empty where it is backed up, or cannot be told."""
+def _outside(files: dict[str, str]) -> tuple[str, str] | None:
+    """Debian and Ubuntu keep the configuration apart from the data. None where it is backed up, or cannot be told."""
     inside = files.pop("data_directory", "")
     outside = sorted(path for path in files.values() if inside and not Path(path).is_relative_to(inside))
-    one = "it is in no backup: keep a copy of it" if len(outside) == 1 else "they are in no backup: keep copies of them"
-    return f"outside the data directory lie {', '.join(outside)}: {one} elsewhere" if outside else ""
+    if not outside:
+        return None
+    lie, copies = ("lies", "a copy of it") if len(outside) == 1 else ("lie", "copies of them")
+    return f"outside the data directory {lie} {', '.join(outside)}: in no backup", f"keep {copies} elsewhere"
 
 
 def _schedule(settings: Settings, server: ServerFacts | None) -> Iterator[Finding]:
@@ -169,6 +175,18 @@ def _schedule(settings: Settings, server: ServerFacts | None) -> Iterator[Findin
         yield _wrong("schedule", error)
     for fact, hint in doubts(settings):
         yield Finding("schedule", "warning", fact, hint)
+
+
+def _programs(settings: Settings, server: ServerFacts | None) -> Finding | None:
+    """A warning if WALSHIP_PG_BIN_DIR is set and lacks the server's programs: a restore would be the first to say."""
+    if settings.pg_bin_dir is None or (settings.schedule_drill and server is not None):
+        return None  # or looked for with the schedule, where lacking ones are an error
+    try:
+        programs.find(server.major if server else None, bin_dir=settings.pg_bin_dir)
+    except SourceError as error:
+        why = "a restore from here, or a drill, would be refused"
+        return Finding("settings", "warning", f"WALSHIP_PG_BIN_DIR: {error.fact}: {why}", error.hint)
+    return None
 
 
 async def _spool(settings: Settings) -> AsyncIterator[Finding]:
@@ -223,7 +241,8 @@ def env_file(path: Path) -> Finding | None:
     if not (too_much and held):
         return None
     fact = f"{path.absolute()} holds {', '.join(held)} and has mode {stat.S_IMODE(state.st_mode):04o}"
-    return Finding("settings", "warning", f"{fact}: others on this host may read it", f"chmod 600 {path.absolute()}")
+    hint = f"chmod 600 {shlex.quote(str(path.absolute()))}"
+    return Finding("settings", "warning", f"{fact}: others on this host may read it", hint)
 
 
 async def _destination(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pwd
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -125,10 +126,9 @@ async def _in_room(
             report.outcomes.append(await _amcheck(order, programs, door, seen, room, watch.say))
             report.outcomes += await _statements(order.checks, door, watch.say)
         if order.keep:
-            watch.say(
-                f"the server goes on: psql -h {room.sockets} -p {port} -U {seen.superuser}; end it with"
-                f" {programs.bin_dir}/pg_ctl -D {room.data} stop, as its owner, and remove {room.folder}"
-            )
+            ask = shlex.join(["psql", "-h", str(room.sockets), "-p", str(port), "-U", seen.superuser])
+            end = shlex.join([str(programs.bin_dir / "pg_ctl"), "-D", str(room.data), "stop"])
+            watch.say(f"the server goes on: {ask}; end it with {end}, as its owner, and remove {room.folder}")
     return report
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Callable
 from datetime import datetime
@@ -114,7 +115,8 @@ def read_secret(path: Path, setting: str, tell: Callable[[str, str], None]) -> s
         reason = "it is not UTF-8 text"
     else:
         if stat.S_ISREG(state.st_mode) and (mode := too_open(state)):
-            tell(f"{setting}: {path} has mode {mode:04o}: others on this host may read it", f"chmod 600 {path}")
+            fact = f"{setting}: {path} has mode {mode:04o}: others on this host may read it"
+            tell(fact, f"chmod 600 {shlex.quote(str(path))}")
         return text
     raise ConfigError(
         f"{setting}: {path} cannot be read: {reason}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def furnish(directory: Path, programs: Programs, *, port: int | None, owner: tup
         raise RecoveryError(
             f"{' and '.join(missing)} cannot be written into {directory}: {error.strerror}",
             hint=f"all else is there: mend that, put the old server's {_files(missing)} there, and start the server as"
-            f" its owner, with pg_ctl -D {directory} start",
+            f" its owner, with pg_ctl -D {shlex.quote(str(directory))} start",
         ) from error
     what = {
         _CONF: "a minimal postgresql.conf",

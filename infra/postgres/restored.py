@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -167,7 +168,7 @@ async def standby_ended(started: Started, directory: Path, programs: Programs) -
             await asyncio.to_thread(log.read)
             raise RecoveryError(
                 f"the standby has ended: {_last_words(log, code)}",
-                hint=f"the standby has ended over it: started again as its owner, with pg_ctl -D {directory} -o"
+                hint=f"the standby has ended over it: started again as its owner, with {_pg_ctl(directory)} -o"
                 f" '-p {started.port}' start, it goes on where it was, and fetches WAL by itself, if its user can run"
                 " walship",
             )
@@ -222,7 +223,7 @@ def _open_log(directory: Path, log_file: Path | None) -> tuple[int, Path]:
         os.close(handle)
     raise ConfigError(
         f"the server's log {path} cannot be written: {failed.strerror}",
-        hint=f"{directory} is ready all the same: start its server as its owner, with pg_ctl -D {directory} start",
+        hint=f"{directory} is ready all the same: start its server as its owner, with {_pg_ctl(directory)} start",
     ) from None
 
 
@@ -274,6 +275,11 @@ async def _after_the_end(
     )
 
 
+def _pg_ctl(directory: Path) -> str:
+    """The beginning of a command, to be pasted."""
+    return f"pg_ctl -D {shlex.quote(str(directory))}"
+
+
 def _last_words(log: ServerLog, code: int | None) -> str:
     # Before it has read its configuration a server speaks without FATAL in front.
     return "; ".join(log.loud[-3:]) or log.last_line or f"exit status {code}"
@@ -284,14 +290,14 @@ def _what_to_do(directory: Path, follow: ServerLog, words: str) -> str:
     if PORT_TAKEN.search(words) or (follow.port_taken and "could not create any TCP/IP sockets" in words):
         return (
             "another server uses that port; the directory is ready all the same: start it on a free port N, as its"
-            f" owner, with pg_ctl -D {directory} -o '-p N' start"
+            f" owner, with {_pg_ctl(directory)} -o '-p N' start"
         )
     if "insufficient parameter settings" in words:
         return _raise_it(directory)
     if not follow.looked_at_data:
         return (
             f"it had not looked at its data yet, and {follow.path} says why: its configuration, as a rule; mend that,"
-            f" and start the server as its owner, with pg_ctl -D {directory} start, for the directory is ready"
+            f" and start the server as its owner, with {_pg_ctl(directory)} start, for the directory is ready"
         )
     return f"see {follow.path}; {left_behind(directory)}"
 
@@ -306,7 +312,7 @@ def left_behind(directory: Path) -> str:
 def _raise_it(directory: Path) -> str:
     return (
         f"raise that setting, in {directory}/postgresql.conf if it is not set elsewhere, and start the server as its"
-        f" owner, with pg_ctl -D {directory} start: it goes on where it was"
+        f" owner, with {_pg_ctl(directory)} start: it goes on where it was"
     )
 
 

@@ -77,7 +77,8 @@ def rig() -> Iterator[Debian]:
 def test_it_is_restored_and_answers_its_user(rig: Debian) -> None:
     outside = ", ".join(sorted(str(rig.etc / name) for name in _FILES))
     said = rig.run("check").stdout
-    assert f"outside the data directory lie {outside}: they are in no backup: keep copies of them elsewhere" in said
+    fact = f"outside the data directory lie {outside}: in no backup"
+    assert f"warning  backups: {fact}\n         hint: keep copies of them elsewhere\n" in said
     target, port = rig.target(), free_port()
     words = ("restore", "--target-dir", str(target), "--start", "--port", str(port))
     restored = rig.json(*words)

@@ -18,6 +18,7 @@ from infra.checkup import Finding, examine
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts
 from infra.postgres.problems import Problem, problems
+from infra.postgres.programs import look_at
 from infra.postgres.recovery_files import parse_conf
 from infra.postgres.replication import ReplicationConnection
 from infra.postgres.senders import read_stream_facts
@@ -328,3 +329,23 @@ async def test_a_stream_alone_needs_no_archive_and_no_spool(server: ThrowawaySer
     ):
         errors = [f.error for f in await findings(WALSHIP_SOURCES=sources) if isinstance(f.error, ConfigError)]
         assert [error.fact for error in errors] == [words]
+
+
+async def test_programs_that_are_not_where_the_settings_say(server: ThrowawayServer, tmp_path: Path) -> None:
+    """Restores are refused with such a folder: on the worst day it is too late to learn of it."""
+
+    async def findings(**more: str) -> list[Finding]:
+        settings = settings_for(server, WALSHIP_DESTINATIONS=f"file://{tmp_path}", **more)
+        return [finding async for finding in examine(settings) if "PostgreSQL" in finding.fact + finding.hint]
+
+    async def wrong(**more: str) -> list[tuple[str, str]]:
+        return [(f.severity, f.fact) for f in await findings(**more) if "were not found" in f.fact]
+
+    there = look_at(server.bin_dir)
+    assert there is not None
+    words = f"the programs of PostgreSQL {there.major} were not found; no other version is there (looked in /nowhere)"
+    refused = "a restore from here, or a drill, would be refused"
+    assert await wrong(WALSHIP_PG_BIN_DIR="/nowhere") == [("warning", f"WALSHIP_PG_BIN_DIR: {words}: {refused}")]
+    scheduled = {"WALSHIP_PG_BIN_DIR": "/nowhere", "WALSHIP_SCHEDULE_DRILL": "0 3 * * *"}
+    assert await wrong(**scheduled) == [("error", f"WALSHIP_SCHEDULE_DRILL is set, and {words}")]
+    assert await wrong() == await wrong(WALSHIP_PG_BIN_DIR=str(server.bin_dir)) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,19 @@ def test_secrets_that_others_can_read(tmp_path: Path, content: str, mode: int, w
     if finding is not None:
         assert "POSTGRES_PASSWORD" in finding.fact
         assert "mellon" not in finding.fact
+
+
+def test_the_command_in_the_hint_can_be_pasted(tmp_path: Path) -> None:
+    path = tmp_path / "two words; and more" / ".env"
+    path.parent.mkdir()
+    path.write_text("POSTGRES_PASSWORD=mellon\n")
+    path.chmod(0o644)
+    finding = env_file(path)
+    assert finding is not None
+    subprocess.run(["/bin/sh", "-c", finding.hint], check=True)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    hint = _what_to_do(path.parent, ServerLog(tmp_path / "log"), f"{_BOUND}Address already in use; {_NO_SOCKET}")
+    assert f"pg_ctl -D '{path.parent}' -o" in hint
 
 
 def test_no_file_is_no_finding(tmp_path: Path) -> None:

@@ -107,12 +107,12 @@ def test_a_damaged_identity_file_is_told_without_its_content(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("mode", "told"), [(0o600, False), (0o400, False), (0o644, True), (0o660, True)])
 def test_a_secret_that_others_may_read_is_warned_of(tmp_path: Path, mode: int, told: bool) -> None:
-    path = tmp_path / "secret"
+    path = tmp_path / "a secret"
     path.write_text("text")
     path.chmod(mode)
     said: list[str] = []
     assert read_secret(path, "WALSHIP_IDENTITY_FILE", lambda fact, hint: said.append(fact + hint)) == "text"
-    warning = f"WALSHIP_IDENTITY_FILE: {path} has mode {mode:04o}: others on this host may read itchmod 600 {path}"
+    warning = f"WALSHIP_IDENTITY_FILE: {path} has mode {mode:04o}: others on this host may read itchmod 600 '{path}'"
     assert said == ([warning] if told else [])
 
 

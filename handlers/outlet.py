@@ -12,7 +12,7 @@ from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Abilities, Body, Store
 from pipeline.errors import ObjectConflict, StoreError
 
-__all__ = ["Backlog", "Outlet", "Parcel", "copy_order"]  # whoever has to do with an outlet gives it parcels
+__all__ = ["Backlog", "Outlet", "Parcel", "copy_order", "emptied"]  # whoever has to do with an outlet gives it parcels
 
 
 @dataclass(slots=True)
@@ -95,14 +95,6 @@ class Outlet:
         folder, _, last = name.rpartition("/")
         return last == "backup_info" and any(n.startswith(f"{folder}/") and n != name for n in self.owed)
 
-    def emptied(self) -> StoreError:
-        """What is to be said where its repository is gone."""
-        return StoreError(
-            f"{self.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place",
-            hint="nothing counts as stored there; after walship init what other destinations have is copied",
-            passing=True,
-        )
-
     async def deliver(self, parcel: Parcel) -> None:
         """Create the object here. The same object being here already is success; other bytes are ObjectConflict."""
         async with self._preparing:
@@ -125,6 +117,15 @@ class Outlet:
             if self.confirm is not None:
                 await self.confirm(self.store)
         return abilities
+
+
+def emptied(store: Store) -> StoreError:
+    """What is to be said of a destination where the repository is gone."""
+    return StoreError(
+        f"{store.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place",
+        hint="nothing counts as stored there; after walship init what other destinations have is copied",
+        passing=True,
+    )
 
 
 def copy_order(name: str) -> tuple[int, str]:

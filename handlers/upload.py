@@ -19,7 +19,7 @@ from functools import partial
 
 from handlers.copy import Means, Trouble, copy, estimate, not_held
 from handlers.difference import Wanted
-from handlers.outlet import Backlog, Outlet, Parcel, copy_order
+from handlers.outlet import Backlog, Outlet, Parcel, copy_order, emptied
 from handlers.verbatim import NoneServes, bring
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Clock, Store
@@ -171,7 +171,7 @@ class Uploader:
                 try:
                     await outlet.store.head(REPOSITORY)
                 except ObjectMissing:
-                    await self.failed(outlet, REPOSITORY, outlet.emptied())
+                    await self.failed(outlet, REPOSITORY, emptied(outlet.store))
                 except StoreError:
                     continue  # whoever stores something there tells
 
@@ -273,7 +273,7 @@ class Uploader:
             now = self._clock.monotonic()
             if not outlet.down or now - outlet.told >= TELL_EVERY:
                 outlet.told = now
-                known = outlet.emptied() if isinstance(error, ObjectMissing) else error
+                known = emptied(outlet.store) if isinstance(error, ObjectMissing) else error
                 await self.failed(outlet, REPOSITORY, known)
             return False
         return True

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import structlog
 
 from handlers.body import joined
+from handlers.outlet import emptied
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Store
 from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, StoreError, WalshipError
@@ -92,6 +93,18 @@ async def read_facts(store: Store, system_id: str) -> RepositoryFacts:
     if facts.system_id != system_id or facts.segment_size not in SEGMENT_SIZES or facts.server_major < 1:
         raise IntegrityError(f"{key} at {store.name} contradicts itself: {facts}")
     return facts
+
+
+async def refuse_emptied(stores: Iterable[Store]) -> None:
+    """Raise what the service tells of the first of the stores, rooted at a cluster's folder, that holds it no more.
+
+    Without ``repository.json`` nothing counts as stored there, whatever a listing shows.
+    """
+    for store in stores:
+        try:
+            await store.head(REPOSITORY)
+        except ObjectMissing:
+            raise emptied(store) from None
 
 
 async def clusters(store: Store) -> list[str]:

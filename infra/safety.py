@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from infra.postgres.connect import Connection, connect
 from infra.postgres.control import rows
 from infra.postgres.replication import ReplicationConnection
 from infra.postgres.slots import look
+from infra.repository import refuse_emptied
 from infra.settings import Settings
 from infra.sources.spool import segments_up_to
 from infra.wiring import Site
@@ -60,12 +62,14 @@ async def wait_for_wal(
 ) -> None:
     """Return once every store has every file. SourceError after ``timeout`` seconds in which nothing new arrived.
 
+    StoreError at once if one was emptied, before or meanwhile: nothing arrives there until somebody has mended it.
     ``stirred`` is set by who knows that it is worth a look: where this process ships the WAL itself.
     """
     stirred = stirred or asyncio.Event()
     missing = {store.name: {wal_key(file) for file in files} for store in stores}
     total = sum(map(len, missing.values()))
     progressed = said = clock.monotonic()
+    looked = -math.inf
     pause = min(_FIRST_PAUSE, PAUSE)
     while True:
         before = sum(map(len, missing.values()))
@@ -73,9 +77,12 @@ async def wait_for_wal(
         for store in stores:
             await _strike_out(store, missing[store.name])
         left = sum(map(len, missing.values()))
+        now = clock.monotonic()
+        if now - looked >= EVERY:
+            looked = now
+            await refuse_emptied(stores)
         if not left:
             return
-        now = clock.monotonic()
         if left < before:
             progressed = now
         place, names = next((place, names) for place, names in missing.items() if names)
@@ -111,7 +118,8 @@ async def without(
 async def wait_for_earlier(site: Site, segment: WalFile, *, tell: Callable[[str], None]) -> None:
     """Return once all WAL before the end of ``segment``, which has arrived, is safe: segments overtake one another.
 
-    SourceError when nothing has moved for ``WALSHIP_WAL_TIMEOUT`` seconds.
+    SourceError when nothing has moved for ``WALSHIP_WAL_TIMEOUT`` seconds, StoreError if a required destination was
+    emptied meanwhile.
     """
     clock, seen, pause = site.clock, "", _FIRST_PAUSE
     moved = said = clock.monotonic()
@@ -123,6 +131,7 @@ async def wait_for_earlier(site: Site, segment: WalFile, *, tell: Callable[[str]
                 raise SourceError(f"segment {segment} is safe, and earlier WAL is not: {waits}", hint=_LATE)
             if clock.monotonic() - said >= EVERY:
                 said = clock.monotonic()
+                await refuse_emptied(site.required_stores)
                 tell(f"{segment} is safe; waiting for earlier WAL: {waits}")
             await clock.sleep(pause)
             pause = min(PAUSE, _SLOWER * pause)

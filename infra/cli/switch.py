@@ -23,7 +23,8 @@ async def command(as_json: bool) -> None:
 
     All that was committed before is then offsite. Where no service ships, it ships meanwhile itself. A destination
     that is not required gets a few seconds more; one that lacks the segment then is named on stderr, and no failure.
-    Where the server's settings let no WAL arrive, it says so and switches nothing.
+    Where the server's settings let no WAL arrive, it says so and switches nothing; nor
+    does it wait for a destination that was emptied.
 
     \b
     Examples:

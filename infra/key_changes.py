@@ -17,7 +17,7 @@ from handlers.body import joined
 from infra.at_hand import AtHand
 from infra.key_objects import MAX_SIZE, KeyListing, key_object, list_keys, openers, read_key_object
 from infra.keyring import RepositoryKeys
-from infra.keys import open_with
+from infra.keys import not_opened, open_with
 from infra.ring import Former, Front, Ring, fresh_ring, read_front, ring_name, seal_ring, unlisted_maker
 from infra.wraps import Wrap, label_of, unwrap, wrap_recipient
 from pipeline.catalog import REPOSITORY, data_key_name
@@ -113,8 +113,7 @@ async def _opened(
             continue
         if ring is not None:
             return ring, front
-        fact = f"{at_hand.names} the key ring {name} of {system_id} in {store.name}"
-        failure = failure or ConfigError(fact, hint=f"{at_hand.cut_off}it says that it opens with {openers(front)}")
+        failure = failure or await not_opened(store, system_id, at_hand, listings[store.name].rings, front)
     assert failure is not None, "a destination has the ring"
     raise failure
 

@@ -6,7 +6,7 @@ The objects under ``keys/`` are walship objects with neither codec nor cipher; w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import structlog
@@ -19,11 +19,13 @@ from infra.sealing import public_of
 from infra.settings import Settings
 from pipeline.contracts import Body, Clock, ObjectInfo, Store
 from pipeline.errors import ConfigError, IntegrityError, StoreError, WalshipError
+from pipeline.moments import moment_in, show
 
 log = structlog.get_logger()
 
 __all__ = [
-    "KeyReplacedError", "Policy", "RepositoryKeys", "create_ring", "new_ring", "open_keyring", "open_keys", "open_with",
+    "KeyReplacedError", "Policy", "RepositoryKeys", "create_ring", "new_ring", "not_opened", "open_keyring",
+    "open_keys", "open_with",
 ]  # fmt: skip
 
 #: Seconds that the other destinations have to tell which ring is their newest, once one has told.
@@ -75,7 +77,7 @@ async def open_keyring(
     ring: Ring | Writer | None = None
     opened_by = ""
     if listing.rings:
-        ring, opened_by = await _open_newest(store, system_id, at_hand, listing.rings[listing.newest], listing.newest)
+        ring, opened_by = await _open_newest(store, system_id, at_hand, listing.rings)
     policy = ring.policy if ring else Policy(wal=False, base=False)
     keys = RepositoryKeys(
         system_id, ring, policy, store=store, allow_unencrypted=allow_unencrypted, opened_by=opened_by
@@ -97,9 +99,11 @@ async def open_keyring(
 
 
 async def _open_newest(
-    store: Store, system_id: str, at_hand: AtHand, info: ObjectInfo, number: int
+    store: Store, system_id: str, at_hand: AtHand, rings: Mapping[int, ObjectInfo]
 ) -> tuple[Ring | Writer, str]:
     """The ring, or what a host that only writes knows of it; and who could open it, in words."""
+    number = max(rings)
+    info = rings[number]
     content = await read_key_object(store, info, system_id)
     front = read_front(info.key, content)
     if at_hand.writer is not None and not at_hand.reads:
@@ -112,12 +116,44 @@ async def _open_newest(
         )
     ring = await asyncio.to_thread(open_with, info.key, number, system_id, content, at_hand)
     if ring is None:
-        raise ConfigError(
-            f"{at_hand.names} the key ring {info.key} of {system_id} in {store.name}",
-            hint=f"{at_hand.cut_off}it says that it opens with {openers(front)}. If what is at hand is right, the ring"
-            " was replaced: `walship key list` compares it with those at other destinations",
-        )
+        raise await not_opened(store, system_id, at_hand, rings, front)
     return ring, openers(front)
+
+
+async def not_opened(
+    store: Store, system_id: str, at_hand: AtHand, rings: Mapping[int, ObjectInfo], front: Front
+) -> ConfigError:
+    """The error for the newest of ``rings``, whose front is given, if what is at hand does not open it.
+
+    Most often it was changed, and the settings were not: so it is tried on the ring before, which costs another scrypt.
+    What that opens with is for the words alone.
+    """
+    name = ring_name(max(rings))
+    fact = f"{at_hand.names} the key ring {name} of {system_id} in {store.name}"
+    compare = "`walship key list` compares it with those at other destinations"
+    former = max((number for number in rings if number < max(rings)), default=0)
+    opened = False
+    if former:
+        with suppress(StoreError, IntegrityError):  # it would only explain
+            content = await read_key_object(store, rings[former], system_id)
+            ring = await asyncio.to_thread(open_with, ring_name(former), former, system_id, content, at_hand)
+            opened = ring is not None
+    if not opened:
+        return ConfigError(
+            fact,
+            hint=f"{at_hand.cut_off}it says that it opens with {openers(front)}. If what is at hand is right, the ring"
+            f" was replaced: {compare}",
+        )
+    made = moment_in(front.created)
+    what, names = "the recipient's key", "WALSHIP_IDENTITY_FILE"
+    if at_hand.passphrase:
+        what, names = "the passphrase", "BACKUP_ENCRYPTION_PASSWORD or its _FILE"
+    return ConfigError(
+        f"{what} was changed when {name} was made{f' ({show(made)})' if made else ''}: {fact}, only the one before,"
+        f" {ring_name(former)}",
+        hint=f"put the new one into the settings ({names}), here and wherever else the repository is used: {name} opens"
+        f" with {openers(front)}. If none of you has changed it, somebody else has put that ring there: {compare}",
+    )
 
 
 def open_with(name: str, number: int, system_id: str, content: bytes, at_hand: AtHand) -> Ring | None:

@@ -18,6 +18,7 @@ from infra.storage.memory import MemoryStore
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Body
 from pipeline.errors import ConfigError, ObjectConflict, StoreError
+from pipeline.moments import show
 from pipeline.objects import MemoryBody
 from tests.changing import (
     BOTH,
@@ -94,7 +95,29 @@ async def test_rotate_puts_a_new_passphrase_in_the_place_of_the_old() -> None:
     assert read(chain(await opened(stores, NEW)), NAME, written) == b"before"
     with pytest.raises(ConfigError, match="BACKUP_ENCRYPTION_PASSWORD does not open the key ring keys/ring-00000003"):
         await opened(stores, OLD)
-    # The ring before is there: that is why a leak needs a new repository key.
+    # Who has changed it elsewhere learns what to do here, first thing.
+    for refused in (opened(stores, OLD), current(stores, OLD)):
+        with pytest.raises(ConfigError) as caught:
+            await refused
+        assert caught.value.fact.startswith(
+            f"the passphrase was changed when keys/ring-00000003 was made ({show(CLOCK.now())}): "
+        )
+        assert caught.value.fact.endswith(" in a, only the one before, keys/ring-00000002")
+        assert caught.value.hint.startswith(
+            "put the new one into the settings (BACKUP_ENCRYPTION_PASSWORD or its _FILE),"
+        )
+    # No other passphrase is told so; and whatever is the matter with the ring before, it explains nothing.
+    for wrong in ("a mistyped one", OLD):
+        with pytest.raises(ConfigError) as caught:
+            await opened(stores, wrong)
+        assert caught.value.fact.startswith("BACKUP_ENCRYPTION_PASSWORD does not open the key ring keys/ring-00000003")
+        assert "if it was made with a value without quotes" in caught.value.hint
+        for store in stores:
+            await store.delete([ring_name(2)])
+            await store.put(ring_name(2), MemoryBody([b"damaged"]))
+    for store in stores:
+        await store.delete([ring_name(2)])
+    # The first ring is there: that is why a leak needs a new repository key.
     old = MemoryStore("what somebody has kept")
     await old.put(ring_name(1), await stores[0].get(ring_name(1)))
     assert await opens(old, AtHand(OLD))

@@ -7,8 +7,10 @@ import click
 from handlers.base_backup import Progress
 from infra.backups import backup
 from infra.cli.json_lines import JsonLines, note
+from infra.cli.optional import not_yet, where_is
 from infra.cli.progress import Bytes
 from infra.cli.verb import asynchronous, emit, human, json_option, say, settings, typed
+from infra.clock import SystemClock
 from infra.malloc import KEPT, PARTS, PARTS_KEPT, give_back_large_blocks
 from infra.monitoring import log
 from infra.postgres.damage import Damage
@@ -25,7 +27,8 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
 
     Nothing is staged on disk. With WALSHIP_DATA_DIR the files are read by walship itself, else the server sends them;
     with WALSHIP_BACKUP_HOST it is taken from a standby. It counts as a backup only once all WAL that it needs is safe
-    at every required destination; killed before that, it leaves no backup, only parts that nobody lists.
+    at every required destination; killed before that, it leaves no backup, only parts that nobody lists. A destination
+    that is not required and lacks it is named on stderr, and no failure.
 
     An incremental backup needs all those before it up to a full one: a restore fetches and joins them. The server has
     to keep summaries of its WAL for it (summarize_wal = on).
@@ -40,6 +43,8 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
       walship backup --incremental
       walship backup --label 'before the migration' --json
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
+    clock = SystemClock()
+    began = clock.monotonic()
     chosen = settings()
     if chosen.data_dir is not None and not incremental:
         give_back_large_blocks(large=PARTS, keep=PARTS_KEPT)
@@ -64,9 +69,11 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
             damaged=damaged.append,
             arguments=typed(),
         )
-    seconds = (taken.stopped - taken.started).total_seconds()
+    seconds = clock.monotonic() - began  # what somebody has waited for: the copy itself is the smaller part of it
+    places, missing = await where_is(taken, chosen)
+    took = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     lines = [
-        f"{taken.name}: {human(taken.size)} (stored {human(taken.stored_size)}) in {seconds:.0f} s",
+        f"{taken.name}: {human(taken.size)} (stored {human(taken.stored_size)}) in {took}",
         f"restorable from {show(taken.stopped)} (LSN {taken.stop_lsn}, timeline {taken.timeline}) on",
     ]
     if taken.parent:
@@ -86,6 +93,11 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
         "stop_lsn": str(taken.stop_lsn),
         "started": taken.started.isoformat(),
         "stopped": taken.stopped.isoformat(),
+        "seconds": round(seconds, 3),
+        "destinations": places,
+        "missing": missing,
         "damaged": [{"path": found.path, "blocks": found.blocks} for found in damaged],
     }
     emit(result, lines, as_json=as_json)
+    for name, why in missing.items():  # last: what is above it is all well
+        tell(not_yet(name, why))

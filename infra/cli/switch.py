@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from infra.alongside import alongside
+from infra.cli.optional import not_yet
 from infra.cli.verb import asynchronous, emit, json_option, say, settings
 from infra.postgres.connect import connect
 from infra.postgres.control import read_facts, switch_wal
@@ -51,7 +52,7 @@ async def command(as_json: bool) -> None:
         others = [Rooted(each.root, site.facts.system_id) for each in looked_at if not each.required]
         missing = await without(others, [segment], clock=site.clock)
     for name, why in missing.items():
-        say(f"not yet at {name}, which is not required: {why}. `walship run` copies it there once it can")
+        say(not_yet(name, why))
     places = [store.name for store in site.stores if store.name not in missing]
     emit(
         {"segment": segment.name, "seconds": round(seconds, 3), "destinations": places, "missing": missing},

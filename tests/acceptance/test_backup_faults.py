@@ -291,6 +291,7 @@ def test_a_damaged_page_is_told_and_the_backup_made(rig: Rig, where: str) -> Non
     done = rig.run("backup", "--json", environment=rig.environment(**changed))
     result = json.loads(done.stdout)
     assert result["damaged"] == [{"path": path, "blocks": [3, 9]}]
+    assert (result["destinations"], result["missing"]) == ([*rig.destinations], {})
     assert f"DAMAGED: {path}: the checksum of blocks 3, 9 is wrong" in done.stderr
     assert result["name"] in names(rig)
 

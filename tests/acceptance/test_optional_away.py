@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +43,18 @@ def test_a_switch_waits_for_what_is_required_alone_and_names_the_other(rig: Rig)
     assert "cannot be reached" in told["missing"]["s3://dead/p"]
     assert "not yet at s3://dead/p, which is not required: " in done.stderr
     assert list(rig.folder.glob(f"near/*/wal/*/{told['segment']}"))
+
+    # And so does a backup; what it tells last is where it is not. (A folder says at once that it is away.)
+    gone = f"file://{rig.folder}/gone"
+    began = time.monotonic()
+    done = rig.run("backup", environment=rig.environment(WALSHIP_DESTINATIONS=f"{near},{gone}"))
+    waited = time.monotonic() - began
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"not yet at {gone}, which is not required: ")
+    assert last.endswith("`walship run` copies it there once it can")
+    words = re.match(r"base_\S+: .* \(stored .*\) in (\d\.\d|\d{2,}) s\n", done.stdout)
+    assert words
+    assert waited / 4 < float(words[1]) < waited + 0.6, "it is what somebody has waited for, not the copying alone"
 
 
 @pytest.mark.parametrize(("sources", "patience"), [("watch", ""), ("stream", ""), ("stream", "600")])

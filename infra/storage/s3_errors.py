@@ -6,6 +6,7 @@ Codes are from "Error responses" in the Amazon S3 API reference, and from what l
 from __future__ import annotations
 
 import asyncio
+import re
 
 import aiohttp
 from botocore import exceptions as boto
@@ -20,6 +21,9 @@ _RIGHTS = (
 )
 _BETWEEN = "if it happens again, check the network and what is between this host and the store (proxy, firewall)"
 _CLOCK = "the clocks of this host and of the store differ by more than 15 minutes: set them"
+
+#: aiohttp tells in "Cannot connect to host …" what it was to use for TLS, and does so for http://, too.
+_TLS_ARGUMENT = re.compile(r" ssl:(?:<[^>]*>|\S+) \[")
 
 #: Error codes that never pass by themselves → (what it means, hint).
 _PERMANENT = {
@@ -129,4 +133,4 @@ def _inner(error: BaseException) -> BaseException:
 def _cause(error: BaseException) -> str:
     """The innermost reason, in one line."""
     inner = _inner(error)
-    return (" ".join(str(inner).split()) or type(inner).__name__)[:200]
+    return _TLS_ARGUMENT.sub(" [", " ".join(str(inner).split()) or type(inner).__name__)[:200]

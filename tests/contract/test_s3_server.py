@@ -98,6 +98,10 @@ async def test_nobody_listens(store: S3Store) -> None:
         endpoint = f"http://127.0.0.1:{held.getsockname()[1]}"
         down = await variant(store, endpoint=endpoint)
         await each_refused(down, f"at {endpoint}: .*the store cannot be reached", passing=True)
+        with pytest.raises(StoreError) as raised:
+            await down.head("a")
+        assert f"Cannot connect to host {endpoint.removeprefix('http://')} [" in raised.value.fact
+        assert "ssl" not in raised.value.fact
         await down.close()
 
 
@@ -107,6 +111,7 @@ async def test_tls_to_a_server_without_it(store: S3Store) -> None:
     with pytest.raises(StoreError, match="TLS failed") as raised:
         await wrong.put("a", BODY)
     assert "ca=" in raised.value.hint
+    assert " ssl:" not in raised.value.fact
     await wrong.close()
 
 

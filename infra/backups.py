@@ -34,6 +34,12 @@ from pipeline.contracts import Buffer
 from pipeline.errors import IntegrityError, ObjectMissing, SourceError, StoreError, WalshipError, foreseen
 from pipeline.wal import Lsn
 
+#: Said where an incremental backup was asked for, and a full one is taken that it does not need.
+_NO_NEXT = (
+    "summarize_wal is off: the next incremental backup will be refused. In psql: ALTER SYSTEM SET summarize_wal = on;"
+    " SELECT pg_reload_conf()"
+)
+
 
 async def look_at_server(settings: Settings) -> ServerFacts:
     """Connect, look, disconnect. Raises SourceError."""
@@ -96,6 +102,8 @@ async def backup(
             ship_history = history_shipper(settings, shipping.command.ship)
             wait = wal_safe(site, tell, ship_history=ship_history)
             parent = await _newest(site, tell) if incremental else None
+            if incremental and parent is None and server.summarize_wal is False and not settings.backup_host:
+                tell(_NO_NEXT)
             since = await _manifest_of(site, parent) if parent else None
             async with (
                 marked(site, shipping.command.ship, parent, tell=tell) as ship,

@@ -243,6 +243,14 @@ def test_summarize_wal_is_off(rig: Rig, first: list[str]) -> None:
         scheduled = rig.environment(WALSHIP_SCHEDULE_INCREMENTAL="30 2 * * 1-6", WALSHIP_SCHEDULE_FULL="30 2 * * 0")
         words = rig.run("check", environment=scheduled, expect=10).stdout
         assert words.count("WALSHIP_SCHEDULE_INCREMENTAL is set, and summarize_wal is off") == 1
+        # The first one is a full one, which goes well: the person who asked for it learns now that the next will not.
+        fresh = rig.folder / "fresh"
+        fresh.mkdir()
+        elsewhere = rig.environment(WALSHIP_DESTINATIONS=f"file://{fresh}")
+        rig.run("init", environment=elsewhere)
+        words = rig.run("backup", "--incremental", environment=elsewhere).stderr
+        assert "a full one is taken" in words
+        assert "summarize_wal is off: the next incremental backup will be refused" in words
     finally:
         rig.sql("alter system reset summarize_wal")
         rig.server.reload()

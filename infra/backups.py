@@ -36,7 +36,7 @@ from pipeline.wal import Lsn
 
 #: Said where an incremental backup was asked for, and a full one is taken that it does not need.
 _NO_NEXT = (
-    "summarize_wal is off: the next incremental backup will be refused. In psql: ALTER SYSTEM SET summarize_wal = on;"
+    "summarize_wal is off: the next incremental backup will be refused; in psql: ALTER SYSTEM SET summarize_wal = on;"
     " SELECT pg_reload_conf()"
 )
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from handlers.fetch import Fetcher
 from infra.reach import Reach, leads_to, unbroken, with_claimed_tails
+from infra.repository import refuse_emptied
 from infra.wiring import Site
 from pipeline.backup import BackupInfo
 from pipeline.catalog import Catalog, backup_of, checked_info, info_key, wal_key
@@ -36,8 +37,10 @@ class Holding:
     required: bool
     #: Open segments reach as far as the names of their tails say.
     catalog: Catalog
-    #: Empty if it answered.
+    #: Empty if it answered, and is a repository.
     error: str = ""
+    #: What to do about that; may be empty.
+    hint: str = ""
 
     @property
     def newest(self) -> BackupInfo | None:
@@ -80,9 +83,10 @@ async def hold(store: Store, site: Site, known: Known, *, required: bool) -> Hol
         names = (folder.removeprefix("base/").rstrip("/") for folder in folders)
         await _describe([name for name in names if backup_of(info_key(name))], store, fetch, listing, known)
         await _read_histories(fetch, listing)
+        await refuse_emptied([store])  # last: what is said of a bucket that is gone, a listing says better
     except StoreError as error:
         empty = Catalog(site.facts.system_id, site.facts.segment_size)
-        return Holding(store.name, required, empty, error=error.fact)
+        return Holding(store.name, required, empty, error=error.fact, hint=error.hint)
     return Holding(store.name, required, with_claimed_tails(listing.catalog(site.facts.segment_size), tails))
 
 

@@ -63,8 +63,10 @@ class DestinationStatus:
 
     name: str
     required: bool
-    #: Empty if it answered.
+    #: Empty if it answered, and is a repository.
     error: str = ""
+    #: What to do about that; empty: ``check`` tells.
+    hint: str = ""
     #: The timeline that the positions are of: the server's, or the newest there if there is nothing of that.
     timeline: int = 1
     #: The newest finished segment there, on the server's timeline.
@@ -292,7 +294,7 @@ def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reaso
     """``most`` bytes may be on their way; None: somebody else looks at that."""
     name = place.name
     if place.error:
-        yield Reason(place.error, name, hint=_CHECK)
+        yield Reason(place.error, name, hint=place.hint or _CHECK)
         return
     for problem in place.problems:
         yield Reason(problem, name, stops=False, hint="" if "`walship " in problem else _VERIFY)

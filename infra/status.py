@@ -290,7 +290,7 @@ def _stream(server: ServerFacts, stream: StreamFacts, settings: Settings, flushe
 def destination_status(holding: Holding, server: ServerFacts | None) -> DestinationStatus:
     """One destination, by its listing and what the server said at that time."""
     if holding.error:
-        return DestinationStatus(holding.name, holding.required, error=brief(holding.error))
+        return DestinationStatus(holding.name, holding.required, error=brief(holding.error), hint=brief(holding.hint))
     catalog = holding.catalog
     timeline = holding.timeline(server.timeline if server else None)
     runs = catalog.segments.get(timeline)

@@ -15,6 +15,7 @@ from infra.storage.heartbeat import Heartbeat
 from infra.storage.lease import Lease, lease_key
 from infra.storage.memory import MemoryStore
 from infra.storage.reported import confirmed, forget_confirmed
+from pipeline.catalog import REPOSITORY
 from pipeline.confirmed import Confirmed, Told
 from pipeline.errors import ObjectConflict, StoreError
 from pipeline.events import Acknowledged, HistoryReady, SegmentReady, WalMoved
@@ -163,6 +164,7 @@ async def test_status_waits_for_what_is_on_its_way(busy: Ground) -> None:
     waits: list[str] = []
     busy.lose(gone, 0)
     busy.settings = {"POSTGRES_HOST": "/nowhere"}
+    await busy.stores[0].put(REPOSITORY, MemoryBody([b"{}"]))
     busy.clock = Arriving(arrive)
     (place,) = (await read_status(busy.site(), waits=waits.append)).destinations
     assert place.missing == ""

@@ -20,9 +20,7 @@ from infra.wiring import Site
 from pipeline.events import DestinationFailed
 from pipeline.wal import Lsn
 from tests.clock import FastClock
-from tests.keys import SYSTEM_ID
-from tests.parts import Shelf
-from tests.unit.test_status import SIZE, archive, back_up, site_of
+from tests.unit.test_status import SIZE, archive, back_up, repository_shelf, site_of
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Told:
 
 @pytest.fixture
 async def site() -> Site:
-    shelf = Shelf(SYSTEM_ID)
+    shelf = await repository_shelf()
     await archive(shelf, range(3, 9))
     await back_up(shelf, 3)
     return site_of(shelf, shelf.store)

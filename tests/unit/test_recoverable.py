@@ -18,14 +18,14 @@ from pipeline.wal import Lsn
 from tests.keys import SYSTEM_ID
 from tests.parts import Shelf
 from tests.stores import Faulty
-from tests.unit.test_status import NOON, SIZE, archive, back_up, site_of
+from tests.unit.test_status import NOON, SIZE, archive, back_up, repository_shelf, site_of
 
 LATER = NOON + timedelta(hours=1)
 
 
 @pytest.fixture
-def shelf() -> Shelf:
-    return Shelf(SYSTEM_ID)
+async def shelf() -> Shelf:
+    return await repository_shelf()
 
 
 async def holding(shelf: Shelf, known: Known | None = None) -> Holding:
@@ -63,7 +63,7 @@ async def test_a_hole_makes_two_stretches_and_the_first_ends_when_its_wal_does(s
 
 
 async def test_what_one_destination_lacks_another_has(shelf: Shelf) -> None:
-    other = Shelf(SYSTEM_ID)
+    other = await repository_shelf()
     await archive(shelf, (3, 4, 6, 7))
     await archive(other, (5, 6))
     await back_up(shelf, 3)

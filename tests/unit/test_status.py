@@ -20,13 +20,13 @@ from infra.postgres.slots import Slot
 from infra.recoverable import Backup, Gap, Recoverable, Stretch
 from infra.repository import Destination, RepositoryFacts
 from infra.settings import Settings
-from infra.standing import DestinationStatus, judge
+from infra.standing import DestinationStatus, judge, stopped_by
 from infra.status import _lacks, _late, _stream, destination_status, read_status
 from infra.storage.lease import Lease
 from infra.storage.memory import MemoryStore
 from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
-from pipeline.catalog import info_key, wal_key
+from pipeline.catalog import REPOSITORY, info_key, wal_key
 from pipeline.contracts import Store
 from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody
@@ -50,9 +50,22 @@ SERVER = ServerFacts(
 )  # fmt: skip
 
 
+async def repository(name: str = "memory") -> MemoryStore:
+    """With nothing in it yet."""
+    store = MemoryStore(name)
+    await store.put(REPOSITORY, MemoryBody([b"{}"]))
+    return store
+
+
+async def repository_shelf() -> Shelf:
+    made = Shelf(SYSTEM_ID)
+    made.store = await repository()
+    return made
+
+
 @pytest.fixture
-def shelf() -> Shelf:
-    return Shelf(SYSTEM_ID)
+async def shelf() -> Shelf:
+    return await repository_shelf()
 
 
 async def archive(shelf: Shelf, numbers: Iterable[int], timeline: int = 1) -> None:
@@ -125,7 +138,7 @@ async def test_without_a_backup_the_first_segment_is_where_it_begins(shelf: Shel
     await archive(shelf, (3, 4, 8))
     found = await look(shelf)
     assert (found.durable_lsn, found.missing) == (str(Lsn(5 * SIZE)), "000000010000000000000005")
-    empty = await look(shelf, MemoryStore())
+    empty = await look(shelf, await repository())
     assert (empty.durable_lsn, empty.lag_bytes, empty.missing, empty.last_segment) == (None, None, "", "")
 
 
@@ -169,6 +182,30 @@ async def test_what_does_not_answer_is_part_of_the_status(shelf: Shelf, tmp_path
     assert spooled == f"spool: the spool {spool} cannot be read: No such file or directory"
     assert stored == "memory: the store is away"
     assert status.result()["spool_error"] == spooled.removeprefix("spool: ")
+
+
+@pytest.mark.parametrize("stored", [range(0), range(3, 9)])
+async def test_an_emptied_destination_is_told_as_the_service_tells_it(shelf: Shelf, stored: Iterable[int]) -> None:
+    """``stored``: also where a service has put WAL there that has not noticed yet."""
+    await archive(shelf, range(3, 9))
+    await back_up(shelf, 3)
+    far = MemoryStore("far")
+    for number in stored:
+        await far.put(wal_key(WalFile.segment(1, number * SIZE, SIZE)), MemoryBody([b"WAL"]))
+    site = site_of(shelf, shelf.store)
+    destinations = (*site.destinations, Destination(far, required=True))
+    site = replace(site, stores=(shelf.store, far), destinations=destinations)
+    status = replace(await read_status(site), server_error="")
+    told = "far has no repository.json any more: it was emptied, or something else is in its place"
+    assert judge(status) == ("at_risk", f"At risk: {told}; memory has everything.")
+    assert (status.reasons, stopped_by(status)) == ((told,), [told])
+    assert status.hints == (
+        "nothing counts as stored there; after walship init what other destinations have is copied",
+    )
+    place = status.destinations[1]
+    assert (place.error, place.hint, place.last_segment, place.lacks) == (told, *status.hints, "", "")
+    assert status_lines(status).count("far") == 1
+    assert not [line for line in status_lines(status) if "walship switch" in line or "walship backup" in line]
 
 
 async def test_a_hole_is_a_reason_not_to_be_well(shelf: Shelf) -> None:
@@ -351,7 +388,7 @@ async def test_list_tells_of_names_that_are_not_walships(shelf: Shelf) -> None:
 
 
 async def test_what_one_destination_lacks_of_another_is_told_but_not_what_is_on_its_way() -> None:
-    full, new = Shelf(SYSTEM_ID), Shelf(SYSTEM_ID)
+    full, new = await repository_shelf(), await repository_shelf()
     await archive(full, range(3, 9))
     await archive(new, range(7, 9))
     holdings = [await hold(each.store, site_of(each, each.store), {}, required=True) for each in (full, new)]

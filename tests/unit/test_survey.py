@@ -22,11 +22,10 @@ from pipeline.errors import StoreError
 from pipeline.operations import Record
 from pipeline.wal import WalFile
 from tests.clock import FastClock
-from tests.keys import SYSTEM_ID
 from tests.parts import Shelf
 from tests.scraped import read
 from tests.stores import Faulty
-from tests.unit.test_status import SIZE, archive, back_up, site_of
+from tests.unit.test_status import SIZE, archive, back_up, repository_shelf, site_of
 from tests.waldata import Writer
 
 _2000 = datetime(2000, 1, 1, tzinfo=UTC).timestamp()
@@ -42,7 +41,7 @@ async def commit(shelf: Shelf, number: int, at: datetime) -> None:
 
 @pytest.fixture
 async def shelf() -> Shelf:
-    made = Shelf(SYSTEM_ID)
+    made = await repository_shelf()
     await archive(made, range(3, 6))
     await back_up(made, 3)
     return made

@@ -21,7 +21,7 @@ from infra.stored import look_at_stored
 from infra.survey import repository_reading
 from infra.wiring import Listeners, Site
 from pipeline.backup import ArchiveInfo, BackupInfo
-from pipeline.catalog import data_key_name, info_key, part_key, wal_key
+from pipeline.catalog import REPOSITORY, data_key_name, info_key, part_key, wal_key
 from pipeline.contracts import Store
 from pipeline.errors import ConfigError, Sealed, SourceError
 from pipeline.lineage import Leg, Lineage
@@ -150,6 +150,7 @@ async def test_damage_is_found_without_reading(store: MemoryStore) -> None:
 
 async def test_the_service_counts_backups_by_their_names(store: MemoryStore) -> None:
     site = site_of(store, await writing(store))
+    await store.put(REPOSITORY, MemoryBody([b"{}"]))
     holding = await hold(store, site, {}, required=True)
     assert (holding.last_backup, holding.problems(1), holding.error) == (BACKUP, (), "")
     assert holding.reach(1).lsn == Lsn(4 * SIZE + 4096)

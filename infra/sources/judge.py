@@ -97,7 +97,7 @@ class Judge:
                 return Look(
                     Verdict.SHORT if short else Verdict.WRONG, identity_of(info), error.fact, error.hint, writer=writer
                 )
-            return Look(Verdict.GOOD, identity_of(info))
+            return Look(Verdict.GOOD, identity_of(info), writer=_has_writer(handle))
         finally:
             os.close(handle)
 

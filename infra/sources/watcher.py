@@ -4,10 +4,11 @@ The spool is the queue. A file stays until ``done``; what was announced and not 
 so killing us loses nothing. inotify makes us quick, the look at the whole folder (at the start, every minute, every two
 seconds while inotify is out of order) makes us right.
 
-A file is announced when everything agrees (``judge``) and it has settled: its writer was seen to close it, or it was
-not touched for two seconds. Until then it holds back what lies behind it on its timeline. What becomes of a file that
-is not what its name says is decided in ``docs/decisions/0007-refused-files.md``: cut files that nobody writes are moved
-to ``refused/`` after a minute, because they block basic_archive for ever; anything else stays, and people are told.
+A file is announced when everything agrees (``judge``) and it has settled: its writer was seen to close it, the kernel
+says that nobody has it open for writing, or it was not touched for two seconds. Until then it holds back what lies
+behind it on its timeline. What becomes of a file that is not what its name says is decided in
+``docs/decisions/0007-refused-files.md``: cut files that nobody writes are moved to ``refused/`` after a minute, because
+they block basic_archive for ever; anything else stays, and people are told.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ class SpoolWatcher:
         before = self._unsettled.pop(name, None)
         since = before.since if before and before.identity == look.identity else now
         settled = closed or now - since >= SETTLE or self._clock.now().timestamp() - look.changed >= SETTLE
-        if look.verdict is Verdict.GOOD and settled:
+        if look.verdict is Verdict.GOOD and (settled or look.writer is False):
             self._refused.pop(name, None)
             return True
         if look.verdict is not Verdict.GOOD and self._is_hopeless(look, settled=settled, unchanged=now - since):

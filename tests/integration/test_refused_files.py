@@ -81,12 +81,20 @@ async def test_where_the_kernel_cannot_tell_of_writers_nothing_is_moved(
     assert watch.watcher.refused == [str(tmp_path / name_of(3))]
 
 
-async def test_a_young_file_is_looked_at_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("writer", ["none", "one", "unknown"])
+async def test_a_young_whole_file_is_looked_at_twice_unless_nobody_can_be_writing_it(
+    tmp_path: Path, writer: str, monkeypatch: pytest.MonkeyPatch, *, once: bool
+) -> None:
     """Its size and pages may be right before its writer is done with it: on NFS pages come in any order."""
-    watch = Watch(tmp_path, once=True)
-    watch.put(name_of(3), age=0.0)
-    assert await watch.all() == [name_of(3)]
-    assert watch.clock.monotonic() >= watcher.SETTLE
+    if writer == "unknown":
+        monkeypatch.setattr("infra.sources.judge._has_writer", lambda _: None)
+    watch = Watch(tmp_path, once=once)
+    path = watch.put(name_of(3), age=0.0)
+    with path.open("r+b" if writer == "one" else "rb"):
+        async with events_of(watch) as events:
+            assert label(await following(events)) == name_of(3)
+    assert (watch.clock.monotonic() >= watcher.SETTLE) == (writer != "none")
 
 
 # -- what does not belong there

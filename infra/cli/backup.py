@@ -46,10 +46,12 @@ async def command(label: str, incremental: bool, as_json: bool) -> None:
     clock = SystemClock()
     began = clock.monotonic()
     chosen = settings()
+    # The client of a bucket takes 40 MB itself, and the network more time than the heap can save.
+    bucket = any(url.startswith("s3:") for url in chosen.destinations)
     if chosen.data_dir is not None and not incremental:
-        give_back_large_blocks(large=PARTS, keep=PARTS_KEPT)
+        give_back_large_blocks(large=PARTS, keep=PARTS_KEPT, one_heap=bucket)
     else:
-        give_back_large_blocks(keep=KEPT)
+        give_back_large_blocks(keep=KEPT, one_heap=bucket)
     damaged: list[Damage] = []
     tell = say
     if as_json:  # whatever is read there, it is JSON

@@ -45,10 +45,14 @@ def _owned(path: list[str]) -> str:
         if package := _ours(_files(folder)):
             from importlib.metadata import PathDistribution  # it takes as long to load as all that is done here
 
-            found = PathDistribution(Path(folder))
-            name = str(found.metadata["Name"] or "")
+            try:
+                about = PathDistribution(Path(folder)).metadata
+                name, version = (about.get_all(field, [""])[0] for field in ("Name", "Version"))
+            except ValueError:  # not UTF-8: damaged
+                name = version = ""
             if re.sub(r"[-_.]+", "-", name).lower() != _DISTRIBUTION:
-                return f"the distribution {name} {found.version} owns the package {package}, which walship brings"
+                whose = f"{name} {version}" if name else f"of {folder}, which does not say its name,"
+                return f"the distribution {whose} owns the package {package}, which walship brings"
     return ""
 
 

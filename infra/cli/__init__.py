@@ -5,11 +5,13 @@ Results go to stdout, everything else to stderr. Exit codes are in ``exits``.
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import NoReturn
 
 from infra import early
 from infra.cli import streams
+from infra.names import refuse_strangers
 
 #: Verbs in the order of ``--help``, and what each does in a few words.
 VERBS = {
@@ -40,8 +42,14 @@ _OPENING = frozenset(VERBS) - {"init", "check", "copy", "key", "fetch-wal", "dem
 def main() -> NoReturn:
     """Entry point of the ``walship`` script and of ``python -m infra.cli``."""
     streams.secure()
-    if _OPENING.intersection(sys.argv[1:2]) and "--help" not in sys.argv:
-        early.begin()
-    from infra.cli.group import call  # not before: what it loads takes a while, and scrypt as long
-
+    try:
+        if _OPENING.intersection(sys.argv[1:2]) and "--help" not in sys.argv:
+            early.begin()
+        from infra.cli.group import call  # not before: what it loads takes a while, and scrypt as long
+    except ImportError:
+        refuse_strangers()  # somebody else's package of that name, in front of ours, has no such module
+        raise
+    except KeyboardInterrupt:
+        print("walship: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     sys.exit(streams.settle(call()))

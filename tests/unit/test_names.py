@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,27 @@ def test_without_our_own_errors_it_still_says_so_and_exits_with_2(tmp_path: Path
     assert done.returncode == 2
     assert "the distribution stranger 1.0 owns the package pipeline" in done.stderr
     assert "hint: install walship in a virtual environment of its own" in done.stderr
+
+
+def test_the_command_says_so_where_a_strangers_package_hides_our_modules(tmp_path: Path) -> None:
+    """Its own imports fail before anything else can be told."""
+    _install(tmp_path, "stranger", "pipeline")
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])}
+    done = subprocess.run(
+        [sys.executable, "-m", "infra.cli", "list"], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=environment,
+    )  # fmt: skip
+    assert "the distribution stranger 1.0 owns the package pipeline" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("metadata", [b"", b"\xfc\x00"])
+def test_a_stranger_that_does_not_say_its_name_is_told_by_its_folder(tmp_path: Path, metadata: bytes) -> None:
+    _install(tmp_path, "airflow-bits", "pipeline")
+    (tmp_path / "airflow-bits-1.0.dist-info" / "METADATA").write_bytes(metadata)
+    with pytest.raises(ConfigError, match=r"airflow-bits-1\.0\.dist-info, which does not say its name, owns"):
+        refuse_strangers([*sys.path, str(tmp_path)])
 
 
 def test_a_list_of_files_that_are_not_there_is_nobodys_business(tmp_path: Path) -> None:

@@ -106,12 +106,14 @@ def in_json(value: object) -> str:
 
 
 def moment_in(text: str) -> datetime | None:
-    """What somebody else wrote in some spelling of ISO 8601, as PostgreSQL does; None if it is no time with a zone."""
+    """What somebody else wrote in some spelling of ISO 8601, as PostgreSQL does, in UTC; None if it is no time with a
+    zone, or one that UTC has no year for.
+    """
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.astimezone(UTC) if moment.tzinfo is not None else None
+    except (ValueError, OverflowError):
         return None
-    return moment if moment.tzinfo is not None else None
 
 
 #: Some zone in which no wall clock shows what it does in UTC.

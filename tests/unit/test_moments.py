@@ -106,6 +106,8 @@ def test_how_it_was_taken_is_told() -> None:
         ("2026-01-14 17:30:00.12+05:30", "2026-01-14T12:00:00.120000+00:00"),  # PostgreSQL's log
         ("2026-01-14 12:00:00", None),
         ("of old", None),
+        ("0001-01-01T00:00:00+01:00", None),  # nobody has authenticated the front of a ring
+        ("9999-12-31T23:59:59-01:00", None),
     ],
 )
 def test_times_in_json_have_one_spelling(text: str, said: str | None) -> None:

@@ -6,7 +6,7 @@ With a writer file alone it can write and not read. Where more than one is set, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -38,6 +38,13 @@ class AtHand:
     def reads(self) -> bool:
         """Whether there is anything that could open a ring."""
         return bool(self.passphrase or self.identity)
+
+    def each(self) -> Iterator[AtHand]:
+        """What could open a ring, one by one; the private key first, which is quick."""
+        if self.identity:
+            yield AtHand(identity=self.identity)
+        if self.passphrase:
+            yield AtHand(self.passphrase)
 
     @property
     def names(self) -> str:

@@ -129,30 +129,35 @@ async def not_opened(
     What that opens with is for the words alone.
     """
     name = ring_name(max(rings))
-    fact = f"{at_hand.names} the key ring {name} of {system_id} in {store.name}"
+    which = f"the key ring {name} of {system_id} in {store.name}"
     compare = "`walship key list` compares it with those at other destinations"
     former = max((number for number in rings if number < max(rings)), default=0)
-    opened = False
+    opened = None
     if former:
         with suppress(StoreError, IntegrityError):  # it would only explain
             content = await read_key_object(store, rings[former], system_id)
-            ring = await asyncio.to_thread(open_with, ring_name(former), former, system_id, content, at_hand)
-            opened = ring is not None
-    if not opened:
+            for alone in at_hand.each():
+                if await asyncio.to_thread(open_with, ring_name(former), former, system_id, content, alone):
+                    opened = alone
+                    break
+    if opened is None:
         return ConfigError(
-            fact,
+            f"{at_hand.names} {which}",
             hint=f"{at_hand.cut_off}it says that it opens with {openers(front)}. If what is at hand is right, the ring"
             f" was replaced: {compare}",
         )
     made = moment_in(front.created)
-    what, names = "the recipient's key", "WALSHIP_IDENTITY_FILE"
-    if at_hand.passphrase:
-        what, names = "the passphrase", "BACKUP_ENCRYPTION_PASSWORD or its _FILE"
+    what, others = "the passphrase", front.passphrases
+    names = "the new one into the settings (BACKUP_ENCRYPTION_PASSWORD or its _FILE)"
+    if opened.identity:
+        what, others, names = "the recipient's key", len(front.recipients), "the new one into WALSHIP_IDENTITY_FILE"
+    if not others:
+        names = "one of those into the settings"
     return ConfigError(
-        f"{what} was changed when {name} was made{f' ({show(made)})' if made else ''}: {fact}, only the one before,"
-        f" {ring_name(former)}",
-        hint=f"put the new one into the settings ({names}), here and wherever else the repository is used: {name} opens"
-        f" with {openers(front)}. If none of you has changed it, somebody else has put that ring there: {compare}",
+        f"{what} was {'changed' if others else 'removed'} when {name} was made{f' ({show(made)})' if made else ''}:"
+        f" {opened.names} {which}, only the one before, {ring_name(former)}",
+        hint=f"{name} opens with {openers(front)}: put {names}, here and wherever else the repository is used. If none"
+        f" of you has changed that, somebody else has put the ring there: {compare}",
     )
 
 

@@ -103,9 +103,12 @@ async def test_rotate_puts_a_new_passphrase_in_the_place_of_the_old() -> None:
             f"the passphrase was changed when keys/ring-00000003 was made ({show(CLOCK.now())}): "
         )
         assert caught.value.fact.endswith(" in a, only the one before, keys/ring-00000002")
-        assert caught.value.hint.startswith(
-            "put the new one into the settings (BACKUP_ENCRYPTION_PASSWORD or its _FILE),"
-        )
+        assert ": put the new one into the settings (BACKUP_ENCRYPTION_PASSWORD or its _FILE)," in caught.value.hint
+    # Of two at hand, the one that did open it; and whose place nobody has taken was removed.
+    with pytest.raises(
+        ConfigError, match=r"^the passphrase was changed .* BACKUP_ENCRYPTION_PASSWORD does not open the"
+    ):
+        await open_keyring(stores[0], SYSTEM_ID, AtHand(OLD, bytes(range(32))), clock=CLOCK)
     # No other passphrase is told so; and whatever is the matter with the ring before, it explains nothing.
     for wrong in ("a mistyped one", OLD):
         with pytest.raises(ConfigError) as caught:
@@ -149,6 +152,10 @@ async def test_remove_leaves_a_proven_opener() -> None:
         await key_changes.remove(await current(stores), CLOCK, passphrase=OLD)
     assert await rings(stores[0]) == [ring_name(1), ring_name(2)]
     done = await key_changes.remove(await current(stores, OLD, PRIVATE), CLOCK, passphrase=OLD)
+    with pytest.raises(ConfigError, match=r"^the passphrase was removed when keys/ring-0000000\d was made") as caught:
+        await opened(stores, OLD)
+    assert f"the private key of {show_recipient(PUBLIC)}" in caught.value.hint
+    assert ": put one of those into the settings, here and" in caught.value.hint
     assert (done.front.passphrases, [*done.front.recipients]) == (0, [PUBLIC])
     assert not await opens(stores[0], AtHand(OLD))
     await key_changes.add(await current(stores, "", PRIVATE), CLOCK, passphrase=NEW)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from handlers.verbatim import Parcel, create
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Abilities, Body, Store
-from pipeline.errors import ObjectConflict, StoreError
+from pipeline.errors import ObjectConflict, RepositoryGone
 
 __all__ = ["Backlog", "Outlet", "Parcel", "copy_order", "emptied"]  # whoever has to do with an outlet gives it parcels
 
@@ -119,10 +119,10 @@ class Outlet:
         return abilities
 
 
-def emptied(store: Store) -> StoreError:
+def emptied(store: Store) -> RepositoryGone:
     """What is to be said of a destination where the repository is gone."""
-    return StoreError(
-        f"{store.name} has no {REPOSITORY} any more: it was emptied, or something else is in its place",
+    return RepositoryGone(
+        f"{store.name} has no {REPOSITORY}: it was emptied, or it is new, or something else is in its place",
         hint="nothing counts as stored there; after walship init what other destinations have is copied",
         passing=True,
     )

@@ -20,7 +20,7 @@ from infra.sources.spool import segments_up_to
 from infra.wiring import Site
 from pipeline.catalog import wal_key
 from pipeline.contracts import Clock, Ship, Store
-from pipeline.errors import SourceError, StoreError
+from pipeline.errors import SourceError, StoreError, WalshipError
 from pipeline.events import Notice, ObjectStored
 from pipeline.wal import Lsn, WalFile, WalKind
 
@@ -78,7 +78,7 @@ async def wait_for_wal(
             await _strike_out(store, missing[store.name])
         left = sum(map(len, missing.values()))
         now = clock.monotonic()
-        if now - looked >= EVERY:
+        if not left or now - looked >= EVERY:  # also before it is said that all is there
             looked = now
             await refuse_emptied(stores)
         if not left:
@@ -98,18 +98,18 @@ async def wait_for_wal(
 
 async def without(
     stores: Sequence[Store], files: Collection[WalFile], *, clock: Clock, patience: float = PATIENCE
-) -> dict[str, str]:
-    """Which of the stores do not have all the files within ``patience`` seconds: name → why, in a sentence."""
+) -> dict[str, WalshipError]:
+    """Which of the stores do not have all the files within ``patience`` seconds: name → why."""
 
-    async def why(store: Store) -> str:
+    async def why(store: Store) -> WalshipError | None:
         try:
             async with asyncio.timeout(2 * patience):
                 await wait_for_wal([store], files, clock=clock, timeout=patience, tell=lambda _: None)
         except (SourceError, StoreError) as error:
-            return error.fact
+            return error
         except TimeoutError:
-            return f"{store.name} has not answered for {2 * patience:g} seconds"
-        return ""
+            return StoreError(f"{store.name} has not answered for {2 * patience:g} seconds", passing=True)
+        return None
 
     whys = await asyncio.gather(*map(why, stores))
     return {store.name: said for store, said in zip(stores, whys, strict=True) if said}

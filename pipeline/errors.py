@@ -57,6 +57,10 @@ class ObjectConflict(StoreError):
         self.theirs = theirs
 
 
+class RepositoryGone(StoreError):
+    """The store answered, and holds no repository: it was emptied, or none was made there yet."""
+
+
 class ReadOnly(StoreError):
     """The store shows the past, in which nothing can be written. Who only leaves marks and records goes on without."""
 

@@ -55,7 +55,12 @@ async def command(as_json: bool) -> None:
         say(not_yet(name, why))
     places = [store.name for store in site.stores if store.name not in missing]
     emit(
-        {"segment": segment.name, "seconds": round(seconds, 3), "destinations": places, "missing": missing},
+        {
+            "segment": segment.name,
+            "seconds": round(seconds, 3),
+            "destinations": places,
+            "missing": {name: why.fact for name, why in missing.items()},
+        },
         [f"{segment.name} is safe at {', '.join(places)} after {seconds:.1f} s"],
         as_json=as_json,
     )

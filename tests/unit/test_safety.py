@@ -64,7 +64,7 @@ async def test_an_emptied_store_is_not_waited_for(*, arrived: bool) -> None:
     stores = [await repository("near"), emptied]
     for number in range(2):
         await put(stores[0], number)
-    with pytest.raises(StoreError, match=r"^far has no repository\.json any more") as raised:
+    with pytest.raises(StoreError, match=r"^far has no repository\.json: ") as raised:
         await wait_for_wal(stores, FILES, clock=clock, timeout=600, tell=lambda _: None)
     assert clock.passed == 0
     assert (exit_code(raised.value), "after walship init" in raised.value.hint) == (11, True)
@@ -78,10 +78,27 @@ async def test_a_store_that_is_emptied_meanwhile_ends_the_wait() -> None:
         said.append(line)
         store._objects.clear()
 
-    with pytest.raises(StoreError, match=r"^far has no repository\.json any more"):
+    with pytest.raises(StoreError, match=r"^far has no repository\.json: "):
         await wait_for_wal([store], FILES, clock=clock, timeout=600, tell=tell)
     assert len(said) == 1
     assert EVERY <= clock.passed < 2 * EVERY + 2 * PAUSE
+
+
+async def test_wal_that_arrives_where_all_else_is_gone_is_not_safe() -> None:
+    """The service stores it before it has noticed; and so soon after the last look that none was due."""
+    store = await repository("far")
+
+    class Emptying(FastClock):
+        async def sleep(self, seconds: float) -> None:
+            await super().sleep(seconds)
+            store._objects.clear()
+            for number in range(2):
+                await put(store, number)
+
+    clock = Emptying()
+    with pytest.raises(StoreError, match=r"^far has no repository\.json: "):
+        await wait_for_wal([store], FILES, clock=clock, timeout=600, tell=lambda _: None)
+    assert clock.passed < 1
 
 
 async def test_earlier_wal_is_not_waited_for_at_an_emptied_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +116,7 @@ async def test_earlier_wal_is_not_waited_for_at_an_emptied_store(monkeypatch: py
     monkeypatch.setattr("infra.safety._waiting", waiting)
     clock = FastClock()
     site = await site_at(MemoryStore("far"), clock=clock)
-    with pytest.raises(StoreError, match=r"^far has no repository\.json any more"):
+    with pytest.raises(StoreError, match=r"^far has no repository\.json: "):
         await wait_for_earlier(site, FILES[1], tell=lambda _: None)
     assert clock.passed < 2 * EVERY
 
@@ -129,9 +146,9 @@ async def test_who_lacks_it_is_named_with_the_reason_and_holds_nobody_up() -> No
         await put(there, number)
     async with asyncio.timeout(60):
         found = await without([there, empty, emptied, away, silent], FILES, clock=FastClock(), patience=0.5)
-    assert found == {
+    assert {name: error.fact for name, error in found.items()} == {
         "empty": f"segment {FILES[0]} has not arrived at empty in 0 seconds",
-        "emptied": "emptied has no repository.json any more: it was emptied, or something else is in its place",
+        "emptied": "emptied has no repository.json: it was emptied, or it is new, or something else is in its place",
         "away": "away: no route to it",
         "silent": "silent has not answered for 1 seconds",
     }

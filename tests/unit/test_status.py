@@ -196,7 +196,7 @@ async def test_an_emptied_destination_is_told_as_the_service_tells_it(shelf: She
     destinations = (*site.destinations, Destination(far, required=True))
     site = replace(site, stores=(shelf.store, far), destinations=destinations)
     status = replace(await read_status(site), server_error="")
-    told = "far has no repository.json any more: it was emptied, or something else is in its place"
+    told = "far has no repository.json: it was emptied, or it is new, or something else is in its place"
     assert judge(status) == ("at_risk", f"At risk: {told}; memory has everything.")
     assert (status.reasons, stopped_by(status)) == ((told,), [told])
     assert status.hints == (

@@ -85,8 +85,8 @@ class Lookout:
         self._unread: tuple[str, ...] = ()
         self._exposed: Exposed | None = None
         self._moments: Moments = {}
-        #: destination → what it answered when it last refused something.
-        self._refused: dict[str, str] = {}
+        #: destination → what it answered when it last refused something, and what to do about that.
+        self._refused: dict[str, tuple[str, str]] = {}
         self._samples: deque[tuple[int, dict[str, float | None]]] = deque(maxlen=SAMPLES)
         #: Who knows the schedule.
         self.planned: Callable[[], tuple[Planned, ...]] = tuple
@@ -96,7 +96,7 @@ class Lookout:
     def heard(self, notice: Notice) -> None:
         """A listener of the pipeline."""
         if isinstance(notice, DestinationFailed):
-            self._refused[notice.destination] = brief(notice.fact)
+            self._refused[notice.destination] = (brief(notice.fact), notice.hint)
         elif isinstance(notice, StreamStarted | StreamLost):
             self._changed.set()
 
@@ -222,8 +222,8 @@ class Lookout:
         outlets = self._uploader.outlets if self._uploader else ()
         outlet = next((outlet for outlet in outlets if outlet.name == place.name), None)
         if not place.error and outlet is not None and outlet.down:
-            why = self._refused.get(place.name, "it takes nothing")
-            return replace(place, error=why)
+            why, hint = self._refused.get(place.name, ("it takes nothing", ""))
+            return replace(place, error=why, hint=hint)
         if outlet is not None and (backlog := outlet.backlog) is not None:
             lacks = f"{backlog.objects} objects ({backlog.size >> 20} MB) that others have are not there yet"
             place = replace(place, lacks=lacks)

@@ -294,7 +294,9 @@ def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reaso
     """``most`` bytes may be on their way; None: somebody else looks at that."""
     name = place.name
     if place.error:
-        yield Reason(place.error, name, hint=place.hint or _CHECK)
+        # What a store says of itself is seldom what to do: that it is slow, or left alone for a minute.
+        hint = place.hint if "walship " in place.hint else "; ".join(filter(None, (place.hint, _CHECK)))
+        yield Reason(place.error, name, hint=hint)
         return
     for problem in place.problems:
         yield Reason(problem, name, stops=False, hint="" if "`walship " in problem else _VERIFY)

@@ -129,8 +129,8 @@ async def test_the_history_is_bounded(site: Site) -> None:
     history = api(lookout)["lag_history"]
     assert (history["destinations"], len(history["samples"])) == (["memory"], SAMPLES)
     assert history["samples"][-1] == [SAMPLES + 49, 1.2]
-    lookout.heard(DestinationFailed("memory", "wal/x", "503", ""))
-    assert lookout._refused == {"memory": "503"}
+    lookout.heard(DestinationFailed("memory", "wal/x", "503", "wait"))
+    assert lookout._refused == {"memory": ("503", "wait")}
 
 
 async def test_where_all_may_be_lost_with_this_host_is_said_with_safe(site: Site) -> None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from infra.mounts import file_system
 from infra.settings import Settings
 from infra.storage import display_name
 
 #: File systems of other machines, as Linux calls them.
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs", "fuse.sshfs",
             "fuse.glusterfs", "fuse.ceph", "fuse.rclone", "fuse.s3fs")  # fmt: skip
-_MOUNTS = Path("/proc/self/mountinfo")
 _SERVER = "which is the database server"
 
 
@@ -76,7 +76,7 @@ def why_here(url: str, servers: Iterable[str] = ()) -> str:
     """
     parts = urlsplit(url)
     if parts.scheme == "file":
-        kind = _file_system(Path(unquote(parts.path)))
+        kind = file_system(Path(unquote(parts.path)))
         return "" if kind.startswith(_NETWORK) else "is a local folder"
     host = urlsplit(endpoint_of(url)).hostname or ""
     if not host:
@@ -104,22 +104,3 @@ def _is_ours(address: str) -> bool:
         probe.bind((address, 0))
         return True
     return False
-
-
-def _file_system(folder: Path) -> str:
-    """Its type, as the kernel names it; empty where that cannot be found out. The one mounted last counts."""
-    real, best, kind = os.path.realpath(folder), "", ""
-    try:
-        lines = _MOUNTS.read_text("utf-8", "surrogateescape").splitlines()
-    except OSError:
-        return ""  # not Linux
-    for line in lines:
-        before, _, behind = line.partition(" - ")
-        fields = before.split(" ")
-        if len(fields) < 5 or not behind:
-            continue
-        point = fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape")  # \040 is a space
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, behind.split(" ")[0]
-    return kind

@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeAlias
 
+from infra.mounts import is_ours_alone
 from infra.sources.spool import UNREADABLE
 from pipeline.errors import IntegrityError, SourceError
 from pipeline.wal import WalFile, WalKind, parse_history
@@ -74,6 +75,8 @@ class Judge:
         self._folder = folder
         self._system_id = system_id
         self._segment_size = segment_size
+        #: A file system in user space grants leases, and knows nothing of writers on other hosts.
+        self._leases = is_ours_alone(folder) and hasattr(fcntl, "F_SETLEASE")
 
     def look(self, file: WalFile) -> Look:
         """Judge by a few pages, without reading all of it."""
@@ -92,12 +95,12 @@ class Judge:
             try:
                 self._check(file, handle, info.st_size)
             except IntegrityError as error:
-                writer = _has_writer(handle)
+                writer = self._writer(handle)
                 short = self._is_short(file, handle, info.st_size)
                 return Look(
                     Verdict.SHORT if short else Verdict.WRONG, identity_of(info), error.fact, error.hint, writer=writer
                 )
-            return Look(Verdict.GOOD, identity_of(info), writer=_has_writer(handle))
+            return Look(Verdict.GOOD, identity_of(info), writer=self._writer(handle))
         finally:
             os.close(handle)
 
@@ -118,8 +121,9 @@ class Judge:
             content = _read_all(handle, before.st_size)
             after = os.fstat(handle)
             # Page cache counts as memory of a container, and nobody reads this file again.
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
         try:
@@ -153,6 +157,10 @@ class Judge:
         if file.kind in (WalKind.SEGMENT, WalKind.PARTIAL):
             return size < self._segment_size
         return size == 0 or os.pread(handle, 1, size - 1) != b"\n"
+
+    def _writer(self, handle: int) -> bool | None:
+        """See ``Look.writer``."""
+        return _has_writer(handle) if self._leases else None
 
     def _closed_to_us(self, path: Path, error: OSError) -> Look:
         hint = ""

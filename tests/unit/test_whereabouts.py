@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from infra import whereabouts
 from infra.checkup import _off_host
 from infra.settings import Settings
 from infra.whereabouts import exposed, why_here
@@ -42,7 +41,7 @@ def test_what_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_is_here_unless_another_machine_serves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_here(f"file://{tmp_path}") == "is a local folder"
     mounts = tmp_path / "mountinfo"
-    monkeypatch.setattr(whereabouts, "_MOUNTS", mounts)
+    monkeypatch.setattr("infra.mounts._MOUNTS", mounts)
     mounts.write_text(
         "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
         f"30 22 0:40 / {tmp_path}/far\\040off rw,noatime shared:1 - nfs4 nas:/export rw\n"

@@ -60,7 +60,7 @@ def _metadata(path: list[str]) -> Iterator[str]:
     """The folders of all distributions that Python would find beside a package of such a name."""
     for place in path:
         try:
-            if not any(os.path.exists(os.path.join(place, package)) for package in PACKAGES):  # noqa: PTH110, PTH118
+            if not any(os.path.exists(os.path.join(place, package)) for package in PACKAGES):  # noqa: PTH110, PTH118  a hundred of them at each start
                 continue
             with os.scandir(place or ".") as entries:
                 yield from [entry.path for entry in entries if entry.name.endswith(_METADATA)]

@@ -60,12 +60,15 @@ def _metadata(path: list[str]) -> Iterator[str]:
     """The folders of all distributions that Python would find beside a package of such a name."""
     for place in path:
         try:
-            if not any(os.path.exists(os.path.join(place, package)) for package in PACKAGES):  # noqa: PTH110, PTH118  a hundred of them at each start
+            # A hundred of them at each start: no objects are made for them.
+            if not any(os.path.exists(os.path.join(place, package)) for package in PACKAGES):  # noqa: PTH110, PTH118
                 continue
             with os.scandir(place or ".") as entries:
-                yield from [entry.path for entry in entries if entry.name.endswith(_METADATA)]
+                found = {entry.name: entry.path for entry in entries if entry.name.endswith(_METADATA)}
         except OSError:
             continue  # no folder: nothing is imported from there, or it is an archive
+        # A wheel's own list names all our packages, and need not be read.
+        yield from (folder for name, folder in found.items() if not name.lower().startswith(f"{_DISTRIBUTION}-"))
 
 
 def _ours(files: bytes) -> str:

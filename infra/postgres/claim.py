@@ -13,11 +13,14 @@ from pipeline.errors import SourceError
 #: Key of the lock: the bytes of "walship\0". It goes with the session, however that ends.
 _KEY = int.from_bytes(b"walship\0", "big", signed=True)
 
+#: Ends a backup from afar: all its sessions, for it goes on without the one that holds the lock. For people to type.
+_END = f"select pg_terminate_backend(pid) from pg_stat_activity where application_name = '{BACKUP_NAME}'"  # noqa: S608
+
 #: What is said to whoever comes second.
 TAKEN = "is being taken already"
 
 _HOLDER = """
-select a.pid, coalesce(host(a.client_addr), 'the server itself'), to_char(a.backend_start, 'HH24:MI:SS TZ')
+select coalesce(host(a.client_addr), 'the server itself'), to_char(a.backend_start, 'HH24:MI:SS TZ')
 from pg_locks l join pg_stat_activity a using (pid)
 where l.locktype = 'advisory' and l.granted and ((l.classid::bigint << 32) | l.objid::bigint) = %s
 """
@@ -30,9 +33,9 @@ async def claimed(settings: Settings) -> AsyncIterator[None]:
         ((mine,),) = await rows(connection, "select pg_try_advisory_lock(%s)", (_KEY,))
         if not mine:
             found = await rows(connection, _HOLDER, (_KEY,))
-            pid, address, since = found[0] if found else ("unknown", "a session that has just ended", "now")
+            address, since = found[0] if found else ("a session that has just ended", "now")
             raise SourceError(
                 f"a base backup of {place(connection)} {TAKEN}: from {address}, since {since}",
-                hint=f"wait for it; if nobody wants it, end it there, or with select pg_terminate_backend({pid})",
+                hint=f"wait for it; if nobody wants it, end it there, or with {_END}",
             )
         yield

@@ -304,13 +304,16 @@ def test_a_damaged_page_is_told_and_the_backup_made(rig: Rig, where: str) -> Non
     assert result["name"] in names(rig)
 
 
-def test_two_at_the_same_time(rig: Rig, first: list[str]) -> None:
-    running = begin(rig, "local")
+@pytest.mark.parametrize("mode", ["through the server", "local"])
+def test_two_at_the_same_time(rig: Rig, first: list[str], mode: str) -> None:
+    running = begin(rig, mode)
     other = rig.run("backup", expect=10)
     assert f"a base backup of 127.0.0.1:{rig.server.port} is being taken already: from 127.0.0.1, since" in other.stderr
-    assert "pg_terminate_backend(" in other.stderr
-    running.signal(signal.SIGTERM)
-    running.end(143)
+    # What the hint says ends the first one, and not only its lock.
+    (statement,) = re.findall(r"select pg_terminate_backend.*", other.stderr)
+    rig.sql(statement)
+    assert "no backup was made" in running.end(10).stderr
+    nothing_left(rig.server)
     assert names(rig) == first
 
 

@@ -27,7 +27,9 @@ def file_system(folder: Path) -> str:
         fields = before.split(" ")
         if len(fields) < 5 or not behind:
             continue
-        point = fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape")  # \040 is a space
+        # \040 is a space; other letters than ASCII's stand there as they are.
+        point = fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape")
+        point = os.fsdecode(point.encode("latin-1"))
         inside = real == point or real.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
             best, kind = point, behind.split(" ")[0]

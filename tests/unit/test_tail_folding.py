@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import datetime
+
 import pytest
 
 from pipeline.catalog import wal_key
+from pipeline.contracts import Body
 from pipeline.errors import StoreError
 from pipeline.events import DeleteRefused, DestinationFailed, TailsRemoved
 from pipeline.openwal import OpenSegment
 from pipeline.tail import TailName
 from pipeline.wal import WalFile
-from tests.tailing import FILE, SIZE, HandClock, Tails, running, settled, tails, until
+from tests.stores import Faulty
+from tests.tailing import FILE, SIZE, HandClock, Tails, founded, running, settled, tails, until
 
 NEXT = FILE.next(SIZE)
 LOCKED = StoreError("the store answered 403 AccessDenied to DeleteObject")
@@ -176,8 +181,17 @@ async def test_no_tail_goes_on_anybody_s_word() -> None:
 
 
 async def test_a_tail_in_flight_when_the_segment_is_finished_goes_as_well() -> None:
-    it, clock = await tails(synchronous=True)
-    it.store.delay = {"put": 0.05}
+    arrived = asyncio.Event()
+
+    class Slow(Faulty):
+        """What is put is on its way until it has arrived."""
+
+        async def put(self, key: str, body: Body, *, replace: bool = False, keep_until: datetime | None = None) -> None:
+            await arrived.wait()
+            await super().put(key, body, replace=replace, keep_until=keep_until)
+
+    clock = HandClock()
+    it = Tails(Slow((await founded()).store), clock, synchronous=True)
     async with running(it):
         segment = it.begin()
         it.grow(segment, bytes(SIZE))
@@ -185,6 +199,7 @@ async def test_a_tail_in_flight_when_the_segment_is_finished_goes_as_well() -> N
         await it.finish(segment)
         await clock.pass_by(1)
         assert it.store.count("head") == 0, "it would be stored after it was removed"
+        arrived.set()
         await until(lambda: it.told(TailsRemoved))
     assert await it.ranges() == []
 

@@ -37,7 +37,7 @@ from infra.storage import retry
 #: What commands load when they are called: the verbs, and what those load late.
 _LOADED = (
     *(f"infra.cli.{verb.replace('-', '_')}" for verb in VERBS),
-    "infra.storage.local", "infra.storage.s3", "aiobotocore.session", "rich.progress",
+    "infra.cli.group", "infra.storage.local", "infra.storage.s3", "aiobotocore.session", "rich.progress",
 )  # fmt: skip
 #: The cost of a passphrase (2**16 in production).
 SCRYPT_N = 1 << 10

@@ -43,7 +43,7 @@ def main() -> NoReturn:
     """Entry point of the ``walship`` script and of ``python -m infra.cli``."""
     streams.secure()
     try:
-        if _OPENING.intersection(sys.argv[1:2]) and "--help" not in sys.argv:
+        if _OPENING.intersection(sys.argv[1:2]) and not {"-h", "--help"}.intersection(sys.argv):
             early.begin()
         from infra.cli.group import call  # not before: what it loads takes a while, and scrypt as long
     except ImportError:

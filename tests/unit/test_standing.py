@@ -15,6 +15,7 @@ from infra.standing import DestinationStatus, State, Status, StreamStatus, brief
 from infra.whereabouts import Exposed
 
 NOON = datetime(2026, 1, 14, 12, tzinfo=UTC)
+TRIES = "walship check tries it, and says what is wrong and what to do"
 NEAR = DestinationStatus("file:///near", required=True, durable_lsn="0/9", lag_bytes=0, last_backup="base", backups=1)
 FAR = replace(NEAR, name="s3://far")
 OPTIONAL = replace(FAR, required=False)
@@ -39,6 +40,19 @@ def test_the_cause_comes_before_what_follows_from_it() -> None:
     status = replace(WELL, service=None, stream=stream)
     assert judge(status)[1] == "Not safe: no service ships the spool (`walship run`) (and 1 more)."
     assert status.hints[0] == "start the service: walship run"
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("it is left alone for 60 s", f"it is left alone for 60 s; {TRIES}"),
+        ("after walship init it is filled", "after walship init it is filled"),
+        ("", TRIES),
+    ],
+)
+def test_what_to_do_is_said_with_what_a_store_says_of_itself(said: str, hint: str) -> None:
+    away = replace(NEAR, error="it is away", hint=said)
+    assert replace(WELL, destinations=(away, FAR)).hints == (hint,)
 
 
 def test_all_is_well() -> None:

@@ -33,7 +33,7 @@ from pipeline.backup import (
 )
 from pipeline.catalog import PART_SIZE, index_key, info_key, manifest_key, part_key
 from pipeline.contracts import Buffer, Clock, Ship, Shipped
-from pipeline.errors import ObjectConflict, SourceError, WalshipError
+from pipeline.errors import ObjectConflict, SourceError, StoreError, WalshipError
 from pipeline.index import slices
 from pipeline.manifest import check_manifest
 from pipeline.objects import MAX_PLAIN
@@ -101,7 +101,7 @@ async def take(
 
     ``parent``: the backup that an incremental one builds on. ``messages`` are closed in any case, which ends the backup
     on the server. If anything fails, the error of its cause is raised, there is no backup_info, and what is stored
-    already stays behind, named in the hint.
+    already stays behind, named in the hint. Where it is backup_info that a store failed to take, another may have it.
     """
     backup = _Backup(ship, cluster, clock, label, report, in_flight, parent)
     try:
@@ -111,7 +111,9 @@ async def take(
     except WalshipError as error:
         if backup.begun:
             left = f"no backup was made; what was stored below base/{backup.name}/ is of no use and may be deleted"
-            error.hint = f"{error.hint}; {left}" if error.hint else left
+            if backup.ending and isinstance(error, StoreError):  # one destination may have taken it, and another not
+                left = f"{backup.name} may be complete all the same, at some destination: `walship list` tells"
+            error.hint = f"{error.hint.removesuffix('.')}; {left}" if error.hint else left
         raise
     finally:
         await backup.abandon()
@@ -129,6 +131,8 @@ class _Backup:
         self.name = ""
         #: Our name belongs to another backup, which must not be called useless.
         self._theirs = False
+        #: Whether backup_info is, or was, on its way.
+        self.ending = False
         self._id = secrets.token_hex(16)
         self._cluster = cluster
         self._clock = clock
@@ -237,6 +241,7 @@ class _Backup:
             parent=self._parent.name if self._parent else "",
             parent_id=self._parent.id if self._parent else "",
         )
+        self.ending = True
         await self._ship(info_key(self.name), info.encode(), backup=self._id)
         return info
 

@@ -236,6 +236,23 @@ async def test_a_store_that_fails_makes_no_backup_and_leaves_nothing_running() -
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_what_one_of_several_destinations_may_have_is_not_called_useless() -> None:
+    class OneOfTwo(Shelf):
+        async def __call__(
+            self, name: str, plain: Buffer, *, backup: str = "", encoded: Callable[[], None] | None = None
+        ) -> Shipped:
+            shipped = await super().__call__(name, plain, backup=backup, encoded=encoded)
+            if name.endswith("/backup_info"):
+                raise StoreError("the other destination is full", hint="Make room.")
+            return shipped
+
+    shelf = OneOfTwo()
+    with pytest.raises(StoreError, match="the other destination is full") as caught:
+        await run(WHOLE, shelf)
+    assert shelf.backups == ["base/base_20260114_120000/backup_info"]
+    assert caught.value.hint.startswith("Make room; base_20260114_120000 may be complete all the same")
+
+
 async def test_wal_that_never_becomes_safe_makes_no_backup() -> None:
     async def wal_safe(_start: Lsn, _stop: Lsn, _timeline: int) -> None:
         raise SourceError("WAL up to 0/2000100 is not safe after 600 s")

@@ -27,8 +27,10 @@ _SCRIPT = _FOLDER / "archive_strict.sh"
 _NAME = "000000010000000000000003"
 
 
-def call(folder: Path, *, wait: int = 0) -> subprocess.Popen[str]:
-    command = ["/bin/sh", str(_SCRIPT), str(folder / "pg_wal" / _NAME), _NAME, str(folder / "spool"), str(wait)]
+def call(folder: Path, *options: str, wait: int = 0) -> subprocess.Popen[str]:
+    """``options``: of the shell."""
+    words = [folder / "pg_wal" / _NAME, _NAME, folder / "spool", wait]
+    command = [str(word) for word in ("/bin/sh", *options, _SCRIPT, *words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -75,7 +77,10 @@ def test_what_is_not_stored_in_time_stays_and_is_waited_for_again(folder: Path) 
         f"archive_strict: {_NAME} is in {folder}/spool, and not yet stored everywhere: walship status tells why\n"
     )
     assert spooled(folder) == [_NAME]
-    again = call(folder, wait=30)
+    again = call(folder, "-x", wait=30)
+    assert again.stderr is not None
+    # Taken away before it has looked, the file would be copied once more.
+    assert any("-gt 0" in line for line in again.stderr), "it waits, says the shell"
     time.sleep(0.2)
     assert again.poll() is None
     (folder / "spool" / _NAME).unlink()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from handlers.fetch import Fetcher
-from infra.postgres.wal_script import FEED, FOLDER
+from infra.postgres.wal_script import ABSENT, FEED, FOLDER
 from infra.restore import Place, Restored, Watch, make_plan, restore
 from pipeline.contracts import Fetched
 from pipeline.objects import MAX_PLAIN
@@ -78,7 +78,7 @@ async def test_a_standby_follows_through_growing_tails_and_finished_segments(
     place = replace(bank.place("standby", wal_retrieve_retry_interval="200ms"), standby=True)
     said: list[str] = []
     # No program but mv is started while there is a feed; then this one is, and has nothing.
-    other = ("/bin/sh", "-c", "touch fetched; exit 1")
+    other = ("/bin/sh", "-c", f"touch fetched; exit {ABSENT}")
     task = asyncio.create_task(restore(repository, plan, place, watch=Watch(say=said.append), fetch_wal=other))
     pid = 0
     try:
@@ -109,6 +109,7 @@ async def test_a_standby_follows_through_growing_tails_and_finished_segments(
                 await task
             assert "goes on without" in said[-1]
             assert not (place.directory / FOLDER / FEED / "pid").exists()
+            await until((place.directory / "fetched").exists)
         assert alive(pid)
         assert rows(place) == [1, 2, 3, 4]
     finally:

@@ -22,6 +22,8 @@ from pipeline.errors import SourceError
 #: releases synchronous commits, and any other connection of that name would release them in its place.
 CONTROL_NAME = "walship_control"
 BACKUP_NAME = "walship_backup"
+#: A backup's sessions wait for hours, one without a word; limits that are meant for others must not end them.
+_LASTING = "-c idle_session_timeout=0 -c statement_timeout=0 -c lock_timeout=0"
 FETCH_NAME = "walship_fetch"
 
 #: Seconds to wait for the server's greeting.
@@ -86,6 +88,8 @@ async def connect(
     parameters |= {"replication": "true"} if replication else {"dbname": dbname}
     if password := settings.postgres_password.get_secret_value():
         parameters["password"] = password
+    if application_name == BACKUP_NAME and not replication:
+        parameters["options"] = _LASTING
     if several and not any_server:
         # Not "read-write": a primary that is read-only by default is still the one that writes the WAL.
         parameters["target_session_attrs"] = "primary"

@@ -301,8 +301,12 @@ async def test_a_tablespace_that_is_dropped_in_that_moment_is_no_obstacle(
 
 
 async def test_a_second_backup_is_refused_by_name(start_server: StartServer) -> None:
-    settings = settings_for(start_server(NEWEST))
+    server = start_server(NEWEST)
+    settings = settings_for(server)
+    server.query("alter system set idle_session_timeout = '50ms'")  # which is not meant for who holds the lock
+    server.query("select pg_reload_conf()")
     async with claimed(settings):
+        await asyncio.sleep(0.5)
         with pytest.raises(SourceError, match=r"is being taken already: from 127\.0\.0\.1, since") as caught:
             async with claimed(settings):
                 pass

@@ -14,7 +14,7 @@ import pytest
 from infra.postgres.replication import ReplicationConnection
 from infra.postgres.throwaway import ThrowawayServer
 from infra.postgres.walstream import WalStream
-from infra.sources import server_watch
+from infra.sources import receiver, server_watch
 from pipeline.errors import SourceError
 from pipeline.events import GapOpened, SegmentReady, StreamLost, StreamStarted, WalMoved
 from pipeline.wal import Lsn, WalFile
@@ -65,12 +65,15 @@ async def test_segments_and_the_open_end(start_server: StartServer, major: int) 
         await write(server, 2.3)
         end = await stream.caught_up(server)
         assert stream.receiver.received == end
-        # What is durable is what the server is told, at once.
+        # What is durable is what the server is told.
         restart = "select restart_lsn::text from pg_replication_slots where slot_name = 'walship' and active"
-        await asyncio.sleep(0.05)
-        assert Lsn.parse((await ask(server, restart))[0][0]) == end
-        await stream.until(lambda: bool(stream.told(WalMoved)), "it tells how far it is")
-        assert stream.told(WalMoved)[-1].age == {"store": 0.0}
+        async with asyncio.timeout(60):
+            while (told := Lsn.parse((await ask(server, restart))[0][0])) < end:
+                await asyncio.sleep(0.01)
+        assert told <= stream.stored_to()
+        await stream.until(
+            lambda: [moved.age for moved in stream.told(WalMoved)][-1:] == [{"store": 0.0}], "it tells how far it is"
+        )
         assert [s.synchronous for s in stream.told(StreamStarted)] == [False]
         # What a store has lost is fetched once more, and given back again.
         for file, content in repository.segments.items():
@@ -83,7 +86,7 @@ async def test_segments_and_the_open_end(start_server: StartServer, major: int) 
     assert_as_in_pg_wal(server, repository, 2)
     file, tail = max(repository.tails.items())
     assert (server.data_dir / "pg_wal" / file.name).read_bytes()[: len(tail)] == tail
-    assert file.start(SEGMENT) + len(tail) == end
+    assert file.start(SEGMENT) + len(tail) >= end, "a server writes something by itself every now and then"
 
     # Another process goes on at the first byte of the segment that is not stored whole, and through restarts.
     async with receiving(server, repository) as stream:
@@ -102,7 +105,8 @@ async def test_segments_and_the_open_end(start_server: StartServer, major: int) 
     assert_as_in_pg_wal(server, repository, 5)
 
 
-async def test_commits_wait_for_the_store(start_server: StartServer) -> None:
+async def test_commits_wait_for_the_store(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "_REPORT", 50.0)  # what is stored is reported at once, and not when it is time to
     server = started(start_server)
     async with receiving(server) as stream:
         await stream.caught_up(server)
@@ -116,9 +120,8 @@ async def test_commits_wait_for_the_store(start_server: StartServer) -> None:
         await asyncio.sleep(0.3)
         assert not commit.done()
         stream.storing.set()
-        began = time.monotonic()
-        await commit
-        assert time.monotonic() - began < 0.5
+        async with asyncio.timeout(30):
+            await commit
         server.configure({"synchronous_standby_names": ""})
 
 
@@ -135,7 +138,7 @@ async def test_nothing_is_read_while_nothing_is_stored(start_server: StartServer
         await asyncio.sleep(2.5)
         assert stream.most == 3
         assert not stream.told(StreamLost)
-        assert stream.told(WalMoved)[-1].age["store"] > 1
+        await stream.until(lambda: stream.told(WalMoved)[-1].age["store"] > 1, "it tells how old the oldest is")
         assert stream.told(WalMoved)[-1].flush == before
         began = time.monotonic()
         await asyncio.to_thread(server.stop, timeout=15)

@@ -67,10 +67,13 @@ def test_lag_is_how_long_a_segment_lies_in_the_spool(tmp_path: Path) -> None:
         segment, other = tmp_path / f"{1:08X}{0:08X}{1:08X}", tmp_path / "archtemp.1.2.3"
         segment.touch()
         other.touch()
+        deadline = time.monotonic() + 60
+        while segment.name not in lag._arrived:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         time.sleep(0.2)  # the lag that is to be measured
         segment.unlink()
         other.unlink()
-        deadline = time.monotonic() + 10
         while not lag.waited and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:

@@ -62,6 +62,7 @@ async def test_segments_and_the_open_end(start_server: StartServer, major: int) 
     server = started(start_server, major)
     repository = Repository()
     async with receiving(server, repository) as stream:
+        await stream.caught_up(server)  # it has begun
         await write(server, 2.3)
         end = await stream.caught_up(server)
         assert stream.receiver.received == end
@@ -219,6 +220,7 @@ async def test_removed_wal_is_a_gap_and_no_loop(start_server: StartServer, major
     )
     repository = Repository()
     async with receiving(server, repository) as stream:
+        await stream.caught_up(server)  # else it may begin behind what is written, and have no whole segment
         await write(server, 1.2)
         end = await stream.caught_up(server)
     first = WalFile.segment(1, end, SEGMENT)

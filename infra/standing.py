@@ -30,6 +30,7 @@ _FILLED = "`walship run` copies it there in the background, checked; what it can
 _REFUSED = "the log says why (refused, not_shipped); remove them once that is understood"
 _VERIFY = "walship verify names all that is damaged, at each destination"
 _HOLE = "take a base backup now, from then on the present can be restored again: walship backup"
+_HEAL = "`walship verify --heal` brings it from {}"
 _NO_WAL = "end the open segment, and see whether it arrives: walship switch"
 _BACK_UP = "take one: walship backup"
 
@@ -278,7 +279,7 @@ def _reasons(status: Status) -> Iterator[Reason]:
     if status.spool is not None:
         yield from _spool_reasons(status.spool)
     for place in status.destinations:
-        yield from _place_reasons(place, status.most_on_the_way)
+        yield from _place_reasons(place, status.most_on_the_way, status.destinations)
 
 
 def _spool_reasons(spool: SpoolState) -> Iterator[Reason]:
@@ -290,8 +291,10 @@ def _spool_reasons(spool: SpoolState) -> Iterator[Reason]:
         yield Reason(f"spool: {spool.refused} files were refused and moved aside", stops=False, hint=_REFUSED)
 
 
-def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reason]:
-    """``most`` bytes may be on their way; None: somebody else looks at that."""
+def _place_reasons(
+    place: DestinationStatus, most: int | None, places: tuple[DestinationStatus, ...]
+) -> Iterator[Reason]:
+    """``most`` bytes may be on their way; None: somebody else looks at that. ``places``: all destinations."""
     name = place.name
     if place.error:
         # What a store says of itself is seldom what to do: that it is slow, or left alone for a minute.
@@ -302,7 +305,8 @@ def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reaso
         yield Reason(problem, name, stops=False, hint="" if "`walship " in problem else _VERIFY)
     if place.missing:
         fact = f"{place.missing} is missing: what lies behind it cannot be reached"
-        yield Reason(fact, name, stops=False, hint=_HOLE)
+        whole = next((other.name for other in places if _has(other, place)), "")
+        yield Reason(fact, name, stops=False, hint=_HEAL.format(whole) if whole else _HOLE)
     # Before the newest backup they harm nobody who wants to go back to a moment behind it; ``recoverable`` shows them.
     if place.holes and not place.last_backup:
         yield Reason(f"{place.holes} segments are missing between stored ones", name, stops=False, hint=_HOLE)
@@ -316,6 +320,16 @@ def _place_reasons(place: DestinationStatus, most: int | None) -> Iterator[Reaso
         yield Reason(place.late, name, late=True, hint=_LATE)
     if place.lacks:
         yield Reason(place.lacks, name, late=True, stops=False, hint=_FILLED)
+
+
+def _has(other: DestinationStatus, place: DestinationStatus) -> bool:
+    """Whether it is known to have the segment that is missing at ``place``: unbroken from a backup as old, or older."""
+    return (
+        not (other.error or other.missing)
+        and other.timeline == place.timeline
+        and "" < other.last_backup <= place.last_backup
+        and other.last_segment > place.missing
+    )
 
 
 def _span(seconds: float) -> str:

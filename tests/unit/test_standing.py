@@ -135,6 +135,23 @@ def test_what_to_do_first_is_said_once() -> None:
     assert holed.result()["hints"] == [hole, late]
 
 
+def test_what_another_destination_has_is_brought_from_there() -> None:
+    """A base backup takes hours, and leaves the hole where it is."""
+    holed = replace(NEAR, missing="A7", last_segment="A9")
+    whole = replace(FAR, last_segment="A9")
+    assert replace(WELL, destinations=(holed, whole)).hints == ("`walship verify --heal` brings it from s3://far",)
+    for change in (
+        {"missing": "A7"},  # it lacks it as well
+        {"error": "503"},
+        {"timeline": 2},
+        {"last_segment": "A6"},  # it does not go as far
+        {"last_backup": "later"},  # it may begin behind the hole
+        {"last_backup": ""},
+    ):
+        less = replace(WELL, destinations=(holed, replace(whole, **change)))
+        assert less.hints[0].endswith("walship backup"), change
+
+
 def test_where_nothing_was_looked_at_nothing_is_safe() -> None:
     assert judge_absent("the store is away") == ("unsafe", "Not safe: nothing is shipped: the store is away.")
     assert judge_absent("")[0] == "unknown"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from handlers.verbatim import Parcel, create
 from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Abilities, Body, Store
-from pipeline.errors import ObjectConflict, RepositoryGone
+from pipeline.errors import ObjectConflict, ObjectMissing, RepositoryGone
 
 __all__ = ["Backlog", "Outlet", "Parcel", "copy_order", "emptied"]  # whoever has to do with an outlet gives it parcels
 
@@ -106,9 +106,12 @@ class Outlet:
         """Before the first object: does "only if absent" hold here, and is our data key here?
 
         Some stores ignore the condition without a word. And a key goes before all that is encrypted under it, or a
-        crash would leave objects that nobody can read.
+        crash would leave objects that nobody can read. RepositoryGone if there is no repository.
         """
-        there = await self.store.get(REPOSITORY)
+        try:
+            there = await self.store.get(REPOSITORY)
+        except ObjectMissing:
+            raise emptied(self.store) from None
         abilities = await self.store.probe(REPOSITORY, there)
         if self.key_object is not None:
             name, body = self.key_object

@@ -14,7 +14,7 @@ from handlers.body import joined
 from handlers.checksum import Checksum
 from handlers.compress import Compress
 from handlers.encrypt import Encrypt
-from handlers.outlet import Outlet
+from handlers.outlet import Outlet, emptied
 from handlers.ship import Shipper
 from handlers.upload import Uploader
 from infra.keys import Policy, RepositoryKeys, create_ring, open_keyring
@@ -167,6 +167,18 @@ async def test_a_command_does_not_wait_for_a_required_destination() -> None:
         it.b.away = True
         with pytest.raises(StoreError, match=r"could not be stored at b, which is required"):
             await it.shipper.ship(NAME, b"one")
+
+
+async def test_a_command_says_of_an_emptied_destination_what_the_service_says() -> None:
+    """Its error names the message above: that one says what to do."""
+    async with bench(patient=False) as it:
+        await it.b.delete([REPOSITORY])
+        with pytest.raises(StoreError, match=r"could not be stored at b, which is required"):
+            await it.shipper.ship(NAME, b"one")
+        known = emptied(it.b)
+        told = {(n.fact, n.hint) for n in it.notices if isinstance(n, DestinationFailed)}
+        assert told == {(known.fact, known.hint)}
+        assert not it.b.puts
 
 
 async def test_an_answer_that_was_lost_is_no_conflict() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from infra.dotfile import COMMENT
 from infra.recipients import parse_identity, read_secret
 from infra.ring import Writer
 from infra.settings import Settings
@@ -55,9 +56,9 @@ class AtHand:
 
     @property
     def cut_off(self) -> str:
-        """For the beginning of a hint: of a ring from when such lines of .env were taken. Empty without passphrase."""
-        words = "if it was made with a value without quotes in .env, only what stood before ` #` opens it; "
-        return words if self.passphrase else ""
+        """A sentence of a hint, of rings from when such lines of .env were taken. Empty if it has no such sign."""
+        words = "If the ring was made with a line of .env without quotes, only what stands before the ` #` opens it. "
+        return words if COMMENT.search(self.passphrase) else ""
 
 
 def look_at_hand(settings: Settings, tell: Callable[[str, str], None] | None = None) -> AtHand:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 
 #: Where python-dotenv sees a comment behind a value without quotes.
-_COMMENT = re.compile(r"\s#")
+COMMENT = re.compile(r"\s#")
 
 
 def read_dotfile(path: Path, secrets: Collection[str]) -> dict[str, str]:
@@ -35,7 +35,7 @@ def read_dotfile(path: Path, secrets: Collection[str]) -> dict[str, str]:
         if binding.key is None:
             continue
         given = original.partition("=")[2]
-        if binding.key in secrets and not given.lstrip().startswith(("'", '"')) and _COMMENT.search(given.rstrip()):
+        if binding.key in secrets and not given.lstrip().startswith(("'", '"')) and COMMENT.search(given.rstrip()):
             raise ConfigError(
                 f"line {line} of {path}: in {binding.key}, what follows the # would be taken for a comment",
                 hint="put the value into single quotes, and a comment on a line of its own. What was made with such a"

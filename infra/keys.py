@@ -17,8 +17,9 @@ from infra.keyring import KeyReplacedError, RepositoryKeys
 from infra.ring import Front, Policy, Ring, Writer, fresh_ring, open_ring, read_front, ring_name, seal_ring
 from infra.sealing import public_of
 from infra.settings import Settings
+from pipeline.catalog import REPOSITORY
 from pipeline.contracts import Body, Clock, ObjectInfo, Store
-from pipeline.errors import ConfigError, IntegrityError, StoreError, WalshipError
+from pipeline.errors import ConfigError, IntegrityError, ObjectMissing, StoreError, WalshipError
 from pipeline.moments import moment_in, show
 
 log = structlog.get_logger()
@@ -143,8 +144,9 @@ async def not_opened(
     if opened is None:
         return ConfigError(
             f"{at_hand.names} {which}",
-            hint=f"{at_hand.cut_off}it says that it opens with {openers(front)}. If what is at hand is right, the ring"
-            f" was replaced: {compare}",
+            hint=f"it is not the right one for this repository, which opens with {openers(front)}. Nobody has that?"
+            f' docs/procedures.md, "Passphrase lost". {at_hand.cut_off}If what is at hand is right, the ring was'
+            f" replaced: {compare}",
         )
     made = moment_in(front.created)
     what, others = "the passphrase", front.passphrases
@@ -236,6 +238,8 @@ async def open_keys(
                 "keys", destination=passed_over.name, error=failure.fact, hint=failure.hint, served_by=store.name
             )
         for behind in (other for other in stores if numbers.get(other.name, newest) < numbers[store.name]):
+            if await _is_gone(behind):
+                continue  # nothing is copied there, and all else that is said of it is another matter
             fact = f"{ring_name(numbers[store.name])} is missing there, which {store.name} has"
             hint = (
                 "`walship run` copies it there; until then it can be read there with the former secrets, or not at all"
@@ -245,6 +249,17 @@ async def open_keys(
             await _learn_from_others(keys, store, stores)
         return keys
     raise failures[0][1]
+
+
+async def _is_gone(store: Store) -> bool:
+    """Whether it has answered that it holds no repository: it was emptied, or is new. Whoever writes there tells."""
+    try:
+        await store.head(REPOSITORY)
+    except ObjectMissing:
+        return True
+    except StoreError:
+        return False
+    return False
 
 
 async def _learn_from_others(keys: RepositoryKeys, served: Store, stores: Sequence[Store]) -> None:

@@ -114,7 +114,7 @@ async def test_rotate_puts_a_new_passphrase_in_the_place_of_the_old() -> None:
         with pytest.raises(ConfigError) as caught:
             await opened(stores, wrong)
         assert caught.value.fact.startswith("BACKUP_ENCRYPTION_PASSWORD does not open the key ring keys/ring-00000003")
-        assert "if it was made with a value without quotes" in caught.value.hint
+        assert "it is not the right one for this repository" in caught.value.hint
         for store in stores:
             await store.delete([ring_name(2)])
             await store.put(ring_name(2), MemoryBody([b"damaged"]))

@@ -17,7 +17,7 @@ from infra.ring import fresh_ring, ring_name, seal_ring
 from infra.settings import Settings
 from infra.storage.memory import MemoryStore
 from pipeline.backup import ArchiveInfo, BackupInfo
-from pipeline.catalog import index_key, info_key, manifest_key, part_key, wal_key
+from pipeline.catalog import REPOSITORY, index_key, info_key, manifest_key, part_key, wal_key
 from pipeline.contracts import Body, Span
 from pipeline.errors import StoreError
 from pipeline.objects import MemoryBody
@@ -96,6 +96,7 @@ class Twins:
 @pytest.fixture
 async def twins() -> Twins:
     first, second = MemoryStore("first"), MemoryStore("second")
+    await first.put(REPOSITORY, MemoryBody([b"{}"]))
     await first.put(RING, MemoryBody([ring_object()]))
     keys: RepositoryKeys = await open_keyring(first, SYSTEM_ID, PASSPHRASE, writer=True, clock=CLOCK)
     assert keys.key_object is not None

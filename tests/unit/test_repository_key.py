@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import structlog
 
 from handlers.outlet import Outlet
 from handlers.verbatim import Parcel
@@ -13,7 +14,7 @@ from infra.at_hand import AtHand
 from infra.key_report import look_at_keys
 from infra.keyring import KeyReplacedError, RepositoryKeys
 from infra.ring import ring_name
-from pipeline.catalog import data_key_name
+from pipeline.catalog import REPOSITORY, data_key_name
 from pipeline.contracts import Body
 from pipeline.errors import ConfigError, IntegrityError, StoreError
 from pipeline.objects import MemoryBody, read_header
@@ -192,6 +193,21 @@ async def test_with_the_same_repository_key_an_older_ring_will_do() -> None:
     writer = await opened(stores, OLD, writer=True)
     sealed = await write(stores, writer, b"text")
     assert read(chain(await opened(stores, NEW)), NAME, sealed) == b"text"
+
+
+async def test_where_the_newest_ring_is_missing_is_told_unless_the_repository_is_gone_there() -> None:
+    """``walship run`` copies a ring, and nothing at all to where there is no repository."""
+    stores = await repository()
+    await key_changes.rotate(await current(stores[1:]), CLOCK, NEW)
+    with structlog.testing.capture_logs() as told:
+        await opened(stores, NEW)
+    assert [(line["destination"], line["error"]) for line in told] == [
+        ("a", "keys/ring-00000002 is missing there, which b has")
+    ]
+    await stores[0].delete([REPOSITORY, ring_name(1)])
+    with structlog.testing.capture_logs() as told:
+        await opened(stores, NEW)
+    assert not told
 
 
 async def test_a_ring_of_a_newer_form_is_refused_by_name() -> None:

@@ -30,6 +30,12 @@ class Done:
     #: What the last one that went well has measured, as far as it can be read.
     figures: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def failing(self) -> datetime | None:
+        """When it failed, if none has gone well since."""
+        good = self.success is not None and (self.failure is None or self.failure < self.success)
+        return None if good else self.failure
+
 
 async def last_done(site: Site) -> dict[str, Done]:
     """For each of ``VERBS``, and for ``backup``. Raises StoreError if no destination answers."""

@@ -198,6 +198,8 @@ class Lookout:
             recoverable=stored,
             last_drill=self._done.get("drill", Done()).success,
             last_verify=self._done.get("verify", Done()).success,
+            failed_drill=self._done.get("drill", Done()).failing,
+            failed_verify=self._done.get("verify", Done()).failing,
             schedule=self.planned(),
             exposed=self._exposed,
             unknown=(*self._unread, *self._stale()),

@@ -14,6 +14,7 @@ import structlog
 from handlers.base_backup import Cluster, take
 from handlers.ship import Shipper
 from infra import systemd
+from infra.alongside import what_is_shipped
 from infra.keys import KeyReplacedError
 from infra.marked import marked
 from infra.monitored import Monitor, monitored, monitoring
@@ -31,7 +32,7 @@ from infra.settings import Settings
 from infra.sources.dropped import dropped_messages, dropped_wal, open_dropped
 from infra.sources.spool import SpoolTakenError, holder
 from infra.sources.watcher import SpoolWatcher
-from infra.storage.lease import Lease, LeaseHeldError
+from infra.storage.lease import Lease, LeaseHeldError, refuse_if_written
 from infra.storage.reported import forget_confirmed
 from infra.storage.retry import SERVICE
 from infra.streaming import Streaming, keep_clean
@@ -119,7 +120,7 @@ async def _serve(settings: Settings, cluster: str, spool: Path | None, monitor: 
 @asynccontextmanager
 async def _holding_lease(site: Site) -> AsyncIterator[Lease]:
     """Nobody else ships this cluster meanwhile; the next writer need not wait when we are through."""
-    what = f"spool {site.settings.spool_dir}" if "watch" in site.settings.sources else f"slot {site.settings.slot}"
+    what = what_is_shipped(site.settings)
     lease = await Lease.acquire(site.stores, clock=site.clock, tell=_tell_of_lease, server=what)
     try:
         yield lease
@@ -297,6 +298,8 @@ async def push(settings: Settings, notify: Callable[[Notice], None], *, cluster:
         open_site(settings, cluster=chosen, writer=True, notify=count) as site,
         open_shipping(site) as shipping,
     ):
+        if holder(spool) is None:  # else the spool itself says who ships it
+            await refuse_if_written(site.stores, clock=site.clock, tell=_tell_of_lease)
         watcher = _watcher(spool, site, once=True)
         dispatcher = Dispatcher(_handler(site, shipping.command), clock=site.clock, notify=count, patience=none_left)
         await dispatcher.run(watcher)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from infra.recoverable import Recoverable
 from infra.sources.spool import SpoolState
 from infra.whereabouts import Exposed
+from pipeline.moments import show
 
 #: Waiting longer than this in the spool is no longer a passing queue.
 SLOW = timedelta(minutes=2)
@@ -26,6 +27,10 @@ _CHECK = "walship check tries it, and says what is wrong and what to do"
 _START_SERVER = "start the server, or find out why it cannot be reached: walship check"
 _START = "start the service: walship run"
 _LATE = "if it does not catch up by itself: the service's log tells what it was refused, walship check tries all of it"
+_ANOTHER = (
+    "connect walship to the node that was promoted. If there is none, a clone has shipped here by mistake:"
+    ' docs/procedures.md, "A clone has shipped into the repository"'
+)
 _FILLED = "`walship run` copies it there in the background, checked; what it cannot copy its log names"
 _REFUSED = "the log says why (refused, not_shipped); remove them once that is understood"
 _VERIFY = "walship verify names all that is damaged, at each destination"
@@ -168,6 +173,9 @@ class Status:
     #: When a drill and a verification last went well, by their records; None: never, as far as is known.
     last_drill: datetime | None = None
     last_verify: datetime | None = None
+    #: When one failed, if none has gone well since.
+    failed_drill: datetime | None = None
+    failed_verify: datetime | None = None
     #: What the service does by itself, in the order in which it would.
     schedule: tuple[Planned, ...] = ()
     #: What is safe now may be lost with one host, by choice: said with every "safe", and nothing that is wrong. None: a
@@ -265,6 +273,7 @@ def _safe_words(status: Status) -> str:
 def _reasons(status: Status) -> Iterator[Reason]:
     if status.server_error:
         yield Reason(f"server: {status.server_error}", hint=_START_SERVER)
+    yield from _overtaken(status)
     if status.archiving_fails_at:
         yield Reason(f"server: archiving fails since {status.archiving_fails_at}", hint=_CHECK)
     if status.spool is not None and status.service is None:  # the cause, where the stream stands still as well
@@ -280,6 +289,25 @@ def _reasons(status: Status) -> Iterator[Reason]:
         yield from _spool_reasons(status.spool)
     for place in status.destinations:
         yield from _place_reasons(place, status.most_on_the_way, status.destinations)
+    yield from _record_reasons(status)
+
+
+def _overtaken(status: Status) -> Iterator[Reason]:
+    stored = status.recoverable.newest_timeline if status.recoverable else 0
+    if status.timeline is not None and status.timeline < stored:
+        yield Reason(
+            f"the server is on timeline {status.timeline}, and another one has gone over to timeline {stored} in this"
+            " repository: a restore of the latest state brings back that one",
+            stops=False,
+            hint=_ANOTHER,
+        )
+
+
+def _record_reasons(status: Status) -> Iterator[Reason]:
+    for verb, failed in (("verify", status.failed_verify), ("drill", status.failed_drill)):
+        if failed is not None:
+            hint = f"walship history --verb {verb} tells what it has found; once one goes well, this is gone"
+            yield Reason(f"the last {verb} failed, at {show(failed)}", stops=False, hint=hint)
 
 
 def _spool_reasons(spool: SpoolState) -> Iterator[Reason]:

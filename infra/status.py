@@ -83,6 +83,8 @@ async def read_status(site: Site, *, waits: Callable[[str], None] = lambda _: No
         unknown=tuple(map(brief, unread)),
         last_drill=done.get("drill", Done()).success,
         last_verify=done.get("verify", Done()).success,
+        failed_drill=done.get("drill", Done()).failing,
+        failed_verify=done.get("verify", Done()).failing,
         schedule=planned,
         exposed=await asyncio.to_thread(exposed, site.settings),
     )

@@ -86,7 +86,7 @@ def _slot(stream: StreamFacts, name: str) -> Iterator[Problem]:
     elif not slot.active:
         yield warning(f"nobody streams from the slot {name}: it keeps {_mb(slot.retained)} of WAL since LSN"
                       f" {slot.restart_lsn}, and more each minute",
-                      "start `walship run`; if it is to go for good:"
+                      "start `walship run`, or see in its log why it does not stream; if it is to go for good:"
                       f" SELECT pg_drop_replication_slot('{name}');")  # fmt: skip
 
 
@@ -146,7 +146,8 @@ def _for_us(
                     "end them, or give them another application_name: each confirms for all of that name")  # fmt: skip
     elif stream.ours is None:
         yield hang(f"commits wait: nobody streams as {name}, and they hang until somebody does",
-                      "start `walship run`; to let them go on without it, in psql: ALTER SYSTEM RESET"
+                      "start `walship run`, or see in its log why it does not stream; to let them go on without it, in"
+                      " psql: ALTER SYSTEM RESET"
                       " synchronous_standby_names; SELECT pg_reload_conf();")  # fmt: skip
     elif len(others) < names.count - 1:
         yield hang(f"commits wait for {names.count} standbys, and {len(others) + 1} of the named are connected: they"

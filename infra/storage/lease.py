@@ -46,7 +46,11 @@ _LAST = 0xFFFFFFFF
 
 
 class LeaseHeldError(SourceError):
-    """Another service writes to this repository; it may end."""
+    """Another service writes to this repository; it may end. ``holder``: which, as far as its lease can be read."""
+
+    def __init__(self, fact: str, *, hint: str = "", holder: Holder | None = None) -> None:
+        super().__init__(fact, hint=hint)
+        self.holder = holder
 
 
 def lease_key(number: int) -> str:
@@ -296,6 +300,16 @@ async def newest(store: Store) -> tuple[int, Heartbeat] | None:
     return (place.highest, there) if there else None
 
 
+async def refuse_if_written(
+    stores: Sequence[Store], *, clock: Clock, ttl: float = TTL, tell: Callable[[str], None]
+) -> None:
+    """LeaseHeldError that names the service which writes to the repository, if one is alive; takes no lease.
+
+    For commands that would write WAL beside it. Waits, and raises, as ``Lease.acquire`` does.
+    """
+    await _vacant([Place(store, clock) for store in stores], clock, ttl, tell)
+
+
 async def _vacant(places: Sequence[Place], clock: Clock, ttl: float, tell: Callable[[str], None]) -> int:
     """The highest number there is, once nobody holds it; LeaseHeldError if somebody does. See ``Lease.acquire``."""
     watched = 0
@@ -316,10 +330,11 @@ async def _vacant(places: Sequence[Place], clock: Clock, ttl: float, tell: Calla
                     f"this repository is written already by {_words(place.content)}, which was seen alive just now"
                     f" ({lease_key(highest)} at {place.store.name})",
                     hint=_hint(ttl),
+                    holder=there.holder if (there := Heartbeat.decode(place.content)) else None,
                 )
         now = clock.monotonic()
         if all(now - place.since >= ttl for place in holding):
-            tell(f"{_words(holding[0].content)} has not renewed {where} for {ttl:.0f} s: taking over")
+            tell(f"{_words(holding[0].content)} has not renewed {where} for {ttl:.0f} s, and counts as gone")
             return _below_last(highest, where)
         if highest != watched:
             tell(f"{_words(holding[0].content)} holds {where}: watching for {ttl:.0f} s whether it is alive")

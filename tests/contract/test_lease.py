@@ -66,7 +66,7 @@ async def test_a_lease_that_does_not_change_for_its_time_to_live_is_taken_over(s
     assert TTL <= clock.passed < TTL * 1.2
     assert told == [
         f"{first.holder.words} holds lease/00000001 at {store.name}: watching for 15 s whether it is alive",
-        f"{first.holder.words} has not renewed lease/00000001 at {store.name} for 15 s: taking over",
+        f"{first.holder.words} has not renewed lease/00000001 at {store.name} for 15 s, and counts as gone",
     ]
     with pytest.raises(LeaseHeldError) as refused:
         await first.run()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from infra.cli.status import _lines as status_lines
+from infra.done import Done
 from infra.recoverable import Backup, Recoverable, Stretch
 from infra.sources.spool import SpoolState
 from infra.standing import DestinationStatus, State, Status, StreamStatus, brief, judge, judge_absent, stopped_by
@@ -53,6 +55,39 @@ def test_the_cause_comes_before_what_follows_from_it() -> None:
 def test_what_to_do_is_said_with_what_a_store_says_of_itself(said: str, hint: str) -> None:
     away = replace(NEAR, error="it is away", hint=said)
     assert replace(WELL, destinations=(away, FAR)).hints == (hint,)
+
+
+def test_a_server_that_another_one_has_overtaken_is_not_safe() -> None:
+    """A clone has shipped into its repository: what the server commits from now on, a restore would not bring back."""
+    status = replace(WELL, timeline=2, recoverable=replace(STORED, newest_timeline=3))
+    state, sentence = judge(status)
+    assert (state, sentence) == ("unsafe", f"Not safe: {status.reasons[0]}.")
+    assert sentence.endswith(
+        "another one has gone over to timeline 3 in this repository: a restore of the latest state"
+        " brings back that one."
+    )
+    assert "A clone has shipped into the repository" in status.hints[0]
+    assert "A clone has shipped into the repository" in Path("docs/procedures.md").read_text("utf-8")
+    assert stopped_by(status) == []
+    for fine in (replace(status, timeline=3), replace(status, timeline=4), replace(status, timeline=None)):
+        assert judge(fine)[0] == "safe"
+
+
+@pytest.mark.parametrize("verb", ["verify", "drill"])
+def test_what_failed_last_is_not_safe_until_it_goes_well(verb: str) -> None:
+    status = replace(
+        WELL, failed_verify=NOON if verb == "verify" else None, failed_drill=NOON if verb == "drill" else None
+    )
+    assert judge(status) == ("unsafe", f"Not safe: the last {verb} failed, at 2026-01-14 12:00:00 UTC.")
+    assert f"walship history --verb {verb}" in status.hints[0]
+    before = NOON - timedelta(hours=1)
+    for done, failing in (
+        (Done(success=before, failure=NOON), NOON),
+        (Done(success=NOON, failure=before), None),
+        (Done(failure=NOON), NOON),
+        (Done(), None),
+    ):
+        assert done.failing == failing
 
 
 def test_all_is_well() -> None:

@@ -16,8 +16,9 @@ from infra.service import push
 async def command(cluster: str, as_json: bool) -> None:
     """Ship what waits in the spool, then exit. For a cron job, or before a host is shut down for good.
 
-    Exits with 0 only if nothing that was there is left unshipped. With the stream alone there is no spool: `walship
-    switch` is what ships the open end then.
+    Exits with 0 only if nothing that was there is left unshipped. The segment that is open is not there yet: `walship
+    switch` ends it first, ships as this does where no service runs, and waits until all of it is safe. With the stream
+    alone there is no spool, and `walship switch` is what ships.
 
     \b
     Examples:

@@ -22,10 +22,12 @@ from infra.wiring import open_destinations, open_shipping, open_site
 async def command(as_json: bool) -> None:
     """Switch WAL and wait until the old segment, and all before it, is at every required destination.
 
-    All that was committed before is then offsite. Where no service ships, it ships meanwhile itself. A destination
-    that is not required gets a few seconds more; one that lacks the segment then is named on stderr, and no failure.
-    Where the server's settings let no WAL arrive, it says so and switches nothing; nor
-    does it wait for a destination that was emptied.
+    All that was committed before is then offsite. Where no service runs, it ships meanwhile itself. (`walship push`
+    does not end the open segment: it ships only what lies in the spool now.)
+
+    A destination that is not required gets a few seconds more; one that lacks the segment then is named on stderr, and
+    no failure. If the server is not set up to hand over its WAL, it fails at once, and nothing is switched. If a
+    required destination was emptied, it fails without waiting for it.
 
     \b
     Examples:

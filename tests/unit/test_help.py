@@ -43,6 +43,13 @@ def test_examples_stand_on_lines_of_their_own() -> None:
     assert all(line.startswith("walship restore --target-dir ") for line in lines[first : first + 4])
 
 
+def test_push_and_switch_say_how_they_differ() -> None:
+    for verb, other in (("push", "switch"), ("switch", "push")):
+        words = " ".join(CliRunner().invoke(cli, [verb, "--help"]).output.split())
+        assert f"`walship {other}`" in words
+        assert "where no service runs" in words.lower()
+
+
 def test_without_a_word_it_prints_the_help_alone() -> None:
     done = subprocess.run([sys.executable, "-m", "infra.cli"], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2

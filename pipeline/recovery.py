@@ -353,7 +353,14 @@ def timeline_setting(catalog: Catalog, lineage: Lineage) -> str:
 
 def remarks(catalog: Catalog, lineage: Lineage) -> tuple[str, ...]:
     """What people have to know of the timelines before they restore along this lineage."""
-    found = []
+    # First: of all that is said, only this may cost commits. A failover leaves a few there; a clone that has shipped by
+    # mistake, all that the server has written since.
+    found = [
+        f"timeline {leg.timeline} has WAL behind LSN {leg.end}, where the restored history left it, up to LSN"
+        f" {catalog.end_of(leg.timeline)}: commits there are not restored; --timeline {leg.timeline} brings them back"
+        for leg in lineage.legs[:-1]
+        if leg.end is not None and catalog.end_of(leg.timeline) > leg.end
+    ]
     if lineage.timeline < catalog.newest_timeline:
         found.append(f"timeline {catalog.newest_timeline} is newer than timeline {lineage.timeline}, which is restored")
     if timeline_setting(catalog, lineage) == "current":
@@ -370,10 +377,4 @@ def remarks(catalog: Catalog, lineage: Lineage) -> tuple[str, ...]:
         else:
             fork = catalog.histories[timeline][-1].lsn if catalog.histories.get(timeline) else Lsn(0)
             found.append(f"timeline {timeline} began at LSN {fork}, nothing of it is stored: it is not followed")
-    found += [
-        f"timeline {leg.timeline} has WAL behind LSN {leg.end}, where the restored history left it:"
-        f" commits there are not restored; --timeline {leg.timeline} brings them back"
-        for leg in lineage.legs[:-1]
-        if leg.end is not None and catalog.end_of(leg.timeline) > leg.end
-    ]
     return (*found, *catalog.tail_notices, *catalog.problems)

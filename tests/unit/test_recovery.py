@@ -239,8 +239,10 @@ def test_what_is_left_behind_on_the_old_timeline_is_told_though_it_is_only_in_a_
     catalog = replace(CATALOG, backups=CATALOG.backups[:2], segments={1: Runs(((2, 30),)), 2: Runs(((30, 51),))})
     lineage = catalog.lineage(2)
     assert remarks(replace(catalog, tails={1: {30: 512}}), lineage) == ()
-    left = replace(catalog, tails={1: {30: 600}})
-    assert "timeline 1 has WAL behind LSN 0/1E00200" in remarks(left, lineage)[0]
+    left = replace(catalog, tails={1: {30: 600}}, segments={**catalog.segments, 3: Runs(((52, 53),))})
+    first = remarks(left, lineage)[0]
+    assert len(remarks(left, lineage)) > 1, "it is said before all else"
+    assert "timeline 1 has WAL behind LSN 0/1E00200, where the restored history left it, up to LSN 0/1E00258:" in first
     assert left.wal_path(left.lineage(1), Lsn(20 * SIZE)).end == Lsn(30 * SIZE + 600)
 
 

@@ -84,5 +84,8 @@ def copy(shipped: Shipped) -> Iterator[Copy]:
     """A copy of ``shipped`` to spoil."""
     folder = make_folder("walship-c-")
     shutil.copytree(shipped.local, folder / "local")
+    for record in folder.glob("local/*/log/*"):  # other tests have drilled and verified what this is a copy of
+        if "-backup-" not in record.name:
+            record.unlink()
     yield Copy(shipped, folder / "local")
     shutil.rmtree(folder)

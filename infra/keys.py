@@ -246,7 +246,7 @@ async def open_keys(
             )
             log.warning("keys", destination=behind.name, error=fact, hint=hint, served_by=store.name)
         if not writer:
-            await _learn_from_others(keys, store, stores)
+            await _learn_from_others(keys, store, [other for other in stores if other.name in numbers])
         return keys
     raise failures[0][1]
 
@@ -263,7 +263,10 @@ async def _is_gone(store: Store) -> bool:
 
 
 async def _learn_from_others(keys: RepositoryKeys, served: Store, stores: Sequence[Store]) -> None:
-    """An object that only another destination has may lie under a data key that only it has."""
+    """An object that only another destination has may lie under a data key that only it has.
+
+    ``stores``: those that have just answered. Of the others it is asked, with patience, when such an object is read.
+    """
     for other in stores:
         if other is served:
             continue

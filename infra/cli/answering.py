@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from handlers.feed import turns_beside
 from handlers.fetch import Fetcher
 from infra.cli.verb import say
+from infra.repository import ANSWER, Destination
 from infra.restore import Repository
 from infra.settings import Settings
 from infra.storage import display_name
 from infra.storage.as_of import as_it_was
 from infra.wiring import Site
 from pipeline.catalog import REPOSITORY
-from pipeline.errors import ConfigError, StoreError
+from pipeline.contracts import ObjectInfo
+from pipeline.errors import ConfigError, IntegrityError, RecoveryError, StoreError
 from pipeline.moments import parse_time, time_remark
+
+T = TypeVar("T")
 
 
 def narrowed(wanted: Settings, source: str) -> Settings:
@@ -51,20 +57,76 @@ async def answering(site: Site, *, tell: Callable[[str], None] = say) -> Site:
 
     Left in, they would be asked for every file at the end of the WAL, and "not there" would never be certain.
     """
-    kept, errors = [], []
-    for url, destination, store in zip(site.settings.destinations, site.destinations, site.stores, strict=True):
-        try:
-            await store.head(REPOSITORY)
-        except StoreError as error:
+    there, _ = await heard(site, lambda _: False, tell=tell)
+    return there
+
+
+async def heard(
+    site: Site, suffices: Callable[[Destination], bool], *, tell: Callable[[str], None] = say
+) -> tuple[Site, list[str]]:
+    """As ``answering``, for whom some destinations suffice; with the names of those that were not waited for.
+
+    Once one that ``suffices`` has answered, the others have ``ANSWER`` seconds; until then, all their patience.
+    """
+    tasks = [asyncio.create_task(store.head(REPOSITORY)) for store in site.stores]
+    pairs = zip(tasks, site.destinations, strict=True)
+    await _wait(tasks, {task for task, destination in pairs if suffices(destination)})
+    kept, errors, silent = [], [], []
+    each = zip(tasks, site.settings.destinations, site.destinations, site.stores, strict=True)
+    for task, url, destination, store in each:
+        error: BaseException | None = None
+        if task.cancelled():
+            silent.append(store.name)
+            error = StoreError(f"{store.name} has not answered for {ANSWER:g} seconds, and another destination has")
+        else:
+            error = task.exception()
+        if error is None:
+            kept.append((url, destination, store))
+        elif isinstance(error, StoreError):
             errors.append(error)
             tell(f"{store.name} is left out: {error.fact}. What only it has cannot be restored")
         else:
-            kept.append((url, destination, store))
+            raise error
     if not kept:
         raise errors[0]
     urls, destinations, stores = (tuple(parts) for parts in zip(*kept, strict=True))
     settings = site.settings.model_copy(update={"destinations": urls, "required": ()})
-    return replace(site, settings=settings, destinations=destinations, stores=stores)
+    return replace(site, settings=settings, destinations=destinations, stores=stores), silent
+
+
+async def with_enough(site: Site, decide: Callable[[Site], Awaitable[T]]) -> T:
+    """What ``decide`` makes of the destinations that answer, without waiting long for others once a required one does.
+
+    What was acknowledged is there, unless it was away itself while others stored; so who is left out is always told.
+    Where what is there is not enough, those that were silent may have what is lacking: they are asked again, and waited
+    for. Raises what ``decide`` does.
+    """
+    there, silent = await heard(site, lambda destination: destination.required)
+    try:
+        return await decide(there)
+    except (IntegrityError, RecoveryError, StoreError) as error:
+        if not silent:
+            raise
+        say(f"{error.fact}. What is lacking may be at {', '.join(silent)}, which is asked again, and waited for")
+        more = await answering(site)
+        if not {store.name for store in more.stores} & set(silent):
+            raise
+    return await decide(more)
+
+
+async def _wait(tasks: Sequence[asyncio.Task[ObjectInfo]], suffice: Collection[asyncio.Task[ObjectInfo]]) -> None:
+    """Until all are done, or ``ANSWER`` seconds after one of ``suffice`` is well: then cancel those that are not."""
+    waiting = set(tasks)
+    try:
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if waiting and any(task in suffice and task.exception() is None for task in done):
+                await asyncio.wait(waiting, timeout=ANSWER)
+                break
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def repository_of(site: Site, *, allow_unencrypted: bool) -> Repository:

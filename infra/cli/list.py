@@ -10,7 +10,7 @@ import click
 
 from handlers.fetch import Fetcher, read_catalog
 from handlers.plan import last_moment
-from infra.cli.answering import answering, as_of
+from infra.cli.answering import as_of, heard
 from infra.cli.verb import as_of_option, asynchronous, cluster_option, emit, human, json_option, say, settings
 from infra.pins import pins_of
 from infra.wiring import open_site
@@ -37,9 +37,10 @@ async def command(cluster: str, as_json: bool, **options: Any) -> None:
       walship list --cluster 7400000000000000000
       walship list --json
     """  # noqa: D301  the character is meant: it tells click to leave these lines as they are
-    async with open_site(await as_of(settings(), options["as_of"]), cluster=cluster) as site:
+    waits = None if as_json else say
+    async with open_site(await as_of(settings(), options["as_of"]), cluster=cluster, waits=waits) as site:
         away: list[str] = []
-        there = await answering(site, tell=away.append)
+        there, _ = await heard(site, lambda _: True, tell=away.append)
         for line in away:
             say(line)
         fetch = Fetcher(

@@ -14,9 +14,9 @@ import click
 
 from handlers.occupant import occupant
 from handlers.restore import Laid
-from handlers.shares import check_complete, measure, share_out
+from handlers.shares import Shares, check_complete, measure, share_out
 from handlers.target_dir import Targets
-from infra.cli.answering import answering, as_of, narrowed, repository_of
+from infra.cli.answering import as_of, narrowed, repository_of, with_enough
 from infra.cli.planned import fitted, plan_facts, plan_lines
 from infra.cli.progress import EVERY, Bytes
 from infra.cli.verb import (
@@ -34,10 +34,10 @@ from infra.cli.verb import (
 from infra.malloc import KEPT, give_back_large_blocks
 from infra.postgres.restored import Replay, Started
 from infra.records import recording
-from infra.restore import Place, Restored, Watch, check_place, make_plan, restore
+from infra.restore import Place, Repository, Restored, Watch, check_place, make_plan, restore
 from infra.settings import Settings
 from infra.storage.in_use import using
-from infra.wiring import open_site
+from infra.wiring import Site, open_site
 from pipeline.errors import ConfigError
 from pipeline.moments import in_json, moment_in, time_remark
 from pipeline.recovery import RestorePlan
@@ -103,15 +103,22 @@ async def command(target_dir: str, **options: Any) -> None:
         say(remark)
     began = time.monotonic()
     wanted = await as_of(narrowed(settings(), options["source"]), options["as_of"])
-    async with open_site(wanted, cluster=options["cluster"], allow_unencrypted=options["allow_unencrypted"]) as opened:
+    waits = _Waits()
+    allowed: bool = options["allow_unencrypted"]
+    async with open_site(wanted, cluster=options["cluster"], allow_unencrypted=allowed, waits=waits) as opened:
         opened.keys.need_reading("walship restore")
-        site = await answering(opened)
-        repository = repository_of(site, allow_unencrypted=options["allow_unencrypted"])
-        plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
+
+        async def decide(site: Site) -> tuple[Site, Repository, RestorePlan, Shares]:
+            repository = repository_of(site, allow_unencrypted=allowed)
+            plan = await make_plan(repository, target, backup=options["backup"], progress=_scanned())
+            found = await share_out(plan, repository.stores)
+            check_complete(found, plan.backup)
+            return site, repository, plan, found
+
+        site, repository, plan, found = await with_enough(opened, decide)
+        waits.over = True  # an object on its way may be slow
         place = _on_this_machine(place, site.settings)
         targets = await check_place(plan, place)
-        found = await share_out(plan, repository.stores)
-        check_complete(found, plan.backup)
         occupants = await asyncio.to_thread(lambda: [occupant(folder) for folder in targets.full])
         asked = bool(occupants) and sys.stdin.isatty() and not options["yes"]
         # Nobody waits for an estimate that nobody reads.
@@ -145,6 +152,16 @@ async def command(target_dir: str, **options: Any) -> None:
                 if not (place.standby and place.start):  # else that was told when it had caught up
                     finish(restored)
             entry.summary |= {"bytes_fetched": restored.laid.fetched, "started": restored.server is not None}
+
+
+class _Waits:
+    """Says who is waited for, until it is over."""
+
+    over = False
+
+    def __call__(self, line: str) -> None:
+        if not self.over:
+            say(line)
 
 
 def _target(options: dict[str, Any]) -> tuple[Target, str]:

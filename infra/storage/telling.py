@@ -11,15 +11,25 @@ from pipeline.contracts import Abilities, Body, ObjectInfo, Span, Store
 
 #: Seconds without an answer after which it is told.
 PATIENCE = 3.0
+#: Seconds after which it is told again, if it is still the same answer that is waited for.
+AGAIN = 10.0
 
 
 class Telling:
-    """See ``pipeline.contracts.Store``. ``tell`` is given one line, once: a store that is slow stays slow."""
+    """See ``pipeline.contracts.Store``. ``tell`` is given one line, once: a store that is slow stays slow.
 
-    def __init__(self, store: Store, tell: Callable[[str], None], *, patience: float = PATIENCE) -> None:
+    But of one that still has not answered the same question it is told again, every ``again`` seconds.
+    """
+
+    def __init__(
+        self, store: Store, tell: Callable[[str], None], *, patience: float = PATIENCE, again: float = AGAIN
+    ) -> None:
         self._store = store
-        self._tell: Callable[[str], None] | None = tell
+        self._tell = tell
         self._patience = patience
+        self._again = again
+        #: When it was told last, by the loop's clock.
+        self._told: float | None = None
 
     @property
     def name(self) -> str:
@@ -59,16 +69,23 @@ class Telling:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        if self._tell is None:
-            yield
-            return
-        timer = asyncio.get_running_loop().call_later(self._patience, self._say)
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        timer: asyncio.TimerHandle
+
+        def say() -> None:
+            nonlocal timer
+            now = loop.time()
+            if self._told is None:
+                self._told = now
+                self._tell(f"waiting for {self.name}")
+            elif now - max(self._told, asked) >= self._again:  # else another call of several has said so just now
+                self._told = now
+                self._tell(f"still waiting for {self.name}: no answer for {now - asked:.0f} seconds")
+            timer = loop.call_at(max(self._told, asked) + self._again, say)
+
+        timer = loop.call_later(self._patience, say)
         try:
             yield
         finally:
             timer.cancel()
-
-    def _say(self) -> None:
-        tell, self._tell = self._tell, None
-        if tell is not None:
-            tell(f"waiting for {self.name}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import pytest
 
@@ -147,6 +148,27 @@ async def test_a_person_is_told_once_whom_the_command_waits_for() -> None:
     assert [info.key async for info in store.list("")] == ["a"]
     assert (await store.head("a")).size == BODY.size
     assert said == ["waiting for memory"]
+
+
+async def test_a_person_who_waits_long_for_one_answer_is_told_again() -> None:
+    said: list[str] = []
+    faulty = Faulty(MemoryStore(), delay={"head": 600.0})
+    store = Telling(faulty, said.append, patience=0.01, again=0.05)
+    began = time.monotonic()
+    asking = [asyncio.create_task(store.head("a")) for _ in range(4)]
+    async with asyncio.timeout(20):
+        while len(said) < 3:
+            await asyncio.sleep(0.01)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    heard = len(said)
+    assert said[0] == "waiting for memory"
+    again = "still waiting for memory: no answer for 0 seconds"
+    assert said[1:] == [again] * (heard - 1)
+    assert heard - 1 <= (time.monotonic() - began) / 0.05, "one line each time, however many wait"
+    await asyncio.sleep(0.1)
+    assert len(said) == heard, "nobody waits any longer"
 
 
 async def test_a_store_that_refuses_quickly_is_tried_again_also_for_a_service() -> None:

@@ -77,7 +77,8 @@ async def heard(
         error: BaseException | None = None
         if task.cancelled():
             silent.append(store.name)
-            error = StoreError(f"{store.name} has not answered for {ANSWER:g} seconds, and another destination has")
+            said = f"{store.name} has not answered for {ANSWER:g} seconds, and another destination has"
+            error = StoreError(f"{said}; `walship check` says why")
         else:
             error = task.exception()
         if error is None:

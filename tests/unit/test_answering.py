@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(30)
 HANGS = 600.0
 LATE = 0.3
 NOT_MET = "segment 3 is missing"
-SILENT = "bucket has not answered for 0.05 seconds, and another destination has"
+SILENT = "bucket has not answered for 0.05 seconds, and another destination has; `walship check` says why"
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,14 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
 
 from handlers.body import joined
 from infra.clock import SystemClock
 from infra.storage.heartbeat import MOST, Heartbeat, Holder
 from pipeline.contracts import Clock, Store
 from pipeline.errors import ObjectConflict, ObjectMissing, SourceError, StoreError, foreseen
+from pipeline.moments import moment_in
 from pipeline.objects import MemoryBody
 
 #: Seconds after which a lease that does not change is free.
@@ -43,6 +45,8 @@ _ATTEMPTS = 10
 _FOLDER = "lease/"
 _KEY = re.compile(r"lease/([0-9a-f]{8})")
 _LAST = 0xFFFFFFFF
+#: After which no command looks whether a holder is alive.
+_STALE = timedelta(hours=1)
 
 
 class LeaseHeldError(SourceError):
@@ -305,9 +309,13 @@ async def refuse_if_written(
 ) -> None:
     """LeaseHeldError that names the service which writes to the repository, if one is alive; takes no lease.
 
-    For commands that would write WAL beside it. Waits, and raises, as ``Lease.acquire`` does.
+    For commands that would write WAL beside it. Waits, and raises, as ``Lease.acquire`` does; but not for one that gave
+    no sign for an hour by its own clock: nobody takes its lease away, and each command would wait for it again.
     """
-    await _vacant([Place(store, clock) for store in stores], clock, ttl, tell)
+    places = [Place(store, clock) for store in stores]
+    await ask_all(places, Place.look)
+    if not all(place.failure or _long_ago(place, clock.now()) for place in places):
+        await _vacant(places, clock, ttl, tell)
 
 
 async def _vacant(places: Sequence[Place], clock: Clock, ttl: float, tell: Callable[[str], None]) -> int:
@@ -340,6 +348,12 @@ async def _vacant(places: Sequence[Place], clock: Clock, ttl: float, tell: Calla
             tell(f"{_words(holding[0].content)} holds {where}: watching for {ttl:.0f} s whether it is alive")
             watched = highest
         await clock.sleep(ttl / _LOOKS)
+
+
+def _long_ago(place: Place, now: datetime) -> bool:
+    there = Heartbeat.decode(place.content)
+    written = moment_in(there.written) if there else None
+    return place.highest == 0 or (written is not None and now - written > _STALE)
 
 
 def _given_up(holding: Sequence[Place]) -> bool:

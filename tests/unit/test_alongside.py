@@ -11,6 +11,7 @@ from infra.alongside import alongside, what_is_shipped
 from infra.storage.lease import Lease, LeaseHeldError
 from infra.storage.memory import MemoryStore
 from infra.wiring import open_shipping
+from tests.clock import FastClock
 from tests.leases import Meanwhile, beat, silent
 from tests.sites import site_at
 
@@ -50,8 +51,14 @@ async def test_our_own_service_that_is_about_to_ship_is_left_to_it(tmp_path: Pat
     assert not [line for line in told if "shipping what arrives" in line]
 
 
-async def test_where_nobody_writes_it_is_shipped(tmp_path: Path) -> None:
-    site = await site_at(MemoryStore("a"), writer=True, WALSHIP_SPOOL_DIR=str(tmp_path))
+@pytest.mark.parametrize("gone", [False, True])
+async def test_where_nobody_writes_it_is_shipped(tmp_path: Path, *, gone: bool) -> None:
+    """``gone``: nobody has given the lease back, or ever will: commands do not wait for it each time."""
+    store, clock = MemoryStore("a"), FastClock()
+    if gone:
+        await Lease.acquire([store], clock=FastClock(), tell=silent, server="spool /another")
+        clock.passed = 3601
+    site = await site_at(store, clock=clock, writer=True, WALSHIP_SPOOL_DIR=str(tmp_path))
     told: list[str] = []
     async with open_shipping(site) as shipping, alongside(site, shipping, told.append):
         assert told == [f"no service is running: shipping what arrives in {tmp_path} meanwhile"]

@@ -167,7 +167,7 @@ def test_the_old_primary_is_not_followed_when_it_runs_again(stack: ExitStack, se
     def refused() -> bool:
         return any(_OLD in line["error"] and "pg_rewind" in line["hint"] for line in events(rig, "stream_lost"))
 
-    rig.wait(refused, "the old primary is refused", 10)
+    rig.wait(refused, "the old primary is refused")
     pair.insert(5)
     rig.caught_up()
     # And by a service that remembers nothing of it.

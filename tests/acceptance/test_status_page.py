@@ -44,7 +44,7 @@ class Live(Rig):
 
     def get(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(f"http://{self.listen}{path}", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://{self.listen}{path}", timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -274,7 +274,7 @@ def collecting(live: Live, folder: Path) -> Iterator[Callable[[str], list[Any]]]
     def query(expression: str) -> list[Any]:
         url = f"http://{address}/api/v1/query?query={urllib.parse.quote(expression)}"
         try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 found: list[Any] = json.load(answer)["data"]["result"]
         except urllib.error.HTTPError as error:
             if error.code != 503:

@@ -53,7 +53,7 @@ def test_a_second_service_is_refused_until_the_first_one_sleeps_and_then_the_fir
             rig.sql("insert into t select n, md5(n::text) from generate_series(20001, 40000) n")
 
             first.send_signal(signal.SIGCONT)
-            rig.wait(lambda: refused(f"writes to this repository: process {second.pid} on "), "the first notices", 10)
+            rig.wait(lambda: refused(f"writes to this repository: process {second.pid} on "), "the first notices")
             assert first.poll() is None, "it waits for its turn"
             rig.sql("insert into t select n, md5(n::text) from generate_series(40001, 60000) n")
             ((end,),) = rig.sql("select pg_current_wal_insert_lsn()::text")

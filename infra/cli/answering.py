@@ -95,14 +95,14 @@ async def heard(
     return replace(site, settings=settings, destinations=destinations, stores=stores), silent
 
 
-async def with_enough(site: Site, decide: Callable[[Site], Awaitable[T]]) -> T:
-    """What ``decide`` makes of the destinations that answer, without waiting long for others once a required one does.
+async def with_enough(site: Site, decide: Callable[[Site], Awaitable[T]], *, hurried: bool) -> T:
+    """What ``decide`` makes of the destinations that answer; ``hurried``: soon, once a required one does.
 
-    What was acknowledged is there, unless it was away itself while others stored; so who is left out is always told.
-    Where what is there is not enough, those that were silent may have what is lacking: they are asked again, and waited
-    for. Raises what ``decide`` does.
+    What was acknowledged is there, unless it was away itself while others stored. So who is left out is told, and only
+    a plan that nobody carries out is made in a hurry. Where what is there is not enough, those that were silent may
+    have what is lacking: they are asked again, and waited for. Raises what ``decide`` does.
     """
-    there, silent = await heard(site, lambda destination: destination.required)
+    there, silent = await heard(site, lambda destination: hurried and destination.required)
     try:
         return await decide(there)
     except (IntegrityError, RecoveryError, StoreError) as error:

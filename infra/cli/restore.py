@@ -115,7 +115,7 @@ async def command(target_dir: str, **options: Any) -> None:
             check_complete(found, plan.backup)
             return site, repository, plan, found
 
-        site, repository, plan, found = await with_enough(opened, decide)
+        site, repository, plan, found = await with_enough(opened, decide, hurried=options["dry_run"])
         waits.over = True  # an object on its way may be slow
         place = _on_this_machine(place, site.settings)
         targets = await check_place(plan, place)

@@ -89,3 +89,14 @@ def copy(shipped: Shipped) -> Iterator[Copy]:
             record.unlink()
     yield Copy(shipped, folder / "local")
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """An installation of its own: one folder as destination, its server started, its repository made."""
+    folder = make_folder("walship-o-")
+    with Rig(folder, NEWEST, [f"file://{folder}/near"]) as made:
+        made.server.start()
+        made.run("init")
+        yield made
+    shutil.rmtree(folder)

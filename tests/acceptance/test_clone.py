@@ -2,25 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-
-import pytest
-
 from infra.postgres.processes import give, run_as
-from infra.postgres.throwaway import make_folder
 from tests.rig import Rig
-from tests.servers import NEWEST
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    folder = make_folder("walship-o-")
-    with Rig(folder, NEWEST, [f"file://{folder}/near"]) as made:
-        made.server.start()
-        made.run("init")
-        yield made
-    shutil.rmtree(folder)
 
 
 def test_no_command_ships_beside_the_service_of_another_spool(rig: Rig) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,16 +14,6 @@ from infra.postgres.throwaway import free_port, make_folder
 from tests.proxy import Proxy
 from tests.rig import Rig
 from tests.servers import NEWEST
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    folder = make_folder("walship-o-")
-    with Rig(folder, NEWEST, [f"file://{folder}/near"]) as made:
-        made.server.start()
-        made.run("init")
-        yield made
-    shutil.rmtree(folder)
 
 
 def test_a_switch_waits_for_what_is_required_alone_and_names_the_other(rig: Rig) -> None:

@@ -97,7 +97,18 @@ async def test_a_plan_that_others_suffice_for_does_not_wait() -> None:
     async def decide(found: Site) -> list[str]:
         return names(found)
 
-    assert await with_enough(await site(await there("bucket", HANGS), await there("folder")), decide) == ["folder"]
+    assert await with_enough(await site(await there("bucket", HANGS), await there("folder")), decide, hurried=True) == [
+        "folder"
+    ]
+
+
+async def test_a_restore_that_is_carried_out_waits_for_who_may_have_more(capsys: pytest.CaptureFixture[str]) -> None:
+    async def decide(found: Site) -> list[str]:
+        return names(found)
+
+    made = await site(await there("bucket", 0.3), await there("folder"))
+    assert await with_enough(made, decide, hurried=False) == ["bucket", "folder"]
+    assert "is left out" not in capsys.readouterr().err
 
 
 async def test_what_only_the_silent_one_has_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +118,7 @@ async def test_what_only_the_silent_one_has_is_waited_for(capsys: pytest.Capture
         return names(found)
 
     made = await site(await there("bucket", LATE), await there("folder"))
-    assert await with_enough(made, decide) == ["bucket", "folder"]
+    assert await with_enough(made, decide, hurried=True) == ["bucket", "folder"]
     told = capsys.readouterr().err
     assert f"bucket is left out: {SILENT}" in told
     assert f"{NOT_MET}. What is lacking may be at bucket, which is asked again, and waited for" in told
@@ -120,13 +131,13 @@ async def test_where_it_stays_silent_the_first_reason_counts(capsys: pytest.Capt
     hung = await there("bucket", LATE)
     hung.down = {"head": StoreError("bucket did not answer", passing=True)}
     with pytest.raises(RecoveryError, match=NOT_MET):
-        await with_enough(await site(hung, await there("folder")), decide)
+        await with_enough(await site(hung, await there("folder")), decide, hurried=True)
     assert hung.count("head") == 1 + 6, "asked again, with patience"
     assert "bucket is left out: bucket did not answer (6 attempts" in capsys.readouterr().err
     # Where nobody was silent, nobody is asked again.
     good = await there("folder")
     with pytest.raises(RecoveryError, match=NOT_MET):
-        await with_enough(await site(good), decide)
+        await with_enough(await site(good), decide, hurried=True)
     assert good.count("head") == 1
 
 

@@ -27,8 +27,6 @@ from tests.servers import NEWEST, SERVER_VERSIONS
 
 #: Rows in the backup, then up to the fork, behind it on timeline 2, and behind it on timeline 1, which was left.
 BACKED_UP, COMMON, AFTER, LEFT = range(1, 3), range(3, 9), range(9, 13), range(101, 103)
-#: On this version each kind of target once.
-OLDEST = SERVER_VERSIONS[0]
 #: The first whose own base backups hold the tablespaces that lie inside the data directory (a developers' option).
 IN_PLACE = 16
 #: Restores at once: most of each is waiting for its server.
@@ -120,7 +118,7 @@ class History:
         shutil.rmtree(mapped)
 
 
-@pytest.fixture(params=(OLDEST, NEWEST), ids=lambda major: f"pg{major}")
+@pytest.fixture(params=SERVER_VERSIONS, ids=lambda major: f"pg{major}")
 def history(request: pytest.FixtureRequest) -> Iterator[History]:
     with ExitStack() as stack:
         folder = make_folder("walship-m-")
@@ -180,14 +178,14 @@ def made(rig: Rig) -> History:
     return History(rig, place, known)
 
 
-def cases(at: dict[int, Commit], *, briefly: bool) -> list[Case]:
+def cases(at: dict[int, Commit]) -> list[Case]:
     """Every target, and the rows that it has to bring back."""
 
     def up_to(row: int) -> range:
         return range(1, row + 1)
 
     old = [*up_to(8), *LEFT]
-    always = [
+    return [
         Case((), up_to(12)),
         Case(("--immediate",), BACKED_UP),
         Case(("--to-time", at[5].time), up_to(5)),
@@ -195,11 +193,6 @@ def cases(at: dict[int, Commit], *, briefly: bool) -> list[Case]:
         Case(("--to-name", "one"), up_to(6)),
         Case(("--to-xid", at[9].xid), up_to(9)),
         Case(("--latest", "--timeline", "1"), old),
-    ]
-    if briefly:
-        return always
-    return [
-        *always,
         # before the fork, on the other side of the target
         Case(("--to-time", at[5].time, "--exclusive"), up_to(4)),
         Case(("--to-lsn", at[5].lsn), up_to(5)),
@@ -236,7 +229,7 @@ def refused(history: History) -> None:
 
 
 def test_every_target_brings_back_its_rows_and_no_other(history: History) -> None:
-    wanted = cases(history.commits, briefly=history.rig.major == OLDEST)
+    wanted = cases(history.commits)
     with ThreadPoolExecutor(_WIDTH) as pool:
         for _ in pool.map(history.restored, range(len(wanted)), wanted):
             pass  # raises what the restore raised
